@@ -1,0 +1,320 @@
+"""PatternSearch: direct search on signed coordinates, as a torch optimizer.
+
+It knows parameters and losses, and nothing of Lightning, models or tasks. What it may ask of a
+closure stands in `closure.py`.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from closure import Candidates, Coordinates, OneByOne
+
+MAX_BLOCK = 1024  # directions drawn up at a time: memory stays bounded, budgets are looked at in between
+
+
+@dataclass
+class StepReport:
+    """What one step did. Filled while the step runs, so that a display can follow a long poll."""
+
+    loss_before: float = math.nan  # on the batch at hand, before any move
+    loss_after: float = math.nan  # on the same batch, at the incumbent the step ends with
+    polled: int = 0  # directions polled
+    to_poll: int = 0  # directions the step may poll at the most
+    accepted: int = 0  # moves accepted
+    evaluations: int = 0  # function evaluations, the one at the incumbent included
+    seconds: float = 0.0
+
+
+def initial_state() -> dict[str, Any]:
+    """All that changes from step to step beside weights and radii; plain values, so it can be saved."""
+    return {
+        "evaluations": 0,  # function evaluations so far
+        "seconds": 0.0,  # spent in steps so far
+        "polls": 0,  # passes over all directions begun so far, the current one included
+        "cursor": 0,  # directions of the current pass that are done
+        "improved": [],  # per group: any success in this pass?
+        "stopped_by": None,  # which limit ended the search
+    }
+
+
+class PatternSearch(torch.optim.Optimizer):
+    """Pattern search (direct search by polling) along the signed coordinates of the weights.
+
+    1. The loss of the incumbent is taken on the batch at hand. Losses of different batches are
+       never compared.
+    2. POLL: the directions + and - each coordinate, in a seeded random order, at the radius of the
+       coordinate's parameter group. A candidate is accepted only if its loss is strictly lower;
+       losses that are not finite count as worse than any.
+       `poll="opportunistic"` moves to the first candidate that improves and polls on from there,
+       and skips the way back (the exploratory moves of Hooke and Jeeves 1961);
+       `poll="complete"` polls them all and moves to the best.
+    3. A pass over all directions without a success of a group is a failed poll of this group: its
+       radius is multiplied by `contraction`. Any success multiplies it by `expansion` at the end
+       of the pass (Torczon 1997; Audet and Dennis 2003).
+    4. The search stops when every radius is below `min_radius` or a budget is used up; from then
+       on `stopped_by` says why and steps do nothing.
+
+    A step is one whole pass, or the next `polls_per_step` directions of it: then the pass goes on
+    in the next step, on the next batch, where this one left off.
+
+    Args:
+        params: parameters or parameter groups; every group may set radius, contraction,
+            expansion, min_radius and max_radius for itself.
+        radius: initial poll radius (mesh size), in units of the weights.
+        poll: "opportunistic" or "complete".
+        polls_per_step: directions polled in a step at the most; None for the whole pass.
+        contraction: factor in (0, 1) of the radius after a failed poll.
+        expansion: factor >= 1 of the radius after a successful one; 1 never expands.
+        min_radius: the search ends when the radius of every group has fallen below it.
+        max_radius: expansion stops here.
+        max_evaluations: budget of function evaluations, never exceeded.
+        max_seconds: budget of seconds spent in steps, looked at before every call of the closure.
+        target_loss: the search ends when the incumbent's loss is at or below it.
+        seed: seeds the order of the directions.
+
+    Raises:
+        ValueError: an option outside its range, or a parameter that is not of a floating type.
+
+    Example:
+        >>> import torch
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+        >>> search = PatternSearch([w], radius=1.0, min_radius=1e-3)
+        >>> while search.stopped_by is None:
+        ...     loss = search.step(lambda: (w**2).sum())
+        >>> search.stopped_by, w.tolist()
+        ('min_radius', [0.0, 0.0])
+
+    The closure is called without gradients and must return the same loss for the same weights
+    throughout a step: evaluate the module in eval mode (`closure.forward_only`). If it also
+    answers `poll` (see `closure.py`), candidates are asked for many at a time, and the search
+    takes the same decisions.
+    """
+
+    derivative_free = True  # tells a training loop to call step(closure) and to leave backward out
+
+    def __init__(
+        self,
+        params: Any,
+        radius: float = 0.1,
+        poll: str = "opportunistic",
+        polls_per_step: int | None = None,
+        contraction: float = 0.5,
+        expansion: float = 1.0,
+        min_radius: float = 1e-6,
+        max_radius: float = math.inf,
+        max_evaluations: int | None = None,
+        max_seconds: float | None = None,
+        target_loss: float | None = None,
+        seed: int = 0,
+    ):
+        if poll not in ("opportunistic", "complete"):
+            raise ValueError(f"poll={poll} is not known; known: opportunistic, complete")
+        for name, value in dict(polls_per_step=polls_per_step, max_evaluations=max_evaluations).items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1, or null for no limit")
+        if max_seconds is not None and not max_seconds > 0:
+            raise ValueError(f"max_seconds={max_seconds} must be above 0, or null for no limit")
+        self.options = dict(poll=poll, polls_per_step=polls_per_step, seed=seed, target_loss=target_loss)
+        self.options |= dict(max_evaluations=max_evaluations, max_seconds=max_seconds)
+        group_defaults = dict(radius=radius, contraction=contraction, expansion=expansion)
+        super().__init__(params, group_defaults | dict(min_radius=min_radius, max_radius=max_radius))
+        self.state["search"] = initial_state()  # torch saves and loads keys that are no parameters as they are
+        self.report = StepReport()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        _check_group(group)
+        self._coordinates: Coordinates | None = None  # the numbering and the order of directions follow the groups
+        self._order: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"options": self.options, "report": self.report}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._coordinates = self._order = None
+
+    @property
+    def evaluations(self) -> int:
+        """Function evaluations so far: the losses that the search based its decisions on."""
+        return self.state["search"]["evaluations"]
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The limit that ended the search, or None while it goes on."""
+        return self.state["search"]["stopped_by"]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor], candidates: Candidates | None = None) -> float:
+        """Poll on the batch behind `closure`; returns the incumbent's loss at the end of the step.
+
+        Args:
+            closure: returns the loss at the current weights.
+            candidates: answers `poll`; by default the closure itself if it has such a method, else
+                `OneByOne`. (Lightning hides the closure's own methods, so it passes them here.)
+        """
+        search, report = self.state["search"], StepReport()
+        self.report = report
+        if search["stopped_by"] is not None:
+            return report.loss_after
+        if candidates is None:
+            candidates = closure if hasattr(closure, "poll") else OneByOne(closure, self.coordinates)
+        self._clock = time.perf_counter()
+        report.loss_before = report.loss_after = float(closure())
+        self._spend(1)
+
+        n_directions = 2 * len(self.coordinates)
+        if search["cursor"] == 0:  # a new pass over all directions begins
+            search["polls"] += 1
+            search["improved"] = [False] * len(self.param_groups)
+            self._order = None
+        end = min(n_directions, search["cursor"] + (self.options["polls_per_step"] or n_directions))
+        report.to_poll = end - search["cursor"]
+        poll = self._poll_complete if self.options["poll"] == "complete" else self._poll_opportunistic
+        poll(candidates, end)
+        if search["cursor"] == n_directions:
+            search["cursor"] = 0
+            self._update_radii()
+        search["stopped_by"] = self._limit_reached()
+        return report.loss_after
+
+    def _poll_opportunistic(self, candidates: Candidates, end: int) -> None:
+        """Poll the directions up to `end`; move to each that improves, and go on from there."""
+        search, report = self.state["search"], self.report
+        while search["cursor"] < end and self._limit_reached() is None:
+            start = search["cursor"]
+            coordinates, steps = self._directions(start, min(end, start + MAX_BLOCK))
+            while (done := search["cursor"] - start) < len(coordinates) and self._limit_reached() is None:
+                ahead = slice(done, done + self._affordable(candidates.block))
+                losses = candidates.poll(coordinates[ahead], steps[ahead])
+                better = _improves(losses, report.loss_after).nonzero().flatten().tolist()
+                # what lies behind the first success was asked for too early: it is asked for again, and not counted
+                used = better[0] + 1 if better else len(losses)
+                self._spend(used)
+                self._advance(used, end)
+                if better:
+                    k = done + used - 1
+                    self._accept(coordinates[k], steps[k], losses[used - 1])
+                    if search["cursor"] % 2:  # + succeeded: - would only lead back
+                        self._advance(1, end)
+
+    def _poll_complete(self, candidates: Candidates, end: int) -> None:
+        """Poll the directions up to `end` at the same incumbent, then move to the best."""
+        search, report = self.state["search"], self.report
+        best_loss, best = report.loss_after, None
+        while search["cursor"] < end and self._limit_reached() is None:
+            size = self._affordable(min(candidates.block, MAX_BLOCK, end - search["cursor"]))
+            coordinates, steps = self._directions(search["cursor"], search["cursor"] + size)
+            losses = candidates.poll(coordinates, steps)
+            self._spend(size)
+            self._advance(size, end)
+            k = int(torch.where(torch.isfinite(losses), losses, math.inf).argmin())
+            if _improves(losses[k], best_loss):
+                best_loss, best = float(losses[k]), (coordinates[k], steps[k], losses[k])
+        if best is not None:
+            self._accept(*best)
+
+    def _accept(self, coordinate: Tensor, step: Tensor, loss: Tensor) -> None:
+        self.coordinates.move_one(int(coordinate), float(step))
+        owner, _ = self.coordinates.locate(int(coordinate))
+        self.state["search"]["improved"][self._group_of_parameter[owner]] = True
+        self.report.loss_after = float(loss)
+        self.report.accepted += 1
+
+    def _advance(self, directions: int, end: int) -> None:
+        cursor = min(self.state["search"]["cursor"] + directions, end)
+        self.report.polled += cursor - self.state["search"]["cursor"]
+        self.state["search"]["cursor"] = cursor
+
+    def _update_radii(self) -> None:
+        for group, improved in zip(self.param_groups, self.state["search"]["improved"], strict=True):
+            if not improved:
+                group["radius"] *= group["contraction"]
+            elif group["radius"] < group["max_radius"]:
+                group["radius"] = min(group["radius"] * group["expansion"], group["max_radius"])
+
+    # --- budgets ---
+
+    def _spend(self, evaluations: int) -> None:
+        """Count evaluations and seconds; the one place where either is counted."""
+        now = time.perf_counter()
+        for ledger in (self.state["search"], vars(self.report)):
+            ledger["evaluations"] += evaluations
+            ledger["seconds"] += now - self._clock
+        self._clock = now
+
+    def _affordable(self, size: int) -> int:
+        limit = self.options["max_evaluations"]
+        return size if limit is None else min(size, limit - self.evaluations)
+
+    def _limit_reached(self) -> str | None:
+        search, options = self.state["search"], self.options
+        if options["target_loss"] is not None and self.report.loss_after <= options["target_loss"]:
+            return "target_loss"
+        if options["max_evaluations"] is not None and search["evaluations"] >= options["max_evaluations"]:
+            return "max_evaluations"
+        if options["max_seconds"] is not None and search["seconds"] >= options["max_seconds"]:
+            return "max_seconds"
+        if all(group["radius"] < group["min_radius"] for group in self.param_groups):
+            return "min_radius"
+        return None
+
+    # --- directions: direction d of a pass is a sign of the coordinate order[d // 2] ---
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """The numbering of all weights of all groups, in order."""
+        if self._coordinates is None:
+            self._coordinates = Coordinates(p for group in self.param_groups for p in group["params"])
+        return self._coordinates
+
+    def _directions(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Directions start .. end of the pass: coordinates (end - start,) and signed steps (end - start,).
+
+        Each pass has its own order and its own first sign for each coordinate, drawn by a generator
+        seeded with the seed and the number of the pass: the state of the search is two integers.
+        """
+        if self._order is None:
+            generator = torch.Generator().manual_seed(self.options["seed"] * 1_000_003 + self.state["search"]["polls"])
+            n = len(self.coordinates)
+            self._order = torch.randperm(n, generator=generator)
+            self._first_negative = torch.randint(2, (n,), generator=generator, dtype=torch.bool)
+        direction = torch.arange(start, end)
+        coordinates = self._order[direction // 2]
+        negative = self._first_negative[coordinates] ^ (direction % 2 == 1)
+        radius = torch.tensor([group["radius"] for group in self.param_groups], dtype=torch.float64)
+        steps = radius[torch.tensor(self._group_of_parameter)[self.coordinates.owner(coordinates)]]
+        return coordinates, torch.where(negative, -steps, steps)
+
+    @property
+    def _group_of_parameter(self) -> list[int]:
+        return [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
+
+
+def _improves(losses: Tensor, loss: float) -> Tensor:
+    """Strictly lower, and finite. Any finite loss improves on an incumbent whose loss is not finite."""
+    incumbent = loss if math.isfinite(loss) else math.inf
+    return torch.isfinite(losses) & (losses < incumbent)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    ranges = {
+        "radius": (0 < group["radius"] < math.inf, "must be above 0 and finite"),
+        "contraction": (0 < group["contraction"] < 1, "must lie between 0 and 1; 0.5 halves the radius"),
+        "expansion": (1 <= group["expansion"] < math.inf, "must be at least 1; 1 never expands"),
+        "min_radius": (0 <= group["min_radius"] < math.inf, "must be at least 0"),
+        "max_radius": (group["max_radius"] > 0, "must be above 0"),
+    }
+    for name, (fits, rule) in ranges.items():
+        if not fits:
+            raise ValueError(f"{name}={group[name]} {rule}")
+    for p in group["params"]:
+        if not p.is_floating_point():
+            raise ValueError(f"a parameter of type {p.dtype} cannot be searched; only floating types can")

@@ -1,0 +1,184 @@
+"""PatternSearchTask: the one place where task, model and optimizer meet.
+
+One training step is one optimizer step on one batch. A derivative-free optimizer gets a closure and
+does everything forward only (Lightning's manual optimization); a gradient optimizer is left to
+Lightning's automatic optimization. Loss, metrics and logs are the same for both.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from closure import forward_only
+from sequence_data import IGNORE
+
+Batch = dict[str, Tensor]
+
+
+def masked_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, over the scored positions: logits (B, T, C), y (B, T) -> scalar."""
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE)
+
+
+class Scores(nn.Module):
+    """Metrics of one split, micro-averaged: sums over the whole split, never means of batch means.
+
+    A family adds its own by extending `measure`, which maps a name to (values, weights): the metric
+    is the sum of values * weights divided by the sum of weights.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means = nn.ModuleDict()
+
+    def measure(self, logits: Tensor, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        scored = y != IGNORE  # (B, T)
+        right = (logits.argmax(-1) == y) & scored
+        last = scored.shape[1] - 1 - scored.flip(1).int().argmax(1, keepdim=True)  # (B, 1) last scored position
+        rows = torch.ones(len(y))
+        return {
+            "loss": (masked_loss(logits, y), scored.sum()),
+            "token_accuracy": (right[scored].float(), torch.ones(int(scored.sum()))),
+            "exact_match": ((right == scored).all(1).float(), rows),
+            "last_accuracy": (right.gather(1, last).flatten().float(), rows),
+        }
+
+    def update(self, logits: Tensor, y: Tensor) -> None:
+        for name, (values, weights) in self.measure(logits, y).items():
+            if name not in self.means:
+                self.means[name] = MeanMetric(nan_strategy="disable").to(logits.device)
+            self.means[name].update(values, weights.to(values))
+
+    def compute(self) -> dict[str, Tensor]:
+        """The metrics since the last call, and starts anew."""
+        scores = {name: mean.compute() for name, mean in self.means.items()}
+        self.means.clear()
+        return scores
+
+
+class PatternSearchTask(L.LightningModule):
+    """Train `model` with any optimizer; subclasses differ only in what they measure.
+
+    Args:
+        model: token ids (B, T) -> logits (B, T, C).
+        optimizer: makes the optimizer from the parameters, e.g. a `functools.partial`. A class with
+            `derivative_free = True` is stepped with a closure, any other one by gradients.
+        pattern_search_radius: initial radius of a pattern search. It is read by the optimizer's
+            config (`radius: ${task.pattern_search_radius}`) and stands here for the command line.
+    """
+
+    scores_class: type[Scores] = Scores
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Callable[[Any], torch.optim.Optimizer],
+        pattern_search_radius: float = 0.1,
+    ):
+        super().__init__()
+        self.model = model
+        self.make_optimizer = optimizer
+        self.pattern_search_radius = pattern_search_radius
+        self.automatic_optimization = not derivative_free(optimizer)
+        self.seconds = 0.0  # wall-clock seconds in training steps: no validation, no setup
+        self._scores: dict[str, Scores] = {}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.make_optimizer(self.model.parameters())
+
+    @property
+    def raw_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer itself, not Lightning's wrapper around it."""
+        return self.trainer.optimizers[0]
+
+    @property
+    def evaluations(self) -> int:
+        """Function evaluations so far. A gradient step counts as one, though its backward costs about two more."""
+        return getattr(self.raw_optimizer, "evaluations", self.global_step)
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The optimizer's own reason to stop, if it has one."""
+        return getattr(self.raw_optimizer, "stopped_by", None)
+
+    def loss(self, batch: Batch) -> Tensor:
+        return masked_loss(self.model(batch["x"]), batch["y"])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        if self.automatic_optimization:
+            loss = self.loss(batch)
+            self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=False)
+            return loss
+        with forward_only(self.model):
+            # Lightning wraps the closure, so an optimizer sees none of its methods: hand it over a second time
+            closure = self.make_closure(batch)
+            answers = {"candidates": closure} if hasattr(closure, "poll") else {}
+            self.optimizers().step(closure=closure, **answers)
+        self.log_dict(self._step_metrics(), on_step=True, on_epoch=False)
+        if self.stopped_by is not None:
+            self.trainer.should_stop = True
+        return None
+
+    def make_closure(self, batch: Batch) -> Callable[[], Tensor]:
+        """What a derivative-free optimizer gets to ask about this batch."""
+        return lambda: self.loss(batch)
+
+    def _step_metrics(self) -> dict[str, float]:
+        report = self.raw_optimizer.report
+        metrics = {
+            "train/loss": report.loss_before,  # before the step moved: comparable with a gradient run's
+            "train/loss_after": report.loss_after,  # after it, on the same batch
+            "train/accepted": float(report.accepted),
+            "train/evaluations_per_second": report.evaluations / max(report.seconds, 1e-9),
+        }
+        for i, group in enumerate(self.raw_optimizer.param_groups):
+            metrics["train/radius" if i == 0 else f"train/radius_{i}"] = group["radius"]
+        return metrics
+
+    # --- the two axes of every plot: function evaluations and seconds ---
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self._step_started = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self.seconds += time.perf_counter() - self._step_started
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["seconds"] = self.seconds
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.seconds = checkpoint["seconds"]
+
+    # --- evaluation ---
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(self.trainer.datamodule.test_names[dataloader_idx], batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores()
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores()
+
+    def _evaluate(self, split: str, batch: Batch) -> None:
+        scores = self._scores.setdefault(split, self.scores_class())
+        scores.update(self.model(batch["x"]), batch["y"])
+
+    def _log_scores(self) -> None:
+        for split, scores in self._scores.items():
+            self.log_dict({f"{split}/{name}": value for name, value in scores.compute().items()})
+        self._scores.clear()
+
+
+def derivative_free(optimizer: Callable) -> bool:
+    """Whether `optimizer`, a class or a partial of one, asks for losses only."""
+    return getattr(getattr(optimizer, "func", optimizer), "derivative_free", False)

@@ -1,0 +1,272 @@
+"""What every task shares: the layout of x and y, disjoint splits, a resumable loader, the data module.
+
+A family of tasks (`state_tracking_data.py`, `membership_data.py`, `scan_data.py`) says which
+tokens and classes there are and makes its splits; everything else is here. The way of the data is
+tokens -> `lay_out` -> `Sequences` -> `SequenceLoader` -> batch `{"x": (B, T), "y": (B, T)}`.
+"""
+
+import difflib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = -100  # the target of a position that is not scored; the default ignore_index of torch's cross_entropy
+MAX_ENUMERATED = 2**16  # spaces up to this size are enumerated, shuffled and cut; larger ones are split by hash
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences laid out for a decoder: `x` (N, T) token ids, `y` (N, T) classes or IGNORE."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def scored(self) -> Tensor:
+        """(N, T) bool: the positions that count in the loss and in the metrics."""
+        return self.y != IGNORE
+
+
+def lay_out(
+    prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], output_tokens: Sequence[int]
+) -> Sequences:
+    """Lay out prompt -> output pairs for next-token prediction.
+
+    `full = prompt + output`, `x = full[:-1]`, `y = full[1:]`, scored from the last token of the
+    prompt on. x holds input tokens and y holds output classes: `output_tokens[c]` is the token by
+    which class c appears in x. Rows are padded on the right, x with token 0 and y with IGNORE;
+    under a causal mask the filler cannot change a scored position.
+
+    Args:
+        prompts: N token sequences, each with at least one token (its last one predicts output 0).
+        outputs: N class sequences, each with at least one class.
+        output_tokens: (C,) the token of each class; classes that only ever end an output need none.
+    """
+    length = max(len(p) + len(o) - 1 for p, o in zip(prompts, outputs, strict=True))
+    x = np.zeros((len(prompts), length), dtype=np.int64)
+    y = np.full((len(prompts), length), IGNORE, dtype=np.int64)
+    for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        end = len(prompt) + len(output) - 1
+        x[row, : len(prompt)] = prompt
+        x[row, len(prompt) : end] = [output_tokens[c] for c in output[:-1]]
+        y[row, len(prompt) - 1 : end] = output
+    return Sequences(torch.from_numpy(x), torch.from_numpy(y))
+
+
+def hash_rows(rows: np.ndarray, seed: int) -> np.ndarray:
+    """Hash the rows of an integer array (N, L) to uint64 (N,), the same on every machine.
+
+    Mixes one column after the other with the finaliser of splitmix64 (Steele, Lea, Flood 2014).
+    """
+    h = np.full(len(rows), (seed + 1) * 0x9E3779B97F4A7C15 % 2**64, dtype=np.uint64)
+    for column in rows.astype(np.int64).view(np.uint64).reshape(len(rows), -1).T:
+        h = h ^ column
+        h = h + np.uint64(0x9E3779B97F4A7C15)  # unsigned arithmetic wraps, as it should
+        h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        h = h ^ (h >> np.uint64(31))
+    return h
+
+
+def split_by_hash(
+    draw: Callable[[np.random.Generator, int], np.ndarray], sizes: dict[str, int], seed: int
+) -> dict[str, np.ndarray]:
+    """Draw rows until every split is full; which split a row may enter is a hash of the row itself.
+
+    Equal rows have equal hashes, so the splits can share no row, however many rows are drawn.
+
+    Args:
+        draw: `draw(rng, n)` returns n random rows (n, L) of integers.
+        sizes: rows wanted in each split, e.g. `{"train": 1000, "val": 500, "test": 500}`.
+        seed: seeds the draws and the hash.
+
+    Raises:
+        ValueError: a split stays short although many times its size was drawn.
+    """
+    rng = np.random.default_rng(seed)
+    names, wanted = list(sizes), np.array(list(sizes.values()))
+    share = np.maximum(wanted / wanted.sum(), 0.05 * (wanted > 0))  # rare splits must not wait forever
+    edges = np.cumsum(share / share.sum()) * 2.0**64
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for _ in range(200):
+        missing = [sizes[name] - sum(map(len, found[name])) for name in names]
+        if max(missing) <= 0:
+            return {name: np.concatenate([r for r in found[name] if len(r)])[: sizes[name]] for name in names}
+        rows = draw(rng, 2 * sum(m for m in missing if m > 0) + 64)
+        bucket = np.searchsorted(edges[:-1], hash_rows(rows, seed).astype(np.float64), side="right")
+        for i, name in enumerate(names):
+            if missing[i] > 0:
+                found[name].append(rows[bucket == i])
+    short = [f"{name} has {sizes[name] - m} of {sizes[name]}" for name, m in zip(names, missing, strict=True) if m > 0]
+    raise ValueError(f"could not fill the splits ({', '.join(short)}); ask for fewer samples")
+
+
+def split_strings(n_symbols: int, length: int, sizes: dict[str, int], seed: int) -> dict[str, np.ndarray]:
+    """Disjoint splits of the strings of `length` symbols out of `n_symbols`: arrays (size, length).
+
+    Small spaces are enumerated, shuffled with the seed and cut, so no string appears twice; a size
+    of -1 takes an equal part of what the others leave. Large spaces are drawn and split by hash.
+
+    Raises:
+        ValueError: the sizes ask for more strings than there are.
+    """
+    space = n_symbols**length
+    if space > MAX_ENUMERATED:
+        sizes = {name: 1000 if n == -1 else n for name, n in sizes.items()}
+        return split_by_hash(lambda rng, n: rng.integers(n_symbols, size=(n, length)), sizes, seed)
+    left = space - sum(n for n in sizes.values() if n != -1)
+    open_splits = [name for name, n in sizes.items() if n == -1]
+    if left < len(open_splits):
+        raise ValueError(
+            f"datamodule.n_samples={sizes['train']} is too large: there are only {space:,} strings of length "
+            f"{length}, and validation and test need some; try n_samples={max(1, space * 3 // 4)} or a larger length"
+        )
+    sizes = {name: n if n != -1 else left // len(open_splits) for name, n in sizes.items()}
+    codes = np.random.default_rng(seed).permutation(space)
+    digits = codes[:, None] // n_symbols ** np.arange(length - 1, -1, -1) % n_symbols  # (space, length)
+    ends = np.cumsum(list(sizes.values()))
+    return {name: digits[end - n : end] for (name, n), end in zip(sizes.items(), ends, strict=True)}
+
+
+def one_of(key: str, value: str, known: Sequence[str]) -> None:
+    """Raise a ValueError that lists the known values, nearest first, unless `value` is one of them."""
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=3, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        rest = [k for k in known if k not in near]
+        raise ValueError(f"{key}={value} is not known{hint} Known: {', '.join([*near, *rest])}")
+
+
+class SequenceLoader:
+    """Batches of `Sequences`, shuffled anew each epoch by (seed, epoch), resumable within an epoch.
+
+    The order depends on nothing but the seed and the number of the epoch, so the state is two
+    integers. While shuffling, an incomplete last batch is left out: other rows will be left out in
+    the next epoch, and an optimizer never decides on a batch of two rows.
+    """
+
+    def __init__(self, sequences: Sequences, batch_size: int, shuffle_seed: int | None = None):
+        self.sequences = sequences
+        self.batch_size = min(batch_size, len(sequences))
+        self.shuffle_seed = shuffle_seed
+        self.epoch = -1
+        self.position = 0
+        self._resuming = False
+
+    def __len__(self) -> int:
+        batches = len(self.sequences) / self.batch_size
+        return math.ceil(batches) if self.shuffle_seed is None else math.floor(batches)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        if not self._resuming:
+            self.epoch, self.position = self.epoch + 1, 0
+        self._resuming = False
+        order = torch.arange(len(self.sequences))
+        if self.shuffle_seed is not None:
+            rng = np.random.default_rng((self.shuffle_seed, self.epoch))
+            order = torch.from_numpy(rng.permutation(len(self.sequences)))
+        while self.position < len(self):
+            rows = order[self.position * self.batch_size :][: self.batch_size]
+            self.position += 1
+            yield {"x": self.sequences.x[rows], "y": self.sequences.y[rows]}
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._resuming = True
+
+
+class SequenceDataModule(L.LightningDataModule, ABC):
+    """The data of a task: vocabulary, classes, splits.
+
+    A subclass sets `tokens` (the input vocabulary, index = token id) and `classes` (the output
+    classes) and implements `make_splits`. Splits are named "train", "val", "test" and, for
+    further test sets, "test/<name>"; metrics are logged under the same names.
+
+    Args:
+        batch_size: sequences a batch.
+        n_samples: size of the training set.
+        seed: seeds the splits and the order of the batches.
+
+    Raises:
+        ValueError: a size is not positive, or the batch is larger than the training set.
+    """
+
+    tokens: tuple[str, ...]
+    classes: tuple[str, ...]
+
+    def __init__(self, batch_size: int, n_samples: int, seed: int):
+        super().__init__()
+        for name, value in {"batch_size": batch_size, "n_samples": n_samples}.items():
+            if value < 1:
+                raise ValueError(f"datamodule.{name}={value} must be at least 1")
+        self.batch_size, self.n_samples, self.seed = batch_size, n_samples, seed
+
+    @abstractmethod
+    def make_splits(self) -> dict[str, Sequences]:
+        """Make every split; called once."""
+
+    @cached_property
+    def splits(self) -> dict[str, Sequences]:
+        splits = self.make_splits()
+        for name, split in splits.items():
+            if len(split) == 0:
+                raise ValueError(f"the {name} split is empty; change the sizes or the split of the datamodule")
+        if self.batch_size > len(splits["train"]):
+            raise ValueError(
+                f"datamodule.batch_size={self.batch_size} is larger than the training set of "
+                f"{len(splits['train'])}; try datamodule.batch_size={len(splits['train'])}"
+            )
+        return splits
+
+    def setup(self, stage: str | None = None) -> None:
+        _ = self.splits
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def max_len(self) -> int:
+        """Tokens of the longest x of any split: the positions that a model of this task needs."""
+        return max(split.x.shape[1] for split in self.splits.values())
+
+    @property
+    def max_train_len(self) -> int:
+        """Tokens of the longest x of the training split: the positions that can be trained."""
+        return self.splits["train"].x.shape[1]
+
+    @property
+    def chance_loss(self) -> float:
+        """Cross-entropy, in nats a scored token, of a uniform guess over the classes."""
+        return math.log(self.n_classes)
+
+    def train_dataloader(self) -> SequenceLoader:
+        return SequenceLoader(self.splits["train"], self.batch_size, shuffle_seed=self.seed)
+
+    def val_dataloader(self) -> SequenceLoader:
+        return SequenceLoader(self.splits["val"], 1000)
+
+    def test_dataloader(self) -> list[SequenceLoader]:
+        return [SequenceLoader(self.splits[name], 1000) for name in self.test_names]
+
+    @property
+    def test_names(self) -> list[str]:
+        """The test splits, in the order of the loaders: "test", then "test/<name>" for further ones."""
+        return [name for name in self.splits if name == "test" or name.startswith("test/")]
