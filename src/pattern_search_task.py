@@ -113,14 +113,14 @@ class PatternSearchTask(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         if self.automatic_optimization:
             loss = self.loss(batch)
-            self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=False)
+            self._log_step({"train/loss": loss.detach()})
             return loss
         with forward_only(self.model):
             # Lightning wraps the closure, so an optimizer sees none of its methods: hand it over a second time
             closure = self.make_closure(batch)
             answers = {"candidates": closure} if hasattr(closure, "poll") else {}
             self.optimizers().step(closure=closure, **answers)
-        self.log_dict(self._step_metrics(), on_step=True, on_epoch=False)
+        self._log_step(self._search_metrics())
         if self.stopped_by is not None:
             self.trainer.should_stop = True
         return None
@@ -129,7 +129,7 @@ class PatternSearchTask(L.LightningModule):
         """What a derivative-free optimizer gets to ask about this batch."""
         return lambda: self.loss(batch)
 
-    def _step_metrics(self) -> dict[str, float]:
+    def _search_metrics(self) -> dict[str, float]:
         report = self.raw_optimizer.report
         metrics = {
             "train/loss": report.loss_before,  # before the step moved: comparable with a gradient run's
@@ -142,6 +142,11 @@ class PatternSearchTask(L.LightningModule):
         return metrics
 
     # --- the two axes of every plot: function evaluations and seconds ---
+
+    def _log_step(self, metrics: dict[str, Any]) -> None:
+        seconds = self.seconds + time.perf_counter() - self._step_started
+        axes = {"evaluations": float(self.evaluations), "seconds": seconds}
+        self.log_dict(metrics | axes, on_step=True, on_epoch=False)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self._step_started = time.perf_counter()
@@ -175,7 +180,9 @@ class PatternSearchTask(L.LightningModule):
 
     def _log_scores(self) -> None:
         for split, scores in self._scores.items():
-            self.log_dict({f"{split}/{name}": value for name, value in scores.compute().items()})
+            metrics = {f"{split}/{name}": value for name, value in scores.compute().items()}
+            axes = {"evaluations": float(self.evaluations), "seconds": self.seconds}
+            self.log_dict(metrics | axes)
         self._scores.clear()
 
 

@@ -1,0 +1,100 @@
+"""The local metrics table of a run, and the reading of many: one row a value, ready for seaborn.
+
+Every run appends to `metrics.csv` in its own directory, whatever `logger` is: columns `step`,
+`evaluations`, `seconds`, `metric`, `value`. The header never changes and rows are only appended, so a killed run
+leaves a readable table. `read_runs` reads any number of them, `read_wandb` gets the same table from W&B.
+"""
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from lightning.pytorch.loggers import Logger
+from omegaconf import OmegaConf
+
+AXES = ["step", "evaluations", "seconds"]
+COLUMNS = [*AXES, "metric", "value"]
+
+
+class MetricsTable(Logger):
+    """A Lightning logger that appends every metric to `<run_dir>/metrics.csv`."""
+
+    name, version = "metrics_table", ""
+
+    def __init__(self, run_dir: str | Path):
+        super().__init__()
+        self.path = Path(run_dir) / "metrics.csv"
+        self._axes = {"evaluations": 0.0, "seconds": 0.0}
+        if not self.path.exists():
+            with self.path.open("w", newline="") as file:
+                csv.writer(file).writerow(COLUMNS)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The config is saved beside the table, as config.yaml."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        metrics = {name: float(value) for name, value in metrics.items() if name != "epoch"}
+        self._axes |= {axis: metrics.pop(axis) for axis in self._axes if axis in metrics}
+        with self.path.open("a", newline="") as file:
+            rows = csv.writer(file)
+            for name, value in metrics.items():
+                rows.writerow([step, int(self._axes["evaluations"]), f"{self._axes['seconds']:.4f}", name, value])
+
+
+def read_runs(*paths: str | Path) -> pd.DataFrame:
+    """The tables of all runs below the paths, with the columns run, task, model, optimizer and seed added.
+
+    Raises:
+        FileNotFoundError: no run lies below the paths.
+    """
+    tables = []
+    for table in sorted({t for path in paths for t in Path(path).rglob("metrics.csv")}):
+        run = table.parent
+        if (run / "config.yaml").exists():
+            frame = pd.read_csv(table).assign(run=run.name if run.parent.name == "runs" else f"{run.parent.name}/{run.name}")
+            tables.append(frame.assign(**describe(OmegaConf.load(run / "config.yaml"))))
+    if not tables:
+        raise FileNotFoundError(f"no run with metrics.csv and config.yaml below {', '.join(map(str, paths))}")
+    return pd.concat(tables, ignore_index=True)
+
+
+def read_wandb(entity: str | None, project: str) -> pd.DataFrame:
+    """The same table as `read_runs`, from the runs of a W&B project (needs an account and a network)."""
+    import wandb  # only here: reading local runs must not need it
+
+    tables = []
+    for run in wandb.Api().runs(f"{entity}/{project}" if entity else project):
+        history = pd.DataFrame(run.scan_history())
+        step = "trainer/global_step" if "trainer/global_step" in history else "global_step"  # renamed in newer releases
+        tables.append(tidy(history.rename(columns={step: "step"})).assign(run=run.name, **describe(run.config)))
+    if not tables:
+        raise FileNotFoundError(f"the W&B project {project} has no runs")
+    return pd.concat(tables, ignore_index=True)
+
+
+def tidy(history: pd.DataFrame) -> pd.DataFrame:
+    """A wide history, one column a metric, as one row a value; rows without axes take the last known ones."""
+    history = history.sort_values("step", kind="stable")
+    history[AXES] = history[AXES].ffill()
+    metrics = [name for name in history if name.startswith(("train/", "val/", "test/"))]
+    return history.melt(AXES, metrics, var_name="metric").dropna(subset="value").reset_index(drop=True)
+
+
+def describe(config: Mapping) -> dict[str, Any]:
+    """What figures compare, from a run's config: task (with its group, language or split), model, optimizer, seed."""
+    data, choices = config["datamodule"], config["choices"]
+    variant = next((data[key] for key in ("group", "language", "split") if key in data), "")
+    return {
+        "task": f"{choices['task']} {variant}".strip(),
+        "model": choices["model"],
+        "optimizer": choices["optimizer"],
+        "seed": config["seed"],
+    }
+
+
+def read_summary(run_dir: str | Path) -> dict[str, Any]:
+    """The summary.json of a finished run."""
+    return json.loads((Path(run_dir) / "summary.json").read_text())

@@ -1,0 +1,88 @@
+"""What a run says about itself: the header, the summary table, summary.json."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from pattern_search_task import PatternSearchTask
+from progress import clock
+from sequence_data import SequenceDataModule
+
+
+def print_header(console: Console, cfg: DictConfig, task: PatternSearchTask, datamodule: SequenceDataModule) -> None:
+    """Two lines: what is trained on what, and where it is written."""
+    parameters = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+    sizes = ", ".join(f"{len(split):,} {name}" for name, split in datamodule.splits.items())
+    console.print(
+        f"[bold]{cfg.choices.optimizer}[/] trains [bold]{cfg.choices.model}[/] ({parameters:,} weights) on "
+        f"[bold]{cfg.choices.task}[/]: {sizes} sequences, chance loss {datamodule.chance_loss:.3f}, seed {cfg.seed}",
+        highlight=False,
+    )
+    console.print(f"Run directory: {shown(cfg.output_dir)}", soft_wrap=True, highlight=False)
+
+
+def summarise(
+    cfg: DictConfig, trainer: L.Trainer, task: PatternSearchTask, metrics: dict[str, float], checkpoint: str | None
+) -> dict[str, Any]:
+    """The content of summary.json."""
+    return {
+        "test": metrics,
+        "evaluations": int(task.evaluations),
+        "seconds": round(task.seconds, 3),
+        "steps": trainer.global_step,
+        "stopped_by": stopped_by(trainer, task),
+        "checkpoint": checkpoint,
+        "config": str(Path(cfg.output_dir) / "config.yaml"),
+    }
+
+
+def stopped_by(trainer: L.Trainer, task: PatternSearchTask) -> str:
+    """Why training ended: the limit's key, "solved" (early stopping on validation) or "interrupted"."""
+    if trainer.interrupted:
+        return "interrupted"
+    if task.stopped_by is not None:
+        return task.stopped_by
+    if any(callback.stopped_epoch for callback in trainer.early_stopping_callbacks):
+        return "solved"
+    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+        return "max_steps"
+    if trainer.max_epochs != -1 and trainer.current_epoch >= trainer.max_epochs:
+        return "max_epochs"
+    return "max_time"
+
+
+def print_summary(console: Console, cfg: DictConfig, summary: dict[str, Any], datamodule: SequenceDataModule) -> None:
+    """A short table, and what to type next."""
+    table = Table(title=f"{cfg.choices.optimizer} · {cfg.choices.task} · {cfg.choices.model} · seed {cfg.seed}")
+    table.add_column("held-out test", justify="left")
+    table.add_column("value", justify="right")
+    for name, value in summary["test"].items():
+        if not name.rpartition("/")[2].startswith("accuracy_at_"):  # by position: for figures, too many for a table
+            table.add_row(name, f"{value:.4f}")
+    table.add_row("chance loss", f"{datamodule.chance_loss:.4f}", end_section=True)
+    table.add_row("stopped by", summary["stopped_by"])
+    table.add_row("steps", f"{summary['steps']:,}")
+    table.add_row("function evaluations", f"{summary['evaluations']:,}")
+    table.add_row("training time", f"{clock(summary['seconds'])} ({summary['seconds']:.1f} s)")
+    console.print(table)
+    run_dir = shown(cfg.output_dir)
+    lines = [f"Run:  {run_dir}", f"Plot: python {shown(Path(__file__).with_name('figures.py'))} {run_dir}"]
+    if (Path(cfg.output_dir) / "wandb").exists():
+        offline = cfg.logger.get("offline")
+        lines.append(
+            f"W&B:  offline, nothing was uploaded; upload with: wandb sync {run_dir}/wandb/offline-run-*"
+            if offline
+            else "W&B:  uploaded"
+        )
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def shown(path: str | Path) -> str:
+    """A path as short as it can be typed from here."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -1,0 +1,99 @@
+"""Train a transformer on a task with any optimizer, test it, and leave a summary.
+
+    python src/train.py                                  pattern search on parity, the default
+    python src/train.py --config-name=train              the same by gradients
+    python src/train.py task=scan model=tiny seed=1      anything in configs/ can be set
+    python src/train.py --help                           all options
+"""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("PATTERN_SEARCH_ROOT", str(Path(__file__).resolve().parents[1]))  # configs/hydra puts runs below it
+
+import hydra
+import lightning as L
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from build import build_datamodule, build_task
+from config_check import DEFAULT_CONFIG, check_command_line
+from metrics_table import MetricsTable
+from report import print_header, print_summary, summarise
+
+
+def train(cfg: DictConfig) -> dict:
+    """Build, fit, test and summarise one run; returns the summary that is saved as summary.json."""
+    run_dir, console = Path(cfg.output_dir), Console()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+
+    L.seed_everything(cfg.seed, verbose=False)
+    datamodule = build_datamodule(cfg)
+    task = build_task(cfg, datamodule)
+    loggers = [MetricsTable(run_dir)]
+    if "_target_" in cfg.logger:
+        loggers.append(instantiate(cfg.logger))
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
+    trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, default_root_dir=str(run_dir))
+    for logger in loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+
+    print_header(console, cfg, task, datamodule)
+    interrupted = fit(trainer, task, datamodule)
+    metrics, checkpoint = ({}, None) if interrupted else test(trainer, task, datamodule)
+    summary = summarise(cfg, trainer, task, metrics, checkpoint)
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print_summary(console, cfg, summary, datamodule)
+    for logger in loggers:
+        logger.finalize("aborted" if interrupted else "success")
+    if interrupted:
+        sys.exit(130)
+    return summary
+
+
+def fit(trainer: L.Trainer, task: L.LightningModule, datamodule: L.LightningDataModule) -> bool:
+    """Train; returns whether the user interrupted it. Lightning turns Ctrl-C into an exit with code 1."""
+    try:
+        trainer.fit(task, datamodule=datamodule)
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+    return trainer.interrupted
+
+
+def test(trainer: L.Trainer, task: L.LightningModule, datamodule: L.LightningDataModule) -> tuple[dict, str | None]:
+    """Test the weights that validation selected, once; returns the metrics and the checkpoint."""
+    selected = [c.best_model_path for c in trainer.checkpoint_callbacks if c.best_model_path]
+    checkpoint = selected[0] if selected else None
+    trainer.test(task, datamodule=datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}, checkpoint
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name=DEFAULT_CONFIG)
+def main(cfg: DictConfig) -> float:
+    mode = os.environ.get("WANDB_MODE")
+    try:
+        summary = train(cfg)
+    finally:
+        finish_wandb(mode)
+    return summary["test"]["test/loss"]
+
+
+def finish_wandb(mode: str | None) -> None:
+    """End the W&B run of this job, so that the next job of a sweep gets its own, and its own mode."""
+    if wandb := sys.modules.get("wandb"):
+        wandb.finish()
+    os.environ.pop("WANDB_MODE", None)  # WandbLogger(offline=True) sets it for the whole process
+    if mode is not None:
+        os.environ["WANDB_MODE"] = mode
+
+
+if __name__ == "__main__":
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the header and the summary say it in fewer words
+    check_command_line(sys.argv[1:])
+    main()
