@@ -31,7 +31,13 @@ from pattern_search_task import derivative_free
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DEFAULT_CONFIG = "pattern_search_train"
-BUILT_IN_PACKAGES = {"torch", "lightning", "torchmetrics", "wandb", *(p.stem for p in Path(__file__).parent.glob("*.py"))}
+BUILT_IN_PACKAGES = {
+    "torch",
+    "lightning",
+    "torchmetrics",
+    "wandb",
+    *(p.stem for p in Path(__file__).parent.glob("*.py")),
+}
 INJECTED = {"vocab_size", "n_classes", "max_len", "model", "optimizer", "params"}  # filled in by build.py
 
 
@@ -194,7 +200,9 @@ def arguments_model(target: Callable) -> type[BaseModel]:
     try:
         return create_model("Arguments", __config__=config, **fields)
     except Exception:  # pydantic knows no schema for some annotation of a library: check the names only
-        return create_model("Arguments", __config__=config, **{name: (Any, default) for name, (_, default) in fields.items()})
+        return create_model(
+            "Arguments", __config__=config, **{name: (Any, default) for name, (_, default) in fields.items()}
+        )
 
 
 def validate(model: type[BaseModel], values: dict, path: str, known: list[str] | None = None) -> Iterator[str]:
@@ -239,7 +247,7 @@ def wandb_key() -> str | None:
     """The W&B key from WANDB_API_KEY or ~/.netrc, without asking for it."""
     import wandb  # only here: it takes a second to import, and most checks do not need it
 
-    return os.environ.get("WANDB_API_KEY") or wandb.Api.default_entity and wandb.api.api_key
+    return os.environ.get("WANDB_API_KEY") or (wandb.Api.default_entity and wandb.api.api_key)
 
 
 _built: dict[str, list[str]] = {}  # the jobs of a sweep often share their data and model

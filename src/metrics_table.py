@@ -54,7 +54,9 @@ def read_runs(*paths: str | Path) -> pd.DataFrame:
     for table in sorted({t for path in paths for t in Path(path).rglob("metrics.csv")}):
         run = table.parent
         if (run / "config.yaml").exists():
-            frame = pd.read_csv(table).assign(run=run.name if run.parent.name == "runs" else f"{run.parent.name}/{run.name}")
+            frame = pd.read_csv(table).assign(
+                run=run.name if run.parent.name == "runs" else f"{run.parent.name}/{run.name}"
+            )
             tables.append(frame.assign(**describe(OmegaConf.load(run / "config.yaml"))))
     if not tables:
         raise FileNotFoundError(f"no run with metrics.csv and config.yaml below {', '.join(map(str, paths))}")

@@ -1,9 +1,9 @@
 """Train a transformer on a task with any optimizer, test it, and leave a summary.
 
-    python src/train.py                                  pattern search on parity, the default
-    python src/train.py --config-name=train              the same by gradients
-    python src/train.py task=scan model=tiny seed=1      anything in configs/ can be set
-    python src/train.py --help                           all options
+python src/train.py                                  pattern search on parity, the default
+python src/train.py --config-name=train              the same by gradients
+python src/train.py task=scan model=tiny seed=1      anything in configs/ can be set
+python src/train.py --help                           all options
 """
 
 import json
@@ -12,7 +12,9 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("PATTERN_SEARCH_ROOT", str(Path(__file__).resolve().parents[1]))  # configs/hydra puts runs below it
+os.environ.setdefault(
+    "PATTERN_SEARCH_ROOT", str(Path(__file__).resolve().parents[1])
+)  # configs/hydra puts runs below it
 
 import hydra
 import lightning as L
@@ -71,7 +73,9 @@ def test(trainer: L.Trainer, task: L.LightningModule, datamodule: L.LightningDat
     selected = [c.best_model_path for c in trainer.checkpoint_callbacks if c.best_model_path]
     checkpoint = selected[0] if selected else None
     trainer.test(task, datamodule=datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
-    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}, checkpoint
+    return {
+        name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")
+    }, checkpoint
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name=DEFAULT_CONFIG)

@@ -180,7 +180,7 @@ def check_sizes(vocab_size, n_classes, max_len, d_model, n_layers, n_heads, d_ff
         if size < 1:
             raise ValueError(f"model.{name}={size} must be at least 1")
     if d_model % n_heads:
-        near = [h for h in range(n_heads, 0, -1) if d_model % h == 0][0]
+        near = next(h for h in range(n_heads, 0, -1) if d_model % h == 0)
         fits = max(1, round(d_model / n_heads)) * n_heads
         raise ValueError(
             f"model.d_model={d_model} is not divisible by model.n_heads={n_heads}; "

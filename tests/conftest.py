@@ -1,0 +1,38 @@
+"""Fixtures that many tests share: composed configs, and data and models of the default task."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from config_check import compose_jobs
+from state_tracking_data import StateTrackingDataModule
+from transformer import DecoderOnlyTransformer
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "optimizer.polls_per_step=5", "logger=none"]
+
+
+@pytest.fixture
+def compose_config(tmp_path):
+    """Compose a config as the command line would, with its output in the test's own directory."""
+
+    def compose(*overrides: str, config_name: str = "pattern_search_train") -> DictConfig:
+        (cfg,) = compose_jobs(config_name, list(overrides))
+        cfg.output_dir = str(tmp_path)
+        return cfg
+
+    return compose
+
+
+@pytest.fixture
+def parity() -> StateTrackingDataModule:
+    return StateTrackingDataModule()
+
+
+@pytest.fixture
+def model(parity) -> DecoderOnlyTransformer:
+    """A model of 1 layer and width 8 for parity."""
+    torch.manual_seed(0)
+    return DecoderOnlyTransformer(parity.vocab_size, parity.n_classes, parity.max_len, 8, n_layers=1, n_heads=2)

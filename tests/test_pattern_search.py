@@ -1,0 +1,325 @@
+"""The optimizer against the textbook: test functions, radii, counts, budgets, exact restore, state."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from closure import OneByOne
+from optimizer import PatternSearch
+
+
+def sphere(w):
+    return (w**2).sum()
+
+
+def rosenbrock(w):
+    return 100 * (w[1] - w[0] ** 2) ** 2 + (1 - w[0]) ** 2
+
+
+def run(search, closure, steps=10_000):
+    for _ in range(steps):
+        search.step(closure)
+        if search.stopped_by is not None:
+            break
+    return search
+
+
+@pytest.fixture(params=["opportunistic", "complete"])
+def poll(request):
+    return request.param
+
+
+def test_sphere_is_solved_within_a_known_number_of_evaluations(poll):
+    w = nn.Parameter(torch.tensor([3.3, -2.7, 1.1, 0.4], dtype=torch.float64))
+    search = run(PatternSearch([w], radius=1.0, min_radius=1e-4, poll=poll), lambda: sphere(w))
+    assert search.stopped_by == "min_radius"
+    assert w.abs().max() < 1e-4
+    assert search.evaluations < 700
+
+
+def test_rosenbrock_is_solved_within_a_known_number_of_evaluations(poll):
+    w = nn.Parameter(torch.tensor([-1.2, 1.0], dtype=torch.float64))
+    search = PatternSearch([w], radius=0.5, min_radius=1e-9, expansion=2.0, poll=poll, target_loss=1e-4)
+    run(search, lambda: rosenbrock(w), steps=50_000)
+    assert search.stopped_by == "target_loss"
+    assert rosenbrock(w) < 1e-4
+    assert search.evaluations < 60_000
+
+
+def test_the_radius_halves_exactly_when_a_complete_poll_fails(poll):
+    w = nn.Parameter(torch.zeros(3))
+    search = PatternSearch([w], radius=1.0, poll=poll)
+    for k in range(1, 6):  # the start is the minimum: every poll fails
+        search.step(lambda: sphere(w))
+        assert search.param_groups[0]["radius"] == 0.5**k
+        assert search.evaluations == 7 * k  # 6 directions and the incumbent
+
+
+def test_a_poll_with_a_success_keeps_the_radius():
+    w = nn.Parameter(torch.tensor([10.0, 0.0]))
+    search = PatternSearch([w], radius=1.0)
+    search.step(lambda: sphere(w))
+    assert search.report.accepted == 1
+    assert search.param_groups[0]["radius"] == 1.0
+
+
+def test_expansion_multiplies_the_radius_up_to_its_maximum():
+    w = nn.Parameter(torch.tensor([100.0]))
+    search = PatternSearch([w], radius=1.0, expansion=2.0, max_radius=3.0)
+    radii = []
+    for _ in range(3):
+        search.step(lambda: sphere(w))
+        radii.append(search.param_groups[0]["radius"])
+    assert radii == [2.0, 3.0, 3.0]
+
+
+def test_a_step_polls_a_part_and_the_poll_goes_on_in_the_next_step():
+    w = nn.Parameter(torch.zeros(5))
+    search = PatternSearch([w], radius=1.0, polls_per_step=4)
+    radii = []
+    for _ in range(3):
+        search.step(lambda: sphere(w))
+        radii.append(search.param_groups[0]["radius"])
+    assert radii == [1.0, 1.0, 0.5]  # 4 + 4 + 2 directions make one pass
+    assert search.evaluations == 10 + 3  # and one at the incumbent of each step
+
+
+def test_every_signed_coordinate_is_polled_once_a_pass_in_a_seeded_order():
+    def seen(seed):
+        w = nn.Parameter(torch.zeros(6))
+        polled = []
+
+        def closure():
+            polled.append(tuple(w.tolist()))
+            return torch.tensor(0.0)
+
+        PatternSearch([w], radius=1.0, seed=seed).step(closure)
+        return polled[1:]
+
+    directions = seen(0)
+    assert len(set(directions)) == len(directions) == 12
+    assert all(sum(map(abs, d)) == 1 for d in directions)
+    assert directions == seen(0) != seen(1)
+
+
+def test_an_accepted_direction_saves_the_way_back():
+    w = nn.Parameter(torch.tensor([5.0]))
+    search = PatternSearch([w], radius=1.0, seed=0)
+    search.step(lambda: sphere(w))
+    forward_first = search.evaluations == 2  # incumbent and the first sign
+    assert search.evaluations == (2 if forward_first else 3)
+    assert search.report.accepted == 1
+    assert search.report.polled == search.report.to_poll == 2
+
+
+def test_the_incumbent_never_gets_worse_on_a_fixed_batch(poll):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)), torch.randn(16, 4)
+    search = PatternSearch(net.parameters(), radius=0.3, poll=poll, polls_per_step=7)
+    losses = []
+    for _ in range(200):
+        search.step(lambda: ((net(x) - x.prod(1, keepdim=True)) ** 2).mean())
+        losses += [search.report.loss_before, search.report.loss_after]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_losses_of_different_batches_are_never_compared():
+    w = nn.Parameter(torch.tensor([1.0]))
+    search = PatternSearch([w], radius=0.5, polls_per_step=2, contraction=0.9)
+    for offset in (0.0, 1000.0, 0.0, 1000.0):  # a stale best of 0 would reject every move at 1000
+        before = sphere(w).item()
+        search.step(lambda offset=offset: sphere(w) + offset)
+        assert sphere(w) < before or before == 0
+
+
+def test_evaluation_counts_are_exact(poll):
+    w, calls = nn.Parameter(torch.randn(7, generator=torch.Generator().manual_seed(0))), 0
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        return sphere(w)
+
+    search = PatternSearch([w], radius=0.7, poll=poll, polls_per_step=5)
+    total = 0
+    for _ in range(30):
+        search.step(closure)
+        total += search.report.evaluations
+        assert search.evaluations == calls == total
+
+
+@pytest.mark.parametrize("budget", [1, 2, 9, 50])
+def test_the_evaluation_budget_is_never_exceeded(poll, budget):
+    w, calls = nn.Parameter(torch.randn(7, generator=torch.Generator().manual_seed(0))), 0
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        return sphere(w)
+
+    search = run(PatternSearch([w], radius=0.7, poll=poll, max_evaluations=budget), closure)
+    assert calls == search.evaluations == budget
+    assert search.stopped_by == "max_evaluations"
+    search.step(closure)  # a stopped search does nothing
+    assert calls == budget
+
+
+def test_the_time_budget_ends_a_step_within_a_long_poll():
+    w = nn.Parameter(torch.zeros(100_000))
+    search = PatternSearch([w], radius=0.7, max_seconds=0.2)
+    search.step(lambda: sphere(w))
+    assert search.stopped_by == "max_seconds"
+    assert search.report.polled < search.report.to_poll
+
+
+def test_weights_are_restored_bit_for_bit_after_a_rejected_poll(poll):
+    w = nn.Parameter(torch.randn(50))
+    before = w.detach().clone()
+    PatternSearch([w], radius=0.1, poll=poll).step(lambda: torch.tensor(1.0))
+    assert torch.equal(w, before)
+
+
+def test_weights_are_restored_when_the_closure_raises():
+    w = nn.Parameter(torch.randn(5))
+    before, calls = w.detach().clone(), iter([1.0, 2.0])
+    with pytest.raises(StopIteration):
+        PatternSearch([w], radius=0.1).step(lambda: torch.tensor(next(calls)))
+    assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_losses_that_are_not_finite_are_worse_than_any(poll, bad):
+    w = nn.Parameter(torch.tensor([2.0, 2.0]))
+    search = PatternSearch([w], radius=1.0, poll=poll)
+    for _ in range(4):
+        search.step(lambda: sphere(w) if w[0] == 2 else torch.tensor(bad))
+    assert w.tolist() == [2.0, 0.0]
+
+
+def test_a_search_leaves_a_start_whose_loss_is_not_finite(poll):
+    w = nn.Parameter(torch.tensor([2.0]))
+    search = PatternSearch([w], radius=1.0, poll=poll)
+    search.step(lambda: torch.tensor(math.nan) if w[0] == 2 else sphere(w))
+    assert w.item() in (1.0, 3.0)
+
+
+def test_each_group_has_its_own_radius():
+    still, moving = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.tensor([9.0]))
+    groups = [{"params": [still], "radius": 1.0}, {"params": [moving], "radius": 2.0, "expansion": 2.0}]
+    search = PatternSearch(groups)
+    search.step(lambda: sphere(still) + sphere(moving))
+    assert [g["radius"] for g in search.param_groups] == [0.5, 4.0]
+    assert moving.item() == 7.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_floating_types(dtype):
+    w = nn.Parameter(torch.tensor([3.0, -2.0], dtype=dtype))
+    run(PatternSearch([w], radius=1.0, min_radius=0.1), lambda: sphere(w))
+    assert w.tolist() == [0.0, 0.0]
+
+
+def test_frozen_and_strided_parameters():
+    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    strided = nn.Parameter(torch.ones(2, 3).t())  # not contiguous: flat views of it do not exist
+    run(PatternSearch([frozen, strided], radius=1.0, min_radius=0.3), lambda: sphere(frozen) + sphere(strided))
+    assert sphere(frozen) == sphere(strided) == 0
+
+
+def test_no_gradient_is_ever_allocated():
+    w = nn.Parameter(torch.ones(3))
+
+    def closure():
+        assert not torch.is_grad_enabled()
+        return sphere(w)
+
+    PatternSearch([w], radius=0.1).step(closure)
+    assert w.grad is None
+
+
+@pytest.mark.parametrize("steps_before", [1, 7, 20])
+def test_a_saved_search_goes_on_exactly_where_it_was(poll, steps_before):
+    def make():
+        w = nn.Parameter(torch.linspace(-1, 1, 9))
+        return w, PatternSearch([w], radius=0.3, poll=poll, polls_per_step=4, seed=3)
+
+    def steps(w, search, n):
+        for _ in range(n):
+            search.step(lambda: ((w - torch.arange(9) / 7) ** 2).sum())
+
+    w, search = make()
+    steps(w, search, steps_before)
+    file = io.BytesIO()
+    torch.save({"w": w, "search": search.state_dict()}, file)
+    steps(w, search, 25)
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)  # plain values only
+    w2, search2 = make()
+    with torch.no_grad():
+        w2.copy_(saved["w"])
+    search2.load_state_dict(saved["search"])
+    steps(w2, search2, 25)
+    assert torch.equal(w, w2)
+    assert search2.evaluations == search.evaluations
+    assert search2.param_groups[0]["radius"] == search.param_groups[0]["radius"]
+
+
+def test_a_copied_search_goes_on_alone():
+    w = nn.Parameter(torch.ones(3))
+    search = PatternSearch([w], radius=0.1, polls_per_step=2)
+    search.step(lambda: sphere(w))
+    twin = copy.deepcopy(search)
+    twin.step(lambda: torch.tensor(0.0))
+    assert twin.evaluations == search.evaluations + 3
+
+
+class ManyAtOnce(OneByOne):
+    """Answers as `OneByOne` does, and asks for large blocks, so that the search meets the same losses in batches."""
+
+    block = 16
+
+    def __call__(self):
+        return self.closure()
+
+
+def test_polls_of_many_candidates_take_the_same_decisions(poll):
+    def trajectory(wrap):
+        torch.manual_seed(1)
+        net, x = nn.Linear(6, 3).double(), torch.randn(20, 6).double()
+        search = PatternSearch(net.parameters(), radius=0.2, poll=poll, polls_per_step=11)
+        seen = []
+        for step in range(60):
+            search.step(wrap(lambda step=step: ((net(x + step % 3) - x[:, :3]) ** 2).mean(), search))
+            seen.append((search.report.loss_after, search.report.accepted, search.evaluations))
+        return seen
+
+    assert trajectory(lambda f, search: ManyAtOnce(f, search.coordinates)) == trajectory(lambda f, search: f)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"radius": 0}, "radius=0 must be above 0"),
+        ({"radius": math.nan}, "radius=nan must be above 0"),
+        ({"contraction": 1.0}, "contraction=1.0 must lie between 0 and 1"),
+        ({"expansion": 0.9}, "expansion=0.9 must be at least 1"),
+        ({"poll": "random"}, "poll=random is not known"),
+        ({"polls_per_step": 0}, "polls_per_step=0 must be at least 1"),
+        ({"max_evaluations": 0}, "max_evaluations=0 must be at least 1"),
+        ({"max_seconds": 0}, "max_seconds=0 must be above 0"),
+    ],
+)
+def test_options_outside_their_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        PatternSearch([nn.Parameter(torch.ones(1))], **options)
+
+
+def test_integer_parameters_are_refused():
+    with pytest.raises(ValueError, match=r"int64 cannot be searched"):
+        PatternSearch([torch.ones(2, dtype=torch.int64)])
