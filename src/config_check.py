@@ -210,7 +210,7 @@ def validate(model: type[BaseModel], values: dict, path: str, known: list[str] |
     plain = {k: v for k, v in values.items() if not (isinstance(v, dict) and "_target_" in v)}
     nested = values.keys() - plain.keys()
     try:
-        model.model_validate(plain, strict=True)
+        model.model_validate_json(json.dumps(plain), strict=True)  # as JSON: a list may stand for a tuple, as in YAML
     except ValidationError as error:
         seen = set()
         for problem in error.errors():

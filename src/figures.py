@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from metrics_table import read_runs, read_wandb
 
 PANELS = {
-    "train/loss": "training loss, nats a token (batch, before the step)",
+    "train/loss": "training loss, nats a token",
     "val/loss": "validation loss, nats a token",
     "val/exact_match": "validation exact match",
 }
@@ -34,6 +34,8 @@ def draw_runs(table: pd.DataFrame) -> Figure:
     table = table.assign(label=table[differing].astype(str).agg(" · ".join, axis=1))
     metrics = [name for name in PANELS if (table.metric == name).any()]
     sns.set_theme(style="whitegrid", context="notebook")
+    ends = table.groupby("run")[list(AXES)].max()
+    far_apart = ends.max() > 30 * ends.min()  # then a linear axis would hide the shorter runs
     figure = Figure(figsize=(12, 3.4 * len(metrics)), layout="constrained")
     panels = figure.subplots(len(metrics), len(AXES), squeeze=False, sharey="row")
     for row, metric in zip(panels, metrics, strict=True):
@@ -45,12 +47,14 @@ def draw_runs(table: pd.DataFrame) -> Figure:
             else:
                 sns.lineplot(**look, marker="o", markersize=4, markeredgewidth=0, legend=False)
             panel.set(xlabel=title, ylabel=PANELS[metric] if axis == "evaluations" else "")
+            if far_apart[axis]:
+                panel.set_xscale("log")
             if metric.endswith("exact_match"):
                 panel.set_ylim(-0.02, 1.02)
     labels = list(dict.fromkeys(table.label))
     lines = [matplotlib.lines.Line2D([], [], color=colour) for colour in sns.color_palette(n_colors=len(labels))]
     runs = table.groupby("label").run.nunique()
-    names = [f"{label} ({runs[label]} run{'s' * (runs[label] > 1)})" for label in labels]
+    names = [f"{label} ({runs[label]} run{'s' if runs[label] > 1 else ''})" for label in labels]
     figure.legend(lines, names, loc="outside upper center", ncols=min(len(labels), 3), frameon=False)
     return figure
 

@@ -168,9 +168,7 @@ def _edit(strings: np.ndarray, n_symbols: int, rng: np.random.Generator) -> np.n
     return np.where(rng.random((n, 1)) < 0.5, substituted, swapped)
 
 
-def draw_strings(
-    language: str, lengths: Sequence[int], member: bool, n: int, rng: np.random.Generator
-) -> np.ndarray:
+def draw_strings(language: str, lengths: Sequence[int], member: bool, n: int, rng: np.random.Generator) -> np.ndarray:
     """n members or n non-members, of lengths drawn uniformly: (n, max(lengths)), padded with -1.
 
     Only lengths that have both count, so that the length is no cue. (aa)* has no such length: there

@@ -80,6 +80,8 @@ class MembershipDataModule(SequenceDataModule):
         one_of("datamodule.language", language, ("sets", *LANGUAGES))
         default = N_SETS if language == "sets" else N_STRINGS
         super().__init__(batch_size, default if n_samples is None else n_samples, seed)
+        if self.n_samples < 2:
+            raise ValueError(f"datamodule.n_samples={n_samples} must be at least 2: one row of each label")
         self.language, self.universe, self.length = language, universe, length
         self.set_sizes = (set_size,) if isinstance(set_size, int) else tuple(set_size)
         self.test_set_sizes, self.test_lengths = tuple(test_set_sizes), tuple(test_lengths)
@@ -111,7 +113,7 @@ class MembershipDataModule(SequenceDataModule):
 
     def _check_lengths(self) -> None:
         ends = [self.length, *self.test_lengths]
-        if self.length < 1 or any(b <= a for a, b in zip(ends, ends[1:], strict=False)):
+        if self.length < 1 or any(b <= a for a, b in itertools.pairwise(ends)):
             raise ValueError(
                 f"datamodule.length={self.length}, test_lengths={list(self.test_lengths)}: "
                 "lengths start at 1 and each bin must end behind the one before"
@@ -138,28 +140,29 @@ class MembershipDataModule(SequenceDataModule):
         return {name: self._lay_out_strings(split) for name, split in rows.items()}
 
     def _split_by_hash(self, draw: Draw, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Half of each split are members. Held-out rows are distinct: else a few short strings would be most of them."""
-        held_out = min(N_HELD_OUT // 2, max(1, self._distinct // 12))  # leave most of a small space to training
-        labels = []
+        """Half of each split are members. Held-out rows are distinct: a few short strings would be most of them."""
+        held_out = min(N_HELD_OUT, max(1, self._distinct // 12))  # leaves most of a small space to training
+        by_label = []
         for member, n in ((False, self.n_samples // 2), (True, self.n_samples - self.n_samples // 2)):
             sizes = {"train": n, "val": held_out, "test": held_out}
-            labels.append(split_by_hash(lambda rng, n, member=member: draw(member, n, rng), sizes, self.seed))
-        splits = {"train": rng.permutation(np.concatenate([part["train"] for part in labels]))}
+            by_label.append(split_by_hash(lambda rng, n, member=member: draw(member, n, rng), sizes, self.seed))
+        splits = {"train": rng.permutation(np.concatenate([part["train"] for part in by_label]))}
         for name in ("val", "test"):
-            distinct = [rng.permutation(np.unique(part[name], axis=0)) for part in labels]
-            splits[name] = rng.permutation(np.concatenate([part[: min(map(len, distinct))] for part in distinct]))
+            distinct = [rng.permutation(np.unique(part[name], axis=0)) for part in by_label]
+            n = min(N_HELD_OUT // 2, *map(len, distinct))
+            splits[name] = rng.permutation(np.concatenate([rows[:n] for rows in distinct]))
         return splits
 
     def _split_lengths(self, rng: np.random.Generator) -> dict[str, list[int]]:
         """Lengths for each split; an odd one and the next even one stay together, so that both labels are in each."""
-        pairs = [[k - 1, k] for k in range(2, self.length, 2)]  # the longest length is for training
+        pairs = [[k - 1, k] for k in range(2, self.length - 1, 2)]  # the longest are for training
         if len(pairs) < 3:
             raise ValueError(
                 f"datamodule.length={self.length} is too short for datamodule.language={self.language}, which can "
                 "only be tested on lengths it was not trained on; try datamodule.length=16"
             )
-        val, test, _ = np.split(rng.permutation(pairs), np.cumsum([max(1, len(pairs) // 8), max(1, len(pairs) // 4)]))
-        train = np.setdiff1d(np.arange(1, self.length + 1), [val.flatten().tolist() + test.flatten().tolist()])
+        val, test, _ = np.split(rng.permutation(pairs), np.cumsum([-(-len(pairs) // 8), -(-len(pairs) // 4)]))
+        train = np.setdiff1d(np.arange(1, self.length + 1), [*val.flatten(), *test.flatten()])
         return {name: lengths.flatten().tolist() for name, lengths in (("train", train), ("val", val), ("test", test))}
 
     def _lay_out_sets(self, rows: np.ndarray, rng: np.random.Generator) -> Sequences:

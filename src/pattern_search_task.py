@@ -13,7 +13,6 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from closure import forward_only
 from sequence_data import IGNORE
@@ -26,7 +25,7 @@ def masked_loss(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE)
 
 
-class Scores(nn.Module):
+class Scores:
     """Metrics of one split, micro-averaged: sums over the whole split, never means of batch means.
 
     A family adds its own by extending `measure`, which maps a name to (values, weights): the metric
@@ -34,8 +33,8 @@ class Scores(nn.Module):
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.means = nn.ModuleDict()
+        self.sums: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
 
     def measure(self, logits: Tensor, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         scored = y != IGNORE  # (B, T)
@@ -50,16 +49,15 @@ class Scores(nn.Module):
         }
 
     def update(self, logits: Tensor, y: Tensor) -> None:
+        # torchmetrics' MeanMetric either drops NaN losses or, told not to, drops the weights (1.9)
         for name, (values, weights) in self.measure(logits, y).items():
-            if name not in self.means:
-                self.means[name] = MeanMetric(nan_strategy="disable").to(logits.device)
-            self.means[name].update(values, weights.to(values))
+            weights = weights.to(values.device, torch.float64)
+            self.sums[name] = self.sums.get(name, 0) + (values * weights).sum()
+            self.weights[name] = self.weights.get(name, 0) + weights.sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """The metrics since the last call, and starts anew."""
-        scores = {name: mean.compute() for name, mean in self.means.items()}
-        self.means.clear()
-        return scores
+        """The metrics of everything since the start."""
+        return {name: total / self.weights[name] for name, total in self.sums.items()}
 
 
 class PatternSearchTask(L.LightningModule):

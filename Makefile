@@ -1,0 +1,28 @@
+# Two commands on a fresh machine with Python 3.11, 3.12 or 3.13: `make train` and `make test`.
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: train test lint format clean
+
+train: .venv/installed
+	$(RUN) src/train.py --config-name=pattern_search_train
+
+test: .venv/installed
+	$(RUN) -m pytest
+
+lint: .venv/installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: .venv/installed
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11, 3.12 or 3.13 is needed, and this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 ...")'
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache

@@ -1,0 +1,181 @@
+"""Losses of many candidates in one pass, for any module: the closure behind most models.
+
+Candidates that move a weight of the same tensor go through one vectorised forward in which only that
+tensor is stacked. What lies before it is computed once for all of them, and every other weight is shared.
+
+    polls = GenericPolls(module, Coordinates(module.parameters()), loss)
+    closure = polls.on(batch)  # cheap: once a step
+    closure(), closure.poll(coordinates, steps), closure.trial(coordinates, changes, scales)
+"""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from closure import Coordinates, OneByOne, forward_only
+
+CHUNK_TOKENS = 2048  # activations of 1-2 thousand tokens stay in the L2 cache; a fixed number, so results are too
+CHUNK_WEIGHTS = 2**22  # stacked weights at a time: 16 MiB in float32, whatever the number of candidates
+
+
+class GenericPolls:
+    """Answers `poll` and `trial` (see `closure.py`) for any `nn.Module`, exact up to rounding.
+
+    The module is evaluated in eval mode, without gradients, and left in the mode it was in: dropout is
+    off and BatchNorm uses its running statistics. A tensor used in several places (tied weights) moves
+    in all of them. A candidate that ties with the incumbent within rounding is evaluated once more by
+    the plain forward, so that a dead weight is exactly as good as the incumbent and never accepted.
+    What cannot be vectorised is evaluated one by one; one warning names the reason.
+
+    Args:
+        module: any module.
+        coordinates: numbers the weights that may move, all of them parameters of `module`.
+        loss: (outputs of the module, batch) -> scalar loss.
+        inputs: batch -> positional arguments of the module.
+
+    Raises:
+        ValueError: a tensor that is not a parameter of the module or not of a floating type.
+            `poll` and `trial` raise it for an empty block, for lengths that differ and for a forward
+            that draws random numbers in eval mode, IndexError for a coordinate out of range.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        coordinates: Coordinates,
+        loss: Callable[[Any, Any], Tensor],
+        inputs: Callable[[Any], tuple] = lambda batch: (batch["x"],),
+    ):
+        self.module, self.coordinates, self.loss, self.inputs = module, coordinates, loss, inputs
+        self.names = names_of(module, coordinates)
+        self.refused: list[str] = []  # why vmap refused this module; shared by the closures of all batches
+
+    def on(self, batch: Any) -> "GenericPolls":
+        """The closure that answers about this batch."""
+        closure = copy.copy(self)
+        closure.batch = batch
+        x = self.inputs(batch)[0]
+        # tokens are numbered, vectors have their features (images their channels) in the second axis
+        closure.tokens = (
+            x.numel() if not x.is_floating_point() else max(1, x.numel() // x[:1].numel() * x[0, 0].numel())
+        )
+        return closure
+
+    @property
+    def block(self) -> int:
+        """Candidates per call that keep the chunks of most tensors full."""
+        return 1 if self.refused else max(256, min(1024, 2**16 // max(1, self.tokens)))
+
+    def __call__(self) -> Tensor:
+        """The loss at the incumbent, by the plain forward."""
+        with forward_only(self.module):
+            return self._loss({})
+
+    def poll(self, coordinates: Tensor, steps: Tensor) -> Tensor:
+        """Losses (K,) of the candidates weight[coordinates[k]] + steps[k]; coordinates and steps are (K,)."""
+        check_block(self.coordinates, coordinates, steps)
+        if self.refused:
+            return OneByOne(self, self.coordinates).poll(coordinates, steps)
+        losses = torch.empty(len(coordinates), dtype=torch.float64)
+        with forward_only(self.module):
+            incumbent = self._loss({})
+            near = 8 * torch.finfo(incumbent.dtype).eps * incumbent.abs().double()
+            for p, index, rows in self.coordinates.touched(coordinates):
+                name = self.names[id(p)]
+                for some in torch.arange(len(rows)).split(self._chunk(p.numel())):
+                    stack = p.expand(len(some), *p.shape).clone()  # (k, *shape of p)
+                    stack[(torch.arange(len(some)), *(i[some] for i in index))] += steps[rows[some]].to(p)
+                    found = self._losses({name: stack})
+                    if found is None:
+                        return self.poll(coordinates, steps)
+                    for k in ((found - incumbent.double()).abs() <= near).nonzero().flatten().tolist():
+                        found[k] = self._loss({name: stack[k]})
+                    losses[rows[some]] = found
+        return losses
+
+    def trial(self, coordinates: Tensor, changes: Tensor, scales: Tensor) -> Tensor:
+        """Losses (S,) of the combinations weight[coordinates] + scales[s] * changes; both (M,), scales (S,)."""
+        check_block(self.coordinates, coordinates, changes)
+        check_scales(scales)
+        if self.refused:
+            return OneByOne(self, self.coordinates).trial(coordinates, changes, scales)
+        touched = list(self.coordinates.touched(coordinates))
+        losses = []
+        with forward_only(self.module):
+            for some in scales.split(self._chunk(sum(p.numel() for p, _, _ in touched))):
+                found = self._losses({self.names[id(p)]: moved(p, i, rows, changes, some) for p, i, rows in touched})
+                if found is None:
+                    return self.trial(coordinates, changes, scales)
+                losses.append(found)
+        return torch.cat(losses)
+
+    def _chunk(self, weights: int) -> int:
+        """Candidates at a time, if each of them stacks so many weights."""
+        return max(1, min(CHUNK_TOKENS // max(1, self.tokens), CHUNK_WEIGHTS // weights))
+
+    def _loss(self, tensors: dict[str, Tensor]) -> Tensor:
+        """The loss with some of the module's tensors replaced by name."""
+        return self.loss(functional_call(self.module, tensors, self.inputs(self.batch)), self.batch)
+
+    def _losses(self, stacked: dict[str, Tensor]) -> Tensor | None:
+        """Losses (k,) in float64 for tensors (k, *shape); None if the module cannot be vectorised."""
+        try:
+            return vmap(self._loss)(stacked).double()
+        except Exception as reason:  # vmap raises what the operator raises that it does not know
+            if "randomness" in str(reason):
+                raise ValueError(
+                    f"{type(self.module).__name__} draws random numbers in eval mode; a search needs a forward "
+                    "that returns the same loss for the same weights: make it deterministic when not self.training"
+                ) from reason
+            self._loss({})  # an error of the module itself is no reason to go on one by one
+            first_line = str(reason).strip().split("\n")[0]
+            self.refused.append(first_line)
+            warnings.warn(
+                f"{type(self.module).__name__} cannot be vectorised, so candidates are evaluated one by one, "
+                f"which is slower: {first_line}",
+                stacklevel=4,
+            )
+            return None
+
+
+def moved(p: Tensor, index: tuple[Tensor, ...], rows: Tensor, changes: Tensor, scales: Tensor) -> Tensor:
+    """(S, *shape of p): copy s has scales[s] * changes[rows] added at `index`."""
+    stack = p.detach().expand(len(scales), *p.shape).clone()
+    stack[(slice(None), *index)] += (scales[:, None] * changes[rows]).to(p)
+    return stack
+
+
+def names_of(module: nn.Module, coordinates: Coordinates) -> dict[int, str]:
+    """id of each parameter -> its name in the module; raises ValueError for one that cannot be searched."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    for i, p in enumerate(coordinates.parameters):
+        if id(p) not in names:
+            raise ValueError(
+                f"parameter {i} of shape {tuple(p.shape)} is not a parameter of {type(module).__name__}: "
+                "moving it could not change the loss; give the optimizer parameters of the module it evaluates"
+            )
+        if not p.is_floating_point():
+            raise ValueError(f"{names[id(p)]} is of type {p.dtype}; only floating types can be searched")
+    return names
+
+
+def check_block(coordinates: Coordinates, asked: Tensor, steps: Tensor) -> None:
+    """Raise unless `asked` (K,) and `steps` (K,) are one block of candidates, every coordinate in range."""
+    if asked.shape != steps.shape or asked.ndim != 1:
+        raise ValueError(f"coordinates {tuple(asked.shape)} and steps {tuple(steps.shape)} must both be (K,)")
+    if not len(asked):
+        raise ValueError("an empty block: ask for at least one candidate")
+    low, high = int(asked.min()), int(asked.max())
+    if low < 0 or high >= len(coordinates):
+        wrong = low if low < 0 else high
+        raise IndexError(f"coordinate {wrong} is out of range: there are {len(coordinates)}, numbered from 0")
+
+
+def check_scales(scales: Tensor) -> None:
+    if scales.ndim != 1 or not len(scales):
+        raise ValueError(f"scales {tuple(scales.shape)} must be (S,) with at least one step length")

@@ -1,0 +1,31 @@
+"""What membership measures beside the metrics of every task: accuracy by label, balanced accuracy."""
+
+import torch
+from torch import Tensor
+
+from membership_data import CLASSES
+from pattern_search_task import PatternSearchTask, Scores
+from sequence_data import IGNORE
+
+
+class MembershipScores(Scores):
+    """Adds `accuracy_no`, `accuracy_yes` and their mean, `balanced_accuracy`: .5 for a constant answer."""
+
+    def measure(self, logits: Tensor, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        scored = y != IGNORE  # one position a row
+        labels, right = y[scored], (logits.argmax(-1) == y)[scored].float()  # (B,), (B,)
+        by_label = {}
+        for c, name in enumerate(CLASSES):
+            of_label = right[labels == c]
+            if len(of_label):
+                by_label[f"accuracy_{name}"] = (of_label, torch.ones(len(of_label)))
+        return super().measure(logits, y) | by_label
+
+    def compute(self) -> dict[str, Tensor]:
+        scores = super().compute()
+        recalls = [scores[f"accuracy_{name}"] for name in CLASSES if f"accuracy_{name}" in scores]
+        return scores | {"balanced_accuracy": torch.stack(recalls).mean()}
+
+
+class MembershipTask(PatternSearchTask):
+    scores_class = MembershipScores

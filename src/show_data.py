@@ -1,0 +1,79 @@
+"""Show the data of a task: examples with tokens above targets, the sizes of the splits, chance.
+
+python src/show_data.py                                       the default task
+python src/show_data.py task=scan datamodule.split=length     any key of the config can be set
+"""
+
+import sys
+from collections.abc import Iterator
+
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+
+from build import build_datamodule
+from config_check import DEFAULT_CONFIG, check_node, compose_jobs, explain, refuse
+from sequence_data import IGNORE, SequenceDataModule
+
+N_EXAMPLES = 2  # of each split
+
+
+def load_datamodule(overrides: list[str]) -> SequenceDataModule:
+    """The data that a command line selects; prints what is wrong with it and exits with code 2 if it selects none."""
+    try:
+        cfg = next(compose_jobs(DEFAULT_CONFIG, overrides))
+        node = OmegaConf.to_container(cfg.datamodule, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        refuse([explain(error, DEFAULT_CONFIG)])
+    if problems := list(check_node("datamodule", node, list(cfg.allowed_packages))):
+        refuse(problems)
+    try:
+        return build_datamodule(cfg)
+    except Exception as error:  # Hydra wraps what a constructor raised
+        refuse([str(error.__cause__ or error)])
+
+
+def align(datamodule: SequenceDataModule, split: str, row: int, width: int) -> Iterator[str]:
+    """One example as lines of x above y; y is blank where nothing is scored, and filler is left out."""
+    x, y = (rows[row].tolist() for rows in (datamodule.splits[split].x, datamodule.splits[split].y))
+    end = max(t for t, target in enumerate(y) if target != IGNORE) + 1
+    tokens = [datamodule.tokens[i] for i in x[:end]]
+    targets = [datamodule.classes[c] if c != IGNORE else "" for c in y[:end]]
+    above, below = "x ", "y "
+    for token, target in zip(tokens, targets, strict=True):
+        cell = max(len(token), len(target))
+        if len(above) + 1 + cell > width and len(above) > 2:
+            yield from (above, below)
+            above, below = "x ", "y "
+        above, below = f"{above} {token:<{cell}}", f"{below} {target:<{cell}}"
+    yield from (above, below)
+
+
+def sizes(datamodule: SequenceDataModule) -> Table:
+    """One row for each split."""
+    table = Table("split", "sequences", "longest x (tokens)", "scored positions", box=None, header_style="bold")
+    for name, split in datamodule.splits.items():
+        table.add_row(name, f"{len(split):,}", str(split.x.shape[1]), f"{int(split.scored.sum()):,}")
+    return table
+
+
+def main(arguments: list[str]) -> None:
+    console = Console(highlight=False)
+    datamodule = load_datamodule(arguments)
+    for name, split in datamodule.splits.items():
+        console.print(f"[bold]{name}[/bold]")
+        for row in range(min(N_EXAMPLES, len(split))):
+            for line in align(datamodule, name, row, console.width):
+                style = "bold green" if line.startswith("y") else None
+                console.print(line.rstrip(), style=style, markup=False, no_wrap=True, overflow="ellipsis")
+            console.print()
+    console.print(sizes(datamodule))
+    console.print(f"\ninput tokens   {datamodule.vocab_size}: {' '.join(datamodule.tokens)}", markup=False)
+    console.print(f"classes        {datamodule.n_classes}: {' '.join(datamodule.classes)}", markup=False)
+    console.print(f"chance         loss {datamodule.chance_loss:.4f} nats, accuracy {1 / datamodule.n_classes:.4f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

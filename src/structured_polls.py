@@ -1,0 +1,686 @@
+"""Losses of many candidates in one pass for `DecoderOnlyTransformer`, at a multiple of inference speed.
+
+A candidate moves one weight. For a weight that writes the residual stream, or sits one activation
+before one that does, the stream behind it changes by a rank-1 term: a scalar for every token, times
+one fixed direction. So nothing in front of the weight is computed again, its own layer costs almost
+nothing, and the layers behind it run once for all candidates together, with the same weights.
+
+    the weight moved by r        scalar per token                      direction
+    ff.outer[i, j]               r hidden_j                            e_i
+    ff.inner[i, j]               relu(u_i + r input_j) - relu(u_i)     column i of ff.outer
+    attention.out[i, j]          r mixed_j                             e_i
+    attention.value[i, j]        r (its head's weights on input_j)     column i of attention.out
+    embeddings [v, j]            r where the token (position) is v     e_j
+
+Queries and keys change the scores of one head; gains and biases of a norm change what follows by a
+rank-1 term in front of the next activation; final norm and head change the logits by one.
+
+The model is a chain of stages, each a class below: embedding, attention and feed-forward of every
+block, head. In the last block only the scored positions are computed. The residual stream is kept
+centred: a LayerNorm subtracts its mean anyway, so it becomes an RMS norm, and its gain and bias are
+folded into the matrix behind it.
+
+Shapes: B rows of the batch, K candidates, T tokens, S scored positions, H heads, F = d_ff, C classes.
+"""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace as Values
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from closure import Coordinates
+from generic_polls import GenericPolls, check_block, check_scales, moved
+from sequence_data import IGNORE
+from transformer import DecoderOnlyTransformer, frequencies
+
+EPS = 1e-5  # of every LayerNorm, torch's default
+CHUNK_TOKENS = 2048  # tokens of all candidates at a time: their activations stay in the L2 cache
+ROW_TOKENS = 2048  # tokens of the incumbent at a time, so that even one candidate's activations stay there
+CACHE_BYTES = 2**28  # what may be remembered of the incumbent; rows beyond are computed anew in every call
+LIGHT = 16  # times as many where only a few numbers a token are computed
+WILD = 1e12  # a larger change of the stream squares to nearly the largest float32: left to the plain forward
+
+
+class Rank1(NamedTuple):
+    """What candidates add to the residual stream: scalar (B, K, T) times direction (K, d)."""
+
+    scalar: Tensor
+    direction: Tensor
+
+    def added_to(self, x: Tensor) -> Tensor:
+        """Stream of the incumbent (B, T, d) -> streams of the candidates (B, K, T, d)."""
+        return x[:, None] + self.scalar[..., None] * self.direction[:, None]
+
+
+class Moves(NamedTuple):
+    """k candidates of one tensor: weight[i, j] + step, each (k,); j is 0 in a vector."""
+
+    i: Tensor
+    j: Tensor
+    step: Tensor
+
+
+class Rows:
+    """Some rows of a batch, and what the incumbent computes on them, stage by stage.
+
+    Args:
+        x: (B, T) tokens.
+        y: (B, T) classes or IGNORE.
+        weight: (B,) of each scored token of a row in the mean loss.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, weight: Tensor, dtype: torch.dtype):
+        scored = y != IGNORE
+        length = max(1, int(scored.any(0).nonzero().max()) + 1)  # nothing behind the last scored token matters
+        self.x, y, scored = x[:, :length], y[:, :length], scored[:, :length]
+        n_scored = int(scored.sum(1).max())
+        # the scored positions of each row in order; a row with fewer repeats one of its own with weight 0
+        order = torch.where(scored, torch.arange(length), length).sort(1).values[:, :n_scored]
+        real = order < length
+        self.at = order.where(real, order[:, :1])  # (B, S)
+        self.target = y.gather(1, self.at)  # (B, S)
+        self.weight = (weight[:, None] * real).to(dtype)  # (B, S)
+        steps = torch.arange(length)
+        self.seen = (steps <= steps[:, None]).to(dtype)[None]  # (1, T, T): query t sees the keys 0..t
+        self.seen_by_scored = (steps <= self.at[..., None]).to(dtype)  # (B, S, T)
+        first = int(self.at[0, 0])
+        self.slice = slice(first, first + n_scored) if bool((self.at == first + steps[:n_scored]).all()) else None
+        self.states: list[tuple[int, Values]] = []  # (serial of the stage's weights, values of the incumbent)
+
+    def scored(self, x: Tensor) -> Tensor:
+        """Tokens (B, T, ...) or (B, K, T, d) -> only the scored ones, (B, S, ...) or (B, K, S, d)."""
+        if self.slice is not None:
+            return x[..., self.slice, :]
+        at = self.at.view(len(self.at), *[1] * (x.ndim - 3), -1, 1)
+        return torch.take_along_dim(x, at, dim=-2)
+
+    def bytes(self) -> int:
+        """Memory taken by what is remembered of the incumbent."""
+        tensors = [v for _, state in self.states for v in vars(state).values()]
+        return sum(v.numel() * v.element_size() for v in tensors)
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """Part of these rows in the mean cross-entropy: logits (C, B, K, S) -> (K,)."""
+        target = self.target[None, :, None].expand(1, *logits.shape[1:])
+        # relative to the target's logit: nothing is lost to rounding when a token is all but certain
+        losses = (logits - logits.gather(0, target)).exp_().sum(0).log_()  # (B, K, S)
+        return torch.einsum("bks,bs->k", losses, self.weight)
+
+
+class Stage:
+    """A part of the model that reads the residual stream and writes to it.
+
+    `fold` prepares its weights; `forward` runs many candidates, `incumbent` remembers all that
+    candidates entering here need. Candidates enter by `groups`: the names of the tensors that are
+    evaluated together, and the method that turns their moves into a Rank1, or the stream, or losses.
+    """
+
+    groups: dict[tuple[str, ...], Callable]
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.tensors = tensors  # by their names within the stage
+        self.serial, self._key = 0, None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Fold anew if a tensor was changed in place, or its memory exchanged."""
+        key = [(p._version, p.data_ptr(), p.dtype) for p in self.tensors.values()]
+        if key != self._key:
+            self._key, self.serial, self.w = key, self.serial + 1, self.fold(self.tensors)
+
+
+class Embedding(Stage):
+    """Token and position embeddings; writes the first stream."""
+
+    def __init__(self, model: DecoderOnlyTransformer):
+        self.n_tokens = model.token_embedding.num_embeddings
+        self.model = model
+        tensors = {"token": model.token_embedding.weight}
+        if model.positions == "learned":
+            tensors["position"] = model.position_embedding.weight
+        super().__init__(tensors)
+        self.groups = {("token", "position"): self.enter}
+
+    def fold(self, t: dict[str, Tensor]) -> Values:
+        token, position = centred(t["token"], 1), t.get("position", getattr(self.model, "sinusoids", None))
+        position = position if position is None else centred(position.to(token), 1)
+        return Values(token=token, position=position, directions=unit_vectors(token[0]))
+
+    def forward(self, w: Values, rows: Rows, x: None) -> Tensor:
+        x = w.token[rows.x]
+        if w.position is not None:
+            x = x + w.position[: x.shape[1]]
+        return x[:, None]  # (B, 1, T, d)
+
+    def incumbent(self, w: Values, rows: Rows, x: None) -> Values:
+        is_token = rows.x[:, None] == torch.arange(self.n_tokens)[:, None]  # (B, V, T)
+        length = rows.x.shape[1]
+        is_position = torch.eye(length, dtype=torch.bool).expand(len(rows.x), -1, -1)
+        nowhere = torch.zeros_like(is_position[:, :1])  # positions behind the last scored token
+        return Values(out=self.forward(w, rows, x)[:, 0], where=torch.cat([is_token, is_position, nowhere], 1))
+
+    def enter(self, w: Values, rows: Rows, state: Values, moves: dict[str, Moves]) -> Rank1:
+        length, column, direction, step = rows.x.shape[1], [], [], []
+        for name, m in moves.items():
+            column.append(m.i if name == "token" else self.n_tokens + m.i.clamp(max=length))
+            direction.append(m.j)
+            step.append(m.step)
+        scalar = state.where[:, torch.cat(column)] * torch.cat(step)[:, None]
+        return Rank1(scalar, w.directions[torch.cat(direction)])
+
+
+class Attention(Stage):
+    """Causal self-attention of one block, with its norm. The last block's writes scored positions only."""
+
+    def __init__(self, block: nn.Module, last: bool):
+        a, norm = block.attention, block.attention_norm
+        self.n_heads, self.rotary, self.last = a.n_heads, a.rotary, last
+        tensors = {"gain": norm.weight, "bias": norm.bias, "key": a.key.weight}
+        for name, linear in (("query", a.query), ("value", a.value), ("out", a.out)):
+            tensors |= {name: linear.weight, f"{name}_bias": linear.bias}
+        super().__init__(tensors)
+        self.groups = {
+            ("out", "out_bias", "value", "value_bias"): self.enter,
+            ("query", "query_bias", "key"): self.enter_scores,
+            ("gain", "bias"): self.enter_norm,
+        }
+
+    def fold(self, t: dict[str, Tensor]) -> Values:
+        scale = (t["key"].shape[0] // self.n_heads) ** -0.5
+        # a bias in front of the values passes through weights that sum to 1: it is a bias of the output
+        value_bias = t["value"] @ t["bias"] + t["value_bias"]
+        query, key, value = t["query"] * scale, t["key"], t["value"]
+        query_bias = query @ t["bias"] + t["query_bias"] * scale
+        out = centred(t["out"], 0)
+        return Values(
+            gain=t["gain"], bias=t["bias"], scale=scale, query=query * t["gain"], query_bias=query_bias,
+            key_value=torch.cat([key, value]) * t["gain"], key_bias=key @ t["bias"], value_bias=value_bias, out=out,
+            out_bias=centred(t["out_bias"], 0) + out @ value_bias, columns=torch.cat([query, key, value]).T,
+            directions=torch.cat([unit_vectors(out[:, 0]), out.T]),
+        )  # fmt: skip
+
+    def queries(self, rows: Rows, x: Tensor) -> Tensor:
+        """The tokens of x (..., T, d) whose queries are needed."""
+        return rows.scored(x) if self.last else x
+
+    def keys_and_values(self, w: Values, n: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed streams (..., T, d) -> keys and values (..., T, d) each, the values without their bias."""
+        key, value = F.linear(n, w.key_value).chunk(2, -1)
+        # unturned, a bias shifts all scores of a query alike, and softmax does not see it
+        return (key + w.key_bias if self.rotary else key), value
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(..., T, d) -> (..., H, T, d/H)."""
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(-2, -3)
+
+    def turn(self, x: Tensor, at: Tensor) -> Tensor:
+        """Rotary positions `at` (T,) or (B, T) for x (B, ..., H, T, d/H); see `transformer.rotate`."""
+        if not self.rotary:
+            return x
+        angles = at[..., None] * frequencies(x.shape[-1])  # (T, d/2H)
+        if at.ndim == 2:
+            angles = angles.view(len(at), *[1] * (x.ndim - 3), *angles.shape[1:])
+        cos, sin = angles.cos().to(x), angles.sin().to(x)
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+    def positions(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Positions of the queries, (B, S) or (T,), and of the keys (T,)."""
+        steps = torch.arange(rows.x.shape[1])
+        return (rows.at if self.last else steps), steps
+
+    def attend(self, rows: Rows, scores: Tensor) -> Tensor:
+        """Softmax over the keys that a query sees: scores (B, ..., queries, T), changed in place.
+
+        Without subtracting the maximum, as long as every sum stays within the range of the type; with it otherwise.
+        """
+        seen = rows.seen_by_scored if self.last else rows.seen
+        seen = seen.view(len(seen), *[1] * (scores.ndim - 3), *seen.shape[1:])
+        weights = scores.exp().mul_(seen)
+        total = weights.sum(-1, keepdim=True)
+        low, high = total.aminmax()
+        if low > 1e-30 and high < 1e30:  # false for nan
+            return weights.div_(total)
+        return scores.masked_fill(seen == 0, -math.inf).softmax(-1)
+
+    def forward(self, w: Values, rows: Rows, x: Tensor) -> Tensor:
+        """Streams (B, K, T, d) -> (B, K, T, d), in the last block (B, K, S, d)."""
+        n = norm(x)
+        query = F.linear(self.queries(rows, n), w.query, w.query_bias)
+        key, value = self.keys_and_values(w, n)
+        return self.mix(w, rows, self.queries(rows, x), query, key, value)
+
+    def mix(self, w: Values, rows: Rows, x: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        at, steps = self.positions(rows)
+        query, key = self.turn(self.heads(query), at), self.turn(self.heads(key), steps)
+        weights = self.attend(rows, query @ key.transpose(-1, -2))  # (B, K, H, queries, T)
+        mixed = (weights @ self.heads(value)).transpose(-2, -3).flatten(-2)  # (B, K, queries, d)
+        return F.linear(mixed, w.out, w.out_bias).add_(x)
+
+    def incumbent(self, w: Values, rows: Rows, x: Tensor) -> Values:
+        n = norm(x)
+        inputs = n * w.gain + w.bias  # what the three matrices read
+        query = F.linear(self.queries(rows, n), w.query, w.query_bias)  # (B, queries, d)
+        key, value = self.keys_and_values(w, n)
+        at, steps = self.positions(rows)
+        turned_query, turned_key = self.turn(self.heads(query), at), self.turn(self.heads(key), steps)
+        scores = turned_query @ turned_key.transpose(-1, -2)  # (B, H, queries, T)
+        weights = self.attend(rows, scores)
+        mixed = (weights @ self.heads(value)).transpose(-2, -3).flatten(-2)
+        read = weights @ inputs[:, None]  # (B, H, queries, d): each head's weights on its inputs
+        sources = [one_for(mixed), mixed + w.value_bias, *read.unbind(1)]
+        return Values(
+            x=self.queries(rows, x), n=n, inputs=inputs, query=query, key=key, value=value, scores=scores,
+            weights=weights, out=F.linear(mixed, w.out, w.out_bias) + self.queries(rows, x),
+            turned_query=by_column(turned_query.transpose(-2, -3).flatten(-2)),  # (B, d, queries)
+            turned_key=by_column(turned_key.transpose(-2, -3).flatten(-2)),
+            sources=by_column(torch.cat(sources, -1)),  # (B, 1 + d + H d, queries)
+            written=self.heads(value) @ self.heads(w.out).transpose(-1, -2),  # (B, H, T, d) by each key of a head
+        )  # fmt: skip
+
+    def enter(self, w: Values, rows: Rows, state: Values, moves: dict[str, Moves]) -> Rank1:
+        d = w.out.shape[0]
+        column, direction, step = [], [], []
+        for name, m in moves.items():
+            is_value = name.startswith("value")
+            first = 1 + d + m.i // (d // self.n_heads) * d if is_value else 1
+            column.append(0 * m.i if name.endswith("bias") else first + m.j)
+            direction.append(m.i + d if is_value else m.i)
+            step.append(m.step)
+        scalar = state.sources[:, torch.cat(column)] * torch.cat(step)[:, None]
+        return Rank1(scalar, w.directions[torch.cat(direction)])
+
+    def enter_norm(self, w: Values, rows: Rows, state: Values, moves: dict[str, Moves]) -> Tensor:
+        """Gain and bias change all that queries, keys and values read."""
+        scalar, j = norm_change(state.n, moves)  # (B, K, T)
+        change = Rank1(scalar, w.columns[j])  # in queries, keys and values, (B, K, T, 3d)
+        query, key, value = change.added_to(torch.zeros_like(state.n[..., :1])).chunk(3, -1)
+        query = self.queries(rows, query) + state.query[:, None]
+        return self.mix(w, rows, state.x[:, None], query, key + state.key[:, None], value + state.value[:, None])
+
+    def enter_scores(self, w: Values, rows: Rows, state: Values, moves: dict[str, Moves]) -> Tensor:
+        """A query or key weight changes the scores of its head by a product of a query's and a key's part."""
+        d = w.out.shape[0]
+        at, steps = self.positions(rows)
+        inputs = by_column(state.inputs)  # (B, d, T)
+        heads, lefts, rights = [], [], []
+        for name, m in moves.items():
+            heads.append(m.i // (d // self.n_heads))
+            is_key = name == "key"
+            part = m.step[:, None] * (1.0 if is_key else w.scale)
+            moved = part * (torch.ones_like(inputs[:, :1]) if name == "query_bias" else inputs[:, m.j])  # (B, k, T)
+            if not is_key and self.last:
+                moved = rows.scored(moved[..., None])[..., 0]
+            other = state.turned_query if is_key else state.turned_key
+            pairs = [(moved, other[:, m.i])]  # (B, k, tokens)
+            if self.rotary:  # the moved component turns into itself and its partner in the pair
+                frequency = frequencies(d // self.n_heads)[m.i % (d // self.n_heads) // 2]
+                angle = (steps if is_key else at)[..., None, :] * frequency[:, None]  # (k, tokens) or (B, k, tokens)
+                sign = 1 - 2 * (m.i % 2)[:, None]
+                pairs = [(moved * angle.cos(), other[:, m.i]), (moved * angle.sin() * sign, other[:, m.i ^ 1])]
+            moved, other = torch.stack([a for a, _ in pairs], -1), torch.stack([b for _, b in pairs], -1)
+            lefts.append(other if is_key else moved)
+            rights.append(moved if is_key else other)
+        head, left, right = torch.cat(heads), torch.cat(lefts, 1), torch.cat(rights, 1)  # (B, K, tokens, 1 or 2)
+        x = torch.empty(len(left), *left.shape[1:3], d, dtype=left.dtype)
+        for h in head.unique().tolist():
+            k = (head == h).nonzero().flatten()
+            scores = state.scores[:, h, None] + (left[:, k].to(x) @ right[:, k].to(x).transpose(-1, -2))
+            change = self.attend(rows, scores) - state.weights[:, h, None]  # (B, k, queries, T)
+            x[:, k] = (change.flatten(1, 2) @ state.written[:, h]).unflatten(1, change.shape[1:3])
+        return x.add_(state.out[:, None])
+
+
+class FeedForward(Stage):
+    """Feed-forward of one block, with its norm."""
+
+    def __init__(self, block: nn.Module):
+        ff, norm = block.ff, block.ff_norm
+        tensors = {"gain": norm.weight, "bias": norm.bias, "inner": ff.inner.weight, "inner_bias": ff.inner.bias}
+        super().__init__(tensors | {"outer": ff.outer.weight, "outer_bias": ff.outer.bias})
+        self.groups = {("outer", "outer_bias", "inner", "inner_bias"): self.enter, ("gain", "bias"): self.enter_norm}
+
+    def fold(self, t: dict[str, Tensor]) -> Values:
+        outer = centred(t["outer"], 0)
+        return Values(
+            gain=t["gain"], bias=t["bias"], inner=t["inner"] * t["gain"], outer=outer,
+            inner_bias=t["inner"] @ t["bias"] + t["inner_bias"], outer_bias=centred(t["outer_bias"], 0),
+            columns=t["inner"].T, directions=torch.cat([unit_vectors(outer[:, 0]), outer.T]),
+        )  # fmt: skip
+
+    def forward(self, w: Values, rows: Rows, x: Tensor) -> Tensor:
+        hidden = F.linear(norm(x), w.inner, w.inner_bias).relu_()
+        return F.linear(hidden, w.outer, w.outer_bias).add_(x)
+
+    def incumbent(self, w: Values, rows: Rows, x: Tensor) -> Values:
+        n = norm(x)
+        u = F.linear(n, w.inner, w.inner_bias)  # (B, T, F), before the activation
+        hidden = u.relu()
+        return Values(
+            x=x, n=n, u=u, out=F.linear(hidden, w.outer, w.outer_bias) + x,
+            before=by_column(u), hidden=by_column(torch.cat([one_for(u), hidden], -1)),  # (B, 1 + F, T)
+            inputs=by_column(torch.cat([one_for(n), n * w.gain + w.bias], -1)),  # (B, 1 + d, T)
+        )  # fmt: skip
+
+    def enter(self, w: Values, rows: Rows, state: Values, moves: dict[str, Moves]) -> Rank1:
+        d, scalars, direction = w.outer.shape[0], [], []
+        for name, m in moves.items():
+            column = 0 * m.j if name.endswith("bias") else m.j + 1
+            if name.startswith("outer"):
+                scalars.append(state.hidden[:, column] * m.step[:, None])
+                direction.append(m.i)
+            else:
+                moved = state.before[:, m.i] + state.inputs[:, column] * m.step[:, None]
+                scalars.append(moved.relu_() - state.hidden[:, m.i + 1])
+                direction.append(m.i + d)
+        return Rank1(torch.cat(scalars, 1), w.directions[torch.cat(direction)])
+
+    def enter_norm(self, w: Values, rows: Rows, state: Values, moves: dict[str, Moves]) -> Tensor:
+        scalar, j = norm_change(state.n, moves)
+        hidden = Rank1(scalar, w.columns[j]).added_to(state.u).relu_()  # (B, K, T, F)
+        return F.linear(hidden, w.outer, w.outer_bias).add_(state.x[:, None])
+
+
+class Head(Stage):
+    """Final norm, output classes and loss, at the scored positions."""
+
+    def __init__(self, model: DecoderOnlyTransformer):
+        tensors = {"gain": model.norm.weight, "bias": model.norm.bias}
+        super().__init__(tensors | {"head": model.head.weight, "head_bias": model.head.bias})
+        self.groups = {("gain", "bias", "head", "head_bias"): self.enter}
+
+    def fold(self, t: dict[str, Tensor]) -> Values:
+        head, classes = t["head"], torch.eye(len(t["head"])).to(t["head"])
+        return Values(
+            gain=t["gain"], bias=t["bias"], head=head * t["gain"], head_bias=head @ t["bias"] + t["head_bias"],
+            directions=torch.cat([classes, head.T]),  # (C + d, C)
+        )  # fmt: skip
+
+    def forward(self, w: Values, rows: Rows, x: Tensor) -> Tensor:
+        """Streams (B, K, S, d) -> losses (K,)."""
+        logits = w.head @ norm(x).flatten(0, -2).T  # (C, B K S)
+        return rows.loss(logits.add_(w.head_bias[:, None]).unflatten(1, x.shape[:-1]))
+
+    def incumbent(self, w: Values, rows: Rows, x: Tensor) -> Values:
+        n = norm(x)
+        logits = (w.head @ n.flatten(0, -2).T + w.head_bias[:, None]).unflatten(1, x.shape[:-1])  # (C, B, S)
+        sources = torch.cat([one_for(n), n * w.gain + w.bias, n], -1)
+        return Values(
+            x=x, logits=logits, out=rows.loss(logits[:, :, None])[0], sources=by_column(sources),  # (B, 1 + 2d, S)
+            raw=(w.head @ x.flatten(0, -2).T).unflatten(1, x.shape[:-1]),  # (C, B, S) logits before the norm divides
+            square=x.square().mean(-1),  # (B, S)
+        )  # fmt: skip
+
+    def enter(self, w: Values, rows: Rows, state: Values, moves: dict[str, Moves]) -> Tensor:
+        (n_classes, d), column, direction, step = w.head.shape, [], [], []
+        for name, m in moves.items():
+            column.append({"head": lambda m: 1 + m.j, "gain": lambda m: 1 + d + m.i}.get(name, lambda m: 0 * m.i)(m))
+            direction.append(m.i if name.startswith("head") else n_classes + m.i)
+            step.append(m.step)
+        scalar = state.sources[:, torch.cat(column)] * torch.cat(step)[:, None]  # (B, K, S)
+        change = w.directions[torch.cat(direction)].T[:, None, :, None]  # (C, 1, K, 1)
+        return rows.loss(state.logits[:, :, None] + scalar * change)
+
+    def forward_rank1(self, w: Values, rows: Rows, state: Values, entry: Rank1) -> Tensor:
+        """Losses (K,) in closed form: |x + s v|^2 and W (x + s v) need no d numbers per token."""
+        scalar, v = entry
+        d = v.shape[1]
+        along = torch.matmul(v, state.x.mT)  # (B, K, S)
+        variance = state.square[:, None] + scalar * (2 / d * along + scalar * v.square().mean(1)[:, None])
+        scale = variance.clamp_(min=0).add_(EPS).rsqrt_()
+        logits = state.raw[:, :, None] + scalar * (w.head @ v.T)[:, None, :, None]  # (C, B, K, S)
+        return rows.loss(logits.mul_(scale).add_(w.head_bias[:, None, None, None]))
+
+
+class StructuredPolls:
+    """Answers `poll` and `trial` (see `closure.py`) for a `DecoderOnlyTransformer`, exact up to rounding.
+
+    Long-lived: it keeps the folded weights from batch to batch, and a closure keeps what the incumbent
+    computes on its batch. Both notice by themselves when a weight was changed in place, and compute anew
+    only what the change reaches. Equal rows of a batch are evaluated once and weighed. A candidate that
+    changes nothing has exactly the incumbent's loss; one whose loss is not finite, or that changes the
+    stream beyond reason, gets the loss of the plain forward.
+
+    Memory: at most CACHE_BYTES for the incumbent and CHUNK_TOKENS tokens (or one candidate on one chunk
+    of at most ROW_TOKENS tokens) for the candidates, whatever K and B.
+
+    Args:
+        model: evaluated in eval mode, without gradients.
+        coordinates: numbers the weights that may move, all of them parameters of `model`.
+        loss: (logits, batch) -> mean cross-entropy over the scored tokens of batch["y"]. It is called by
+            the plain forward; the structured one computes that mean by itself.
+
+    Raises:
+        ValueError, IndexError: as `GenericPolls`.
+    """
+
+    def __init__(self, model: DecoderOnlyTransformer, coordinates: Coordinates, loss: Callable[[Any, Any], Tensor]):
+        self.model, self.coordinates = model, coordinates
+        self.plain = GenericPolls(model, coordinates, loss)
+        with torch.no_grad():
+            self.stages: list[Any] = [Embedding(model)]
+            for block in model.blocks:
+                self.stages += [Attention(block, last=block is model.blocks[-1]), FeedForward(block)]
+            self.stages.append(Head(model))
+        number = {id(p): i for i, p in enumerate(coordinates.parameters)}
+        # of each group of tensors: its stage, its way in, and the tensors' names by their numbers
+        self.groups = []
+        for s, stage in enumerate(self.stages):
+            for names, enter in stage.groups.items():
+                held = {number[id(stage.tensors[n])]: n for n in names if id(stage.tensors.get(n)) in number}
+                if held:
+                    self.groups.append((s, enter, held))
+
+    @torch.no_grad()
+    def on(self, batch: dict[str, Tensor]) -> "StructuredPolls":
+        """The closure that answers about this batch, {"x": (B, T) tokens, "y": (B, T) classes or IGNORE}."""
+        closure = copy.copy(self)
+        closure.plain = self.plain.on(batch)
+        x, y = batch["x"], batch["y"]
+        scored = y != IGNORE
+        last = (scored * torch.arange(1, x.shape[1] + 1)).amax(1)  # (B,) tokens up to the last scored one
+        x = x.masked_fill(torch.arange(x.shape[1]) >= last[:, None], 0)  # the others cannot change a scored one
+        pairs, count = torch.cat([x, y], 1)[last > 0].unique(dim=0, return_counts=True)
+        weight = count.double() / scored.sum()
+        # rows of a length together, so that a chunk is no longer than it must be
+        order = (pairs[:, x.shape[1] :] != IGNORE).mul(torch.arange(1, x.shape[1] + 1)).amax(1).argsort(stable=True)
+        n_chunks = max(1, -(-len(pairs) * x.shape[1] // ROW_TOKENS))
+        dtype = self.model.head.weight.dtype
+        closure.rows = [
+            Rows(*pairs[some].chunk(2, 1), weight[some], dtype) for some in order.chunk(n_chunks) if len(some)
+        ]
+        return closure
+
+    @property
+    def block(self) -> int:
+        """Candidates per call that keep the chunks of most groups full."""
+        tokens = sum(rows.x.numel() for rows in self.rows)
+        return max(256, min(1024, 2**16 // max(1, tokens)))
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """The loss at the incumbent, by the same arithmetic as the candidates'."""
+        if not self.rows:
+            return self.plain()
+        self._refresh()
+        return sum(self._state(rows, len(self.stages) - 1).out for rows in self.rows)
+
+    @torch.no_grad()
+    def poll(self, coordinates: Tensor, steps: Tensor) -> Tensor:
+        """Losses (K,) of the candidates weight[coordinates[k]] + steps[k]; coordinates and steps are (K,)."""
+        check_block(self.coordinates, coordinates, steps)
+        if not self.rows:
+            return self.plain.poll(coordinates, steps)
+        self._refresh()
+        losses = torch.zeros(len(coordinates), dtype=torch.float64)
+        located = self._locate(coordinates, steps.to(self.model.head.weight.dtype))
+        kept = 0
+        for rows in self.rows:
+            for s, enter, names in self.groups:
+                mine = torch.cat([(located.owner == number).nonzero().flatten() for number in names])
+                for some in mine.split(self._chunk(rows, s)) if len(mine) else ():
+                    moves = {name: located.moves(some[located.owner[some] == n]) for n, name in names.items()}
+                    moves = {name: m for name, m in moves.items() if len(m.i)}
+                    losses[some] += self._losses(rows, s, enter, moves)
+            kept += rows.bytes()
+            if kept > CACHE_BYTES:
+                rows.states.clear()
+        return self._finite(losses, lambda wrong: self.plain.poll(coordinates[wrong], steps[wrong]))
+
+    @torch.no_grad()
+    def trial(self, coordinates: Tensor, changes: Tensor, scales: Tensor) -> Tensor:
+        """Losses (S,) of the combinations weight[coordinates] + scales[s] * changes; both (M,), scales (S,)."""
+        check_block(self.coordinates, coordinates, changes)
+        check_scales(scales)
+        if not self.rows:
+            return self.plain.trial(coordinates, changes, scales)
+        self._refresh()
+        touched = {id(p): (p, index, some) for p, index, some in self.coordinates.touched(coordinates)}
+        first = min(s for s, stage in enumerate(self.stages) if any(id(p) in touched for p in stage.tensors.values()))
+        losses = torch.zeros(len(scales), dtype=torch.float64)
+        for k, scale in enumerate(scales.split(1)):
+            weights = [stage.w for stage in self.stages]
+            for s, stage in enumerate(self.stages):
+                if any(id(p) in touched for p in stage.tensors.values()):
+                    new = {
+                        n: moved(*touched[id(p)], changes, scale)[0]
+                        for n, p in stage.tensors.items()
+                        if id(p) in touched
+                    }
+                    weights[s] = stage.fold(stage.tensors | new)
+            for rows in self.rows:
+                x = self._state(rows, first - 1).out[:, None] if first else None
+                for stage, w in zip(self.stages[first:], weights[first:], strict=True):
+                    x = stage.forward(w, rows, x)
+                losses[k] += x[0]
+        return self._finite(losses, lambda wrong: self.plain.trial(coordinates, changes, scales[wrong]))
+
+    def _losses(self, rows: Rows, s: int, enter: Callable, moves: dict[str, Moves]) -> Tensor:
+        """Part of some rows in the losses (k,) of candidates that enter at stage s."""
+        state, rest = self._state(rows, s), self.stages[s + 1 :]
+        x = enter(self.stages[s].w, rows, state, moves)
+        if not isinstance(x, Rank1):
+            return self._through(rows, rest, x)
+        entry, reach = x, x.scalar.abs().amax((0, 2))  # (k,)
+        if hasattr(rest[0], "forward_rank1"):
+            x = self._through(rows, rest[1:], rest[0].forward_rank1(rest[0].w, rows, self._state(rows, s + 1), entry))
+        else:
+            x = self._through(rows, rest, entry.added_to(state.out))
+        x = torch.where(reach == 0, self._state(rows, len(self.stages) - 1).out, x)
+        return torch.where(reach < WILD, x, math.nan)  # false for nan as well
+
+    def _through(self, rows: Rows, stages: list[Any], x: Tensor) -> Tensor:
+        for stage in stages:
+            x = stage.forward(stage.w, rows, x)
+        return x
+
+    def _chunk(self, rows: Rows, s: int) -> int:
+        """Candidates at a time that enter at stage s."""
+        behind_last_attention, light = s >= len(self.stages) - 3, s >= len(self.stages) - 2
+        tokens = rows.at.numel() if behind_last_attention else rows.x.numel()
+        return max(1, CHUNK_TOKENS * (LIGHT if light else 1) // tokens)
+
+    def _locate(self, coordinates: Tensor, steps: Tensor) -> "Located":
+        parameters, ends = self.coordinates.parameters, self.coordinates.ends
+        owner = self.coordinates.owner(coordinates)
+        starts = torch.tensor([end - p.numel() for p, end in zip(parameters, ends, strict=True)])
+        widths = torch.tensor([p.shape[1] if p.ndim == 2 else 1 for p in parameters])
+        flat, width = coordinates - starts[owner], widths[owner]
+        return Located(owner, flat // width, flat % width, steps)
+
+    def _state(self, rows: Rows, s: int) -> Values:
+        """What the incumbent computes at stage s; computed anew from the first stage whose weights changed."""
+        for i, stage in enumerate(self.stages[: s + 1]):
+            if i >= len(rows.states) or rows.states[i][0] != stage.serial:
+                x = rows.states[i - 1][1].out if i else None
+                rows.states[i:] = [(stage.serial, stage.incumbent(stage.w, rows, x))]
+        return rows.states[s][1]
+
+    def _refresh(self) -> None:
+        for stage in self.stages:
+            stage.refresh()
+
+    def _finite(self, losses: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+        """Losses with those that are not finite replaced by what the plain forward gives."""
+        wrong = (~losses.isfinite()).nonzero().flatten()
+        if len(wrong):
+            losses[wrong] = plain(wrong)
+        return losses
+
+
+class Located(NamedTuple):
+    """Candidates by tensor: number of the tensor, row, column (0 in a vector), step; each (K,)."""
+
+    owner: Tensor
+    i: Tensor
+    j: Tensor
+    step: Tensor
+
+    def moves(self, some: Tensor) -> Moves:
+        return Moves(self.i[some], self.j[some], self.step[some])
+
+
+def make_polls(module: nn.Module, coordinates: Coordinates, loss: Callable[[Any, Any], Tensor]) -> Any:
+    """The fastest exact evaluator there is for this module: an object whose `on(batch)` is a closure.
+
+    `StructuredPolls` for a `DecoderOnlyTransformer` with the masked cross-entropy as its loss,
+    `GenericPolls` for everything else.
+    """
+    if type(module) is DecoderOnlyTransformer and is_masked_cross_entropy(loss, module.head.out_features):
+        return StructuredPolls(module, coordinates, loss)
+    warnings.warn(
+        f"{type(module).__name__} with this loss has no structured polls (only DecoderOnlyTransformer with the masked "
+        "cross-entropy has): candidates go through vmap, at about the speed of batched inference",
+        stacklevel=2,
+    )
+    return GenericPolls(module, coordinates, loss)
+
+
+def is_masked_cross_entropy(loss: Callable[[Any, Any], Tensor], n_classes: int) -> bool:
+    """Whether a loss is the mean cross-entropy over the scored tokens, judged by a small example."""
+    logits = torch.linspace(-2, 2, 6 * n_classes).sin().mul(3).view(2, 3, n_classes)
+    y = torch.tensor([[IGNORE, 0, n_classes - 1], [n_classes // 2, IGNORE, IGNORE]])
+    expected = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE)
+    try:
+        return torch.allclose(loss(logits, {"x": torch.zeros_like(y), "y": y}), expected)
+    except (KeyError, TypeError, ValueError, RuntimeError):  # it needs more of a batch than x and y
+        return False
+
+
+def norm(x: Tensor) -> Tensor:
+    """LayerNorm without gain and bias, of a stream (..., d) that is centred already."""
+    return F.rms_norm(x, x.shape[-1:], eps=EPS)
+
+
+def norm_change(n: Tensor, moves: dict[str, Moves]) -> tuple[Tensor, Tensor]:
+    """Moves of a norm's gain and bias: scalar (B, K, T) by which component j (K,) of its output changes."""
+    scalars = [
+        m.step[:, None] * (by_column(n)[:, m.i] if name == "gain" else torch.ones_like(n[..., 0])[:, None])
+        for name, m in moves.items()
+    ]
+    return torch.cat(scalars, 1), torch.cat([m.i for m in moves.values()])
+
+
+def centred(x: Tensor, dim: int) -> Tensor:
+    return x - x.mean(dim, keepdim=True)
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """The centred unit vectors (d, d) of a stream whose vectors are like x (d,)."""
+    return centred(torch.eye(len(x), dtype=x.dtype), 1)
+
+
+def by_column(x: Tensor) -> Tensor:
+    """(B, T, columns) -> (B, columns, T), so that what one weight reads lies together."""
+    return x.mT.contiguous()
+
+
+def one_for(x: Tensor) -> Tensor:
+    """A column of ones (..., 1): what a bias reads."""
+    return torch.ones_like(x[..., :1])

@@ -1,0 +1,172 @@
+"""The training step: forward only for a search, automatic for gradients, metrics and logs for both."""
+
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from metrics_table import MetricsTable, read_runs
+from optimizer import PatternSearch
+from pattern_search_task import PatternSearchTask, Scores, masked_loss
+from sequence_data import IGNORE, SequenceLoader
+from state_tracking_task import StateTrackingTask
+
+
+def fit(task, data, logger=False, **options):
+    settings = dict(max_epochs=1, limit_train_batches=3, accelerator="cpu", logger=logger, log_every_n_steps=1)
+    quiet = dict(enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+    trainer = L.Trainer(**settings | quiet | options)
+    trainer.fit(task, datamodule=data)
+    return trainer
+
+
+def test_a_search_never_runs_backward_and_allocates_no_gradient(model, parity, monkeypatch):
+    def backward(*args, **kwargs):
+        raise AssertionError("backward ran")
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(torch.autograd, "backward", backward)
+    monkeypatch.setattr(torch.autograd, "grad", backward)
+    task = StateTrackingTask(model, partial(PatternSearch, polls_per_step=5))
+    trainer = fit(task, parity)
+    assert trainer.global_step == 3
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_every_loss_of_a_search_is_taken_without_gradients_and_in_eval_mode(model, parity):
+    seen = []
+    model.register_forward_hook(lambda m, i, o: seen.append((torch.is_grad_enabled(), m.training, o.requires_grad)))
+    fit(StateTrackingTask(model, partial(PatternSearch, polls_per_step=5)), parity, limit_val_batches=0)
+    assert len(seen) >= 3 * 4
+    assert set(seen) == {(False, False, False)}
+    assert model.training  # as Lightning left it
+
+
+def test_dropout_is_off_in_polls(parity):
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(2))
+
+        def forward(self, x):
+            return nn.functional.dropout(self.w.expand(*x.shape, 2) + 1, 0.5, self.training)
+
+    task = PatternSearchTask(Dropping(), partial(PatternSearch, polls_per_step=None, radius=0.5))
+    trainer = fit(task, parity, limit_val_batches=0)
+    assert trainer.callback_metrics["train/loss_after"] <= trainer.callback_metrics["train/loss"]
+
+
+def test_a_gradient_optimizer_uses_automatic_optimization(model, parity):
+    task = StateTrackingTask(model, partial(torch.optim.Adam, lr=0.01))
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer = fit(task, parity)
+    assert task.automatic_optimization
+    assert trainer.global_step == task.evaluations == 3
+    assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_one_optimizer_step_a_batch_is_logged_once_with_the_report(model, parity, tmp_path):
+    task = StateTrackingTask(model, partial(PatternSearch, polls_per_step=6, radius=0.2))
+    reports = []
+    task.on_train_batch_end = lambda *a: reports.append((task.raw_optimizer.report, task.evaluations))
+    fit(task, parity, MetricsTable(tmp_path), limit_val_batches=0)
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()[1:]
+    names = {"loss", "loss_after", "accepted", "evaluations_per_second", "radius"}
+    assert len(rows) == 3 * len(names)
+    assert {row.split(",")[3] for row in rows} == {f"train/{name}" for name in names}
+    logged = {(int(r.split(",")[0]), r.split(",")[3]): r.split(",") for r in rows}
+    for step, (report, evaluations) in enumerate(reports):
+        assert float(logged[step, "train/loss"][4]) == pytest.approx(report.loss_before)
+        assert float(logged[step, "train/loss_after"][4]) == pytest.approx(report.loss_after)
+        assert float(logged[step, "train/accepted"][4]) == report.accepted
+        assert int(logged[step, "train/loss"][1]) == evaluations
+
+
+def test_a_radius_is_logged_for_every_group(model, parity):
+    def two_groups(params, **options):
+        first, *rest = params
+        return PatternSearch([{"params": [first], "radius": 0.3}, {"params": rest}], **options)
+
+    two_groups.derivative_free = True
+    trainer = fit(StateTrackingTask(model, partial(two_groups, radius=0.1, polls_per_step=4)), parity)
+    assert trainer.callback_metrics["train/radius"] == pytest.approx(0.3)
+    assert trainer.callback_metrics["train/radius_1"] == pytest.approx(0.1)
+
+
+def test_a_stopped_search_ends_training(model, parity):
+    task = StateTrackingTask(model, partial(PatternSearch, max_evaluations=20))
+    trainer = fit(task, parity, max_epochs=100)
+    assert task.evaluations == 20
+    assert task.stopped_by == "max_evaluations"
+    assert trainer.global_step < 10
+
+
+def test_the_loss_counts_scored_positions_only():
+    logits, y = torch.randn(2, 4, 3), torch.tensor([[IGNORE, 1, 2, IGNORE], [IGNORE, IGNORE, 0, IGNORE]])
+    chosen = logits.log_softmax(-1)
+    expected = -(chosen[0, 1, 1] + chosen[0, 2, 2] + chosen[1, 2, 0]) / 3
+    assert torch.allclose(masked_loss(logits, y), expected)
+
+
+def test_scores_are_sums_over_the_split_whatever_the_batch_size(model, parity):
+    split, results = parity.splits["train"], []
+    lengths = torch.arange(len(split)) % 8  # rows with different numbers of scored positions
+    y = torch.where(torch.arange(16) < 16 - lengths[:, None], split.y, IGNORE)
+    for size in (1, 7, 200):
+        scores = Scores()
+        for rows in torch.arange(len(split)).split(size):
+            scores.update(model(split.x[rows]), y[rows])
+        results.append({k: v.item() for k, v in scores.compute().items()})
+    assert results[0] == pytest.approx(results[2], rel=1e-5)
+    assert results[1] == pytest.approx(results[2], rel=1e-5)
+
+
+def test_scores_equal_their_definitions():
+    y = torch.tensor([[IGNORE, 0, 1, 1], [IGNORE, 1, 0, IGNORE], [1, IGNORE, IGNORE, IGNORE]])
+    guess = torch.tensor([[0, 0, 1, 0], [1, 1, 0, 1], [1, 0, 0, 0]])
+    scores = Scores()
+    scores.update(nn.functional.one_hot(guess, 2).float(), y)
+    values = {k: v.item() for k, v in scores.compute().items()}
+    assert values["token_accuracy"] == pytest.approx(5 / 6)
+    assert values["exact_match"] == pytest.approx(2 / 3)
+    assert values["last_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_seconds_and_evaluations_survive_a_checkpoint(model, parity, tmp_path):
+    task = StateTrackingTask(model, partial(PatternSearch, polls_per_step=5))
+    trainer = fit(task, parity, enable_checkpointing=True, default_root_dir=tmp_path)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    torch.load(tmp_path / "a.ckpt", weights_only=True)  # plain values only
+    again = StateTrackingTask(model, partial(PatternSearch, polls_per_step=5))
+    resumed = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    resumed.fit(again, datamodule=parity, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert (again.seconds, again.evaluations) == (task.seconds, task.evaluations)
+
+
+def test_a_loader_repeats_its_order_and_resumes_in_the_middle(parity):
+    loader = SequenceLoader(parity.splits["train"], 32, shuffle_seed=1)
+    first = [b["x"] for b in loader]
+    assert len(first) == len(loader) == 6  # the incomplete seventh is left out
+    assert not torch.equal(first[0], next(iter(loader))["x"])  # another epoch, another order
+    again = SequenceLoader(parity.splits["train"], 32, shuffle_seed=1)
+    batches = iter(again)
+    next(batches), next(batches)
+    resumed = SequenceLoader(parity.splits["train"], 32, shuffle_seed=1)
+    resumed.load_state_dict(again.state_dict())
+    assert torch.equal(next(iter(resumed))["x"], first[2])
+
+
+def test_local_tables_are_read_back_with_their_configs(compose_config, tmp_path):
+    from train import train
+
+    cfg = compose_config("model=tiny", "trainer.max_epochs=1", "optimizer.polls_per_step=3", "logger=none")
+    train(cfg)
+    table = read_runs(tmp_path)
+    assert set(table.columns) >= {"step", "evaluations", "seconds", "metric", "value", "task", "optimizer", "seed"}
+    assert table.optimizer.unique().tolist() == ["pattern_search"]
+    assert {"train/loss", "val/exact_match", "test/loss", "test/accuracy_at_8"} <= set(table.metric)
+    train_rows = table[table.metric == "train/loss"]
+    assert train_rows.evaluations.is_monotonic_increasing
+    assert len(train_rows) == 6
