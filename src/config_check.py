@@ -6,15 +6,15 @@ data, the model and the optimizer, every size against the others. All problems a
 with the key and what to do, and the program exits with code 2. No directory has been made, no W&B run begun.
 """
 
-import difflib
 import importlib
 import inspect
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -24,9 +24,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, ValidationError, create_model
 
 from build import build_datamodule, build_task
+from did_you_mean import unknown
 from pattern_search_task import derivative_free
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -78,10 +79,9 @@ def check_command_line(arguments: Sequence[str]) -> None:
         return
     problems: dict[str, None] = {}  # an ordered set: the jobs of a sweep share most of their problems
     try:
-        jobs = list(compose_jobs(args.config_name or DEFAULT_CONFIG, args.overrides, args.multirun))
-        for cfg in jobs:
+        for cfg in compose_jobs(args.config_name or DEFAULT_CONFIG, args.overrides, args.multirun):
             problems |= dict.fromkeys(find_problems(cfg))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         problems[explain(error, args.config_name or DEFAULT_CONFIG)] = None
     if problems:
         refuse(list(problems))
@@ -95,11 +95,12 @@ def refuse(problems: list[str]) -> None:
     sys.exit(2)
 
 
-def compose_jobs(config_name: str, overrides: list[str], multirun: bool = False) -> Iterator[DictConfig]:
+def compose_jobs(config_name: str, overrides: list[str], multirun: bool = False) -> list[DictConfig]:
     """The config of each job of a command, with the keys that Hydra fills in at run time set."""
     parsed = OverridesParser.create().parse_overrides(overrides)
     jobs = BasicSweeper.split_arguments(parsed, None)[0] if multirun else [overrides]
     os.environ.setdefault("PATTERN_SEARCH_ROOT", str(CONFIGS.parent))
+    configs = []
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         for job in jobs:
             cfg = compose(config_name, job, return_hydra_config=True)
@@ -107,20 +108,27 @@ def compose_jobs(config_name: str, overrides: list[str], multirun: bool = False)
             cfg.choices = {key: str(choices[key]) for key in cfg.choices}
             OmegaConf.set_struct(cfg, False)
             del cfg["hydra"]
-            if "hydra:" in str(OmegaConf.to_container(cfg)["output_dir"]):
+            if OmegaConf.is_interpolation(cfg, "output_dir"):  # known only once a job runs
                 cfg.output_dir = str(CONFIGS.parent / "runs" / "unnamed")
-            yield cfg
+            configs.append(cfg)
+    return configs
 
 
 def explain(error: Exception, config_name: str) -> str:
-    """Hydra's message, with the nearest known key where a key is unknown."""
+    """Hydra's message in one line, with the nearest known word where a key or an option is unknown."""
     message = str(error).strip()
-    unknown = message.split("'")[1] if message.startswith("Could not override '") else None
-    if unknown is None:
-        return message
-    known = list(leaves(OmegaConf.to_container(next(compose_jobs(config_name, [])))))
-    hint = nearest(unknown, [*known, *(p.name for p in CONFIGS.iterdir() if p.is_dir())])
-    return f"{unknown} is not a key of the config{hint}"
+    groups = [path.name for path in CONFIGS.iterdir() if path.is_dir()]
+    if match := re.search(r"Could not override '([^']+)'", message):
+        known = leaves(OmegaConf.to_container(compose_jobs(config_name, [])[0]))
+        return unknown(f"key {match[1]}", match[1], [*known, *groups], list_known=False)
+    if match := re.search(r"Could not find '([^']+)/([^']+)'", message):
+        group, option = match.groups()
+        return unknown(f"{group}={option}", option, sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")))
+    if "Cannot find primary config" in message:
+        return unknown(f"--config-name={config_name}", config_name, sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+    if "Config group override must be a string" in message:
+        return f"a group ({', '.join(sorted(groups))}) cannot be null; for no logger choose logger=none"
+    return message.splitlines()[0]
 
 
 def leaves(node: Any, path: str = "") -> Iterator[str]:
@@ -131,25 +139,25 @@ def leaves(node: Any, path: str = "") -> Iterator[str]:
             yield from leaves(value, f"{path}{key}.")
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """A hint such as "; did you mean model.d_model?", or nothing if no known word is near."""
-    near = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
-    if not near:  # perhaps the right key of the wrong node
-        near = [k for k in known if k.rpartition(".")[2] == word.rpartition(".")[2]][:2]
-    return f"; did you mean {' or '.join(near)}?" if near else ""
-
-
 def find_problems(cfg: DictConfig) -> list[str]:
     """What is wrong with one job's config: one message each, with the key and what to do."""
     try:
         container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         return [str(error).splitlines()[0]]
-    problems = list(validate(Root, container, "", list(container)))
+    found = dict(validate(Root, container, ""))
     for path, node in targets(container):
-        problems += check_node(path, node, container["allowed_packages"])
-    problems += check_machine(container)
+        found |= dict(check_node(path, node, container["allowed_packages"]))
+    # a value taken from another key is reported where it was written, unless it only fails where it arrives
+    written = {key: text for key, text in found.items() if not is_interpolation(cfg, key)}
+    problems = list((written or found).values()) + list(check_machine(container))
     return problems or check_by_building(cfg, container)
+
+
+def is_interpolation(cfg: DictConfig, key: str) -> bool:
+    node, _, name = key.rpartition(".")
+    parent = OmegaConf.select(cfg, node) if node else cfg
+    return OmegaConf.is_dict(parent) and OmegaConf.is_interpolation(parent, name)
 
 
 def targets(node: Any, path: str = "") -> Iterator[tuple[str, dict]]:
@@ -161,18 +169,19 @@ def targets(node: Any, path: str = "") -> Iterator[tuple[str, dict]]:
             yield from targets(value, f"{path}.{key}" if path else key)
 
 
-def check_node(path: str, node: dict, allowed_packages: list[str]) -> Iterator[str]:
+def check_node(path: str, node: dict, allowed_packages: list[str]) -> Iterator[tuple[str, str]]:
     """Problems of one `_target_` node: its target, its keys and the types of its values."""
     package = str(node["_target_"]).partition(".")[0]
     allowed = BUILT_IN_PACKAGES | set(allowed_packages)
     if package not in allowed:
-        yield f"{path}._target_={node['_target_']}: package {package} is not allowed; add it to allowed_packages"
+        text = f"{path}._target_={node['_target_']}: package {package} is not allowed; add it to allowed_packages"
+        yield f"{path}._target_", text
         return
     module, _, name = str(node["_target_"]).rpartition(".")
     try:
         target = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        yield f"{path}._target_={node['_target_']} cannot be imported: {error}"
+        yield f"{path}._target_", f"{path}._target_={node['_target_']} cannot be imported: {error}"
         return
     yield from validate(arguments_model(target), {k: v for k, v in node.items() if not is_instruction(k)}, path)
 
@@ -183,52 +192,63 @@ def is_instruction(key: str) -> bool:
 
 def arguments_model(target: Callable) -> type[BaseModel]:
     """A pydantic model of a callable's arguments: names, types, and whether further ones are taken."""
-    function = target.__init__ if inspect.isclass(target) else target
     try:
-        hints = get_type_hints(function)
-    except (NameError, TypeError):  # annotations that only a type checker can resolve
-        hints = {}
+        parameters = inspect.signature(target).parameters
+    except ValueError:  # some classes written in C have no signature
+        return create_model("Arguments", __config__=ConfigDict(extra="allow"))
     fields, extra = {}, "forbid"
-    for name, parameter in inspect.signature(target).parameters.items():
+    for name, parameter in parameters.items():
         if parameter.kind == parameter.VAR_KEYWORD:
             extra = "allow"
         elif parameter.kind != parameter.VAR_POSITIONAL and not name.startswith("_"):
-            required = parameter.default is parameter.empty and name not in INJECTED
-            hint = hints.get(name, Any)
-            fields[name] = (hint, ...) if required else (hint | None if name in INJECTED else hint, None)
-    config = ConfigDict(extra=extra, arbitrary_types_allowed=True, protected_namespaces=())
+            hint = type_of(parameter, target)
+            if name in INJECTED:
+                fields[name] = (hint | None, None)
+            else:
+                fields[name] = (hint, ... if parameter.default is parameter.empty else None)
+    return create_model("Arguments", __config__=ConfigDict(extra=extra, arbitrary_types_allowed=True), **fields)
+
+
+def type_of(parameter: inspect.Parameter, target: Callable) -> Any:
+    """The annotation of a parameter, or Any where it is missing or cannot be checked."""
+    hint = parameter.annotation
+    if hint is parameter.empty:
+        return Any
     try:
-        return create_model("Arguments", __config__=config, **fields)
-    except Exception:  # pydantic knows no schema for some annotation of a library: check the names only
-        return create_model(
-            "Arguments", __config__=config, **{name: (Any, default) for name, (_, default) in fields.items()}
-        )
+        if isinstance(hint, str):
+            hint = eval(hint, vars(sys.modules[target.__module__]))
+        probe = create_model("Probe", __config__=ConfigDict(arbitrary_types_allowed=True), value=(hint, ...))
+        probe.model_rebuild(force=True)
+    except (NameError, TypeError, PydanticUserError):  # a name that only type checkers import, or no checkable type
+        return Any
+    return hint
 
 
-def validate(model: type[BaseModel], values: dict, path: str, known: list[str] | None = None) -> Iterator[str]:
-    """Problems of `values` under a pydantic model; nested `_target_` nodes are checked on their own."""
+def validate(model: type[BaseModel], values: dict, path: str) -> Iterator[tuple[str, str]]:
+    """Problems of `values` under a pydantic model, as (key, message); `_target_` nodes inside are checked apart."""
     plain = {k: v for k, v in values.items() if not (isinstance(v, dict) and "_target_" in v)}
     nested = values.keys() - plain.keys()
     try:
-        model.model_validate_json(json.dumps(plain), strict=True)  # as JSON: a list may stand for a tuple, as in YAML
+        # as JSON, in which a list may stand for a tuple, as it does in YAML
+        model.model_validate_json(json.dumps(plain), strict=True)
     except ValidationError as error:
-        seen = set()
         for problem in error.errors():
-            key = str(problem["loc"][0]) if problem["loc"] else ""
-            if key in nested or key in seen:
+            name = str(problem["loc"][0])
+            key = f"{path}.{name}" if path else name
+            if name in nested:
                 continue
-            seen.add(key)
-            full = ".".join([path, *map(str, problem["loc"][:1])]) if path else ".".join(map(str, problem["loc"]))
-            known = known or [f"{path}.{name}" if path else name for name in model.model_fields]
             if problem["type"] == "extra_forbidden":
-                known = [f"{path}.{name}" if path else name for name in model.model_fields]
-                yield f"{full} is not a known key{nearest(full, known)}"
-            elif problem["type"] == "missing":
-                yield f"{full} is missing"
-            else:
-                annotation = model.model_fields[key].annotation if key in model.model_fields else None
-                wanted = getattr(annotation, "__name__", str(annotation)).replace("NoneType", "null")
-                yield f"{full}={problem['input'] if len(problem['loc']) == 1 else values.get(key)}: expected {wanted}"
+                where = ".".join([path, *map(str, problem["loc"])]).lstrip(".")
+                known = [f"{path}.{field}".lstrip(".") for field in model.model_fields]
+                yield key, unknown(f"key {where}", where, known, list_known=False)
+            elif problem["type"] == "missing" and len(problem["loc"]) == 1:
+                yield key, f"{key} is missing"
+            elif name in model.model_fields:
+                annotation = model.model_fields[name].annotation
+                wanted = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+                wanted = re.sub(r"NoneType|None", "null", re.sub(r"typing\.|[a-z_.]+\.(?=[A-Z])", "", wanted))
+                rule = problem["msg"].removeprefix("Input should be ")
+                yield key, f"{key}={values[name]}: expected {wanted}" + (f", {rule}" if "than" in rule else "")
 
 
 def check_machine(container: dict) -> Iterator[str]:

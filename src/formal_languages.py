@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sequence_data import one_of
+from did_you_mean import one_of
 
 # alphabet, next state by (state, symbol), accepting states; the start is state 0
 REGULAR = {

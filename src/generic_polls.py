@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from closure import Coordinates, OneByOne, forward_only
 
@@ -29,7 +30,8 @@ class GenericPolls:
     The module is evaluated in eval mode, without gradients, and left in the mode it was in: dropout is
     off and BatchNorm uses its running statistics. A tensor used in several places (tied weights) moves
     in all of them. A candidate that ties with the incumbent within rounding is evaluated once more by
-    the plain forward, so that a dead weight is exactly as good as the incumbent and never accepted.
+    the plain forward, so that a dead weight is exactly as good as the incumbent and never accepted;
+    so is one whose loss is not finite.
     What cannot be vectorised is evaluated one by one; one warning names the reason.
 
     Args:
@@ -93,7 +95,8 @@ class GenericPolls:
                     found = self._losses({name: stack})
                     if found is None:
                         return self.poll(coordinates, steps)
-                    for k in ((found - incumbent.double()).abs() <= near).nonzero().flatten().tolist():
+                    doubtful = ((found - incumbent.double()).abs() <= near) | ~found.isfinite()
+                    for k in doubtful.nonzero().flatten().tolist():
                         found[k] = self._loss({name: stack[k]})
                     losses[rows[some]] = found
         return losses
@@ -125,7 +128,8 @@ class GenericPolls:
     def _losses(self, stacked: dict[str, Tensor]) -> Tensor | None:
         """Losses (k,) in float64 for tensors (k, *shape); None if the module cannot be vectorised."""
         try:
-            return vmap(self._loss)(stacked).double()
+            with sdpa_kernel(SDPBackend.MATH):  # vmap would run the fused attention once for each candidate
+                return vmap(self._loss)(stacked).double()
         except Exception as reason:  # vmap raises what the operator raises that it does not know
             if "randomness" in str(reason):
                 raise ValueError(

@@ -24,8 +24,9 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    settings = ((M_MMAP_THRESHOLD, 1024 * MIB), (M_TRIM_THRESHOLD, 1024 * MIB), (M_TOP_PAD, 64 * MIB))
-    return all([mallopt(name, size) == 1 for name, size in settings])
+    settings = {M_MMAP_THRESHOLD: 1024 * MIB, M_TRIM_THRESHOLD: 1024 * MIB, M_TOP_PAD: 64 * MIB}
+    taken = [mallopt(name, size) for name, size in settings.items()]
+    return taken == [1, 1, 1]
 
 
 def available_cores() -> int:

@@ -13,7 +13,8 @@ from functools import partial
 import numpy as np
 
 from formal_languages import ALPHABETS, LANGUAGES, ONE_MEMBER_A_LENGTH, contains, draw_strings, is_member
-from sequence_data import SequenceDataModule, Sequences, lay_out, one_of, split_by_hash
+from did_you_mean import one_of
+from sequence_data import SequenceDataModule, Sequences, lay_out, split_by_hash
 
 __all__ = ["LANGUAGES", "MembershipDataModule", "draw_sets", "is_member"]
 
@@ -145,7 +146,12 @@ class MembershipDataModule(SequenceDataModule):
         by_label = []
         for member, n in ((False, self.n_samples // 2), (True, self.n_samples - self.n_samples // 2)):
             sizes = {"train": n, "val": held_out, "test": held_out}
-            by_label.append(split_by_hash(lambda rng, n, member=member: draw(member, n, rng), sizes, self.seed))
+            try:
+                by_label.append(split_by_hash(lambda rng, n, member=member: draw(member, n, rng), sizes, self.seed))
+            except ValueError as error:
+                size = f"universe={self.universe}" if self.language == "sets" else f"length={self.length}"
+                where = f"datamodule.{size} is too small for datamodule.language={self.language}"
+                raise ValueError(f"{where}: {error}") from None
         splits = {"train": rng.permutation(np.concatenate([part["train"] for part in by_label]))}
         for name in ("val", "test"):
             distinct = [rng.permutation(np.unique(part[name], axis=0)) for part in by_label]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from closure import Candidates, Coordinates, OneByOne
+from did_you_mean import one_of
 
 MAX_BLOCK = 1024  # directions drawn up at a time: memory stays bounded, budgets are looked at in between
 
@@ -113,8 +114,7 @@ class PatternSearch(torch.optim.Optimizer):
         target_loss: float | None = None,
         seed: int = 0,
     ):
-        if poll not in ("opportunistic", "complete"):
-            raise ValueError(f"poll={poll} is not known; known: opportunistic, complete")
+        one_of("poll", poll, ("opportunistic", "complete"))
         for name, value in dict(polls_per_step=polls_per_step, max_evaluations=max_evaluations).items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1, or null for no limit")

@@ -5,7 +5,6 @@ tokens and classes there are and makes its splits; everything else is here. The 
 tokens -> `lay_out` -> `Sequences` -> `SequenceLoader` -> batch `{"x": (B, T), "y": (B, T)}`.
 """
 
-import difflib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -136,15 +135,6 @@ def split_strings(n_symbols: int, length: int, sizes: dict[str, int], seed: int)
     digits = codes[:, None] // n_symbols ** np.arange(length - 1, -1, -1) % n_symbols  # (space, length)
     ends = np.cumsum(list(sizes.values()))
     return {name: digits[end - n : end] for (name, n), end in zip(sizes.items(), ends, strict=True)}
-
-
-def one_of(key: str, value: str, known: Sequence[str]) -> None:
-    """Raise a ValueError that lists the known values, nearest first, unless `value` is one of them."""
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=3, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        rest = [k for k in known if k not in near]
-        raise ValueError(f"{key}={value} is not known{hint} Known: {', '.join([*near, *rest])}")
 
 
 class SequenceLoader:

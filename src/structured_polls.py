@@ -417,7 +417,8 @@ class Head(Stage):
             square=x.square().mean(-1),  # (B, S)
         )  # fmt: skip
 
-    def enter(self, w: Values, rows: Rows, state: Values, moves: dict[str, Moves]) -> Tensor:
+    def enter(self, w: Values, rows: Rows, state: Values, moves: dict[str, Moves]) -> tuple[Tensor, Tensor]:
+        """Losses (K,), and the change (K,) of the logits."""
         (n_classes, d), column, direction, step = w.head.shape, [], [], []
         for name, m in moves.items():
             column.append({"head": lambda m: 1 + m.j, "gain": lambda m: 1 + d + m.i}.get(name, lambda m: 0 * m.i)(m))
@@ -425,7 +426,7 @@ class Head(Stage):
             step.append(m.step)
         scalar = state.sources[:, torch.cat(column)] * torch.cat(step)[:, None]  # (B, K, S)
         change = w.directions[torch.cat(direction)].T[:, None, :, None]  # (C, 1, K, 1)
-        return rows.loss(state.logits[:, :, None] + scalar * change)
+        return rows.loss(state.logits[:, :, None] + scalar * change), scalar.abs().amax((0, 2))
 
     def forward_rank1(self, w: Values, rows: Rows, state: Values, entry: Rank1) -> Tensor:
         """Losses (K,) in closed form: |x + s v|^2 and W (x + s v) need no d numbers per token."""
@@ -495,6 +496,7 @@ class StructuredPolls:
         closure.rows = [
             Rows(*pairs[some].chunk(2, 1), weight[some], dtype) for some in order.chunk(n_chunks) if len(some)
         ]
+        closure._known, closure._polled = ([], None), torch.empty(0, dtype=torch.float64)
         return closure
 
     @property
@@ -505,11 +507,21 @@ class StructuredPolls:
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        """The loss at the incumbent, by the same arithmetic as the candidates'."""
+        """The loss at the incumbent, in float64, by the same arithmetic as the candidates'.
+
+        After a move to a candidate it is the loss that `poll` gave this candidate. Computed from the new
+        weights it might differ in the last digit, and a weight that changes nothing would pass for better.
+        """
         if not self.rows:
             return self.plain()
         self._refresh()
-        return sum(self._state(rows, len(self.stages) - 1).out for rows in self.rows)
+        weights = [stage.serial for stage in self.stages]
+        if weights != self._known[0]:
+            loss = sum(self._state(rows, len(self.stages) - 1).out.double() for rows in self.rows)
+            near = 32 * torch.finfo(self.model.head.weight.dtype).eps * loss
+            same = self._polled[(self._polled - loss).abs() <= near]
+            self._known = weights, torch.cat([same, loss[None]]).max()
+        return self._known[1]
 
     @torch.no_grad()
     def poll(self, coordinates: Tensor, steps: Tensor) -> Tensor:
@@ -517,21 +529,28 @@ class StructuredPolls:
         check_block(self.coordinates, coordinates, steps)
         if not self.rows:
             return self.plain.poll(coordinates, steps)
-        self._refresh()
+        incumbent = self()
         losses = torch.zeros(len(coordinates), dtype=torch.float64)
-        located = self._locate(coordinates, steps.to(self.model.head.weight.dtype))
+        reach = torch.zeros(len(coordinates), dtype=self.model.head.weight.dtype)
+        located = self._locate(coordinates, steps.to(reach))
         kept = 0
         for rows in self.rows:
             for s, enter, names in self.groups:
                 mine = torch.cat([(located.owner == number).nonzero().flatten() for number in names])
-                for some in mine.split(self._chunk(rows, s)) if len(mine) else ():
+                for some in mine.split(self._chunk(rows, s, enter)) if len(mine) else ():
                     moves = {name: located.moves(some[located.owner[some] == n]) for n, name in names.items()}
                     moves = {name: m for name, m in moves.items() if len(m.i)}
-                    losses[some] += self._losses(rows, s, enter, moves)
+                    part, changed = self._losses(rows, s, enter, moves)
+                    losses[some] += part
+                    reach[some] = reach[some].maximum(changed)
             kept += rows.bytes()
             if kept > CACHE_BYTES:
                 rows.states.clear()
-        return self._finite(losses, lambda wrong: self.plain.poll(coordinates[wrong], steps[wrong]))
+        losses = torch.where(reach == 0, incumbent, losses)
+        wild = ~((reach < WILD) & (steps.abs() < WILD))  # true for nan
+        losses = self._finite(losses.masked_fill_(wild, math.nan), lambda k: self.plain.poll(coordinates[k], steps[k]))
+        self._polled = losses
+        return losses
 
     @torch.no_grad()
     def trial(self, coordinates: Tensor, changes: Tensor, scales: Tensor) -> Tensor:
@@ -561,28 +580,29 @@ class StructuredPolls:
                 losses[k] += x[0]
         return self._finite(losses, lambda wrong: self.plain.trial(coordinates, changes, scales[wrong]))
 
-    def _losses(self, rows: Rows, s: int, enter: Callable, moves: dict[str, Moves]) -> Tensor:
-        """Part of some rows in the losses (k,) of candidates that enter at stage s."""
+    def _losses(self, rows: Rows, s: int, enter: Callable, moves: dict[str, Moves]) -> tuple[Tensor, Tensor]:
+        """Of candidates that enter at stage s: some rows' part in their losses (k,), and the change of the stream (k,)."""
         state, rest = self._state(rows, s), self.stages[s + 1 :]
-        x = enter(self.stages[s].w, rows, state, moves)
-        if not isinstance(x, Rank1):
-            return self._through(rows, rest, x)
-        entry, reach = x, x.scalar.abs().amax((0, 2))  # (k,)
-        if hasattr(rest[0], "forward_rank1"):
-            x = self._through(rows, rest[1:], rest[0].forward_rank1(rest[0].w, rows, self._state(rows, s + 1), entry))
-        else:
-            x = self._through(rows, rest, entry.added_to(state.out))
-        x = torch.where(reach == 0, self._state(rows, len(self.stages) - 1).out, x)
-        return torch.where(reach < WILD, x, math.nan)  # false for nan as well
+        entry = enter(self.stages[s].w, rows, state, moves)
+        if not rest:
+            return entry
+        if not isinstance(entry, Rank1):
+            reach = (entry - state.out[:, None]).abs_().amax((0, 2, 3))
+            return self._through(rows, rest, entry), reach
+        reach = entry.scalar.abs().amax((0, 2))
+        if isinstance(rest[0], Head):
+            return rest[0].forward_rank1(rest[0].w, rows, self._state(rows, s + 1), entry), reach
+        return self._through(rows, rest, entry.added_to(state.out)), reach
 
     def _through(self, rows: Rows, stages: list[Any], x: Tensor) -> Tensor:
         for stage in stages:
             x = stage.forward(stage.w, rows, x)
         return x
 
-    def _chunk(self, rows: Rows, s: int) -> int:
+    def _chunk(self, rows: Rows, s: int, enter: Callable) -> int:
         """Candidates at a time that enter at stage s."""
-        behind_last_attention, light = s >= len(self.stages) - 3, s >= len(self.stages) - 2
+        behind_last_attention = s >= len(self.stages) - 3
+        light = s >= len(self.stages) - 2 and enter == self.stages[s].enter
         tokens = rows.at.numel() if behind_last_attention else rows.x.numel()
         return max(1, CHUNK_TOKENS * (LIGHT if light else 1) // tokens)
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from did_you_mean import one_of
+
 POSITIONS = ("learned", "sinusoidal", "rotary", "none")
 
 
@@ -186,8 +188,7 @@ def check_sizes(vocab_size, n_classes, max_len, d_model, n_layers, n_heads, d_ff
             f"model.d_model={d_model} is not divisible by model.n_heads={n_heads}; "
             f"try model.d_model={fits} or model.n_heads={near}"
         )
-    if positions not in POSITIONS:
-        raise ValueError(f"model.positions={positions} is not known; known: {', '.join(POSITIONS)}")
+    one_of("model.positions", positions, POSITIONS)
     if positions == "rotary" and (d_model // n_heads) % 2:
         raise ValueError(
             f"model.positions=rotary turns pairs, but a head has {d_model // n_heads} columns "

@@ -82,11 +82,13 @@ def test_no_parameter_row_is_dead(datamodule):
     """The training data reach every token and every position (fault: 102 tokens and 128 positions for 3 and 16)."""
     model = tiny_model(datamodule)
     x, y = datamodule.splits["train"].x, datamodule.splits["train"].y
-    for part in torch.arange(len(x)).split(2000):
+    tables = (model.token_embedding.weight, model.position_embedding.weight, model.head.weight)
+    for part in torch.arange(len(x)).split(500):
         masked_loss(model(x[part]), y[part]).backward()
-    for table in (model.token_embedding, model.position_embedding):
-        assert (table.weight.grad.abs().sum(1) > 0).all()
-    assert (model.head.weight.grad.abs().sum(1) > 0).all()
+        if all((table.grad.abs().sum(1) > 0).all() for table in tables):
+            break
+    else:
+        pytest.fail("a row of an embedding or of the head never got a gradient")
     assert datamodule.max_len == datamodule.max_train_len == x.shape[1]
 
 
@@ -254,7 +256,7 @@ def test_loader_covers_an_epoch_and_shuffles_anew():
     first, second = rows_of(loader), rows_of(loader)
     assert len(loader) == 3
     assert [len(rows) for rows in first] == [3, 3, 3]  # the incomplete batch is left out
-    assert len(set(sum(first, []))) == 9
+    assert len(set(itertools.chain(*first))) == 9
     assert first != second
     assert rows_of(SequenceLoader(sequences_of(10), 3, shuffle_seed=5)) == first
 

@@ -63,9 +63,7 @@ def test_prefix_products_are_products_of_permutation_matrices(name):
     states = group.prefix_products(strings)
     for string, state in zip(strings, states, strict=True):
         matrices = itertools.accumulate((permutation_matrix(group.elements[i]) for i in string), np.matmul)
-        assert all(
-            (m == permutation_matrix(group.elements[s])).all() for m, s in zip(matrices, state, strict=True)
-        )
+        assert all((m == permutation_matrix(group.elements[s])).all() for m, s in zip(matrices, state, strict=True))
 
 
 def test_product_groups_multiply_factor_by_factor():

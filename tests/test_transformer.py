@@ -82,7 +82,7 @@ def test_sinusoids_of_an_odd_width_fit():
         ({"d_model": 66, "n_heads": 4}, "d_model=66 is not divisible by model.n_heads=4; try model.d_model=64 or"),
         ({"n_layers": 0}, "model.n_layers=0 must be at least 1"),
         ({"d_model": -8}, "model.d_model=-8 must be at least 1"),
-        ({"positions": "absolute"}, "positions=absolute is not known; known: learned"),
+        ({"positions": "absolute"}, "positions=absolute is not known. Known: learned"),
         ({"positions": "rotary", "d_model": 6, "n_heads": 2}, "use an even head width"),
         ({"dropout": 1.0}, "dropout=1.0 must lie in"),
     ],
