@@ -1,14 +1,15 @@
 # Two commands on a fresh machine with Python 3.11, 3.12 or 3.13: `make train` and `make test`.
+# ARGS are passed on: `make train ARGS="model=tiny seed=1"`, `make test ARGS="-k optimizer"`.
 PYTHON ?= python3
 RUN := .venv/bin/python
 
 .PHONY: train test lint format clean
 
 train: .venv/installed
-	$(RUN) src/train.py --config-name=pattern_search_train
+	$(RUN) src/train.py --config-name=pattern_search_train $(ARGS)
 
 test: .venv/installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(ARGS)
 
 lint: .venv/installed
 	$(RUN) -m ruff check .

@@ -10,7 +10,8 @@ tensor is stacked. What lies before it is computed once for all of them, and eve
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from closure import Coordinates, OneByOne, forward_only
 
 CHUNK_TOKENS = 2048  # activations of 1-2 thousand tokens stay in the L2 cache; a fixed number, so results are too
 CHUNK_WEIGHTS = 2**22  # stacked weights at a time: 16 MiB in float32, whatever the number of candidates
+WILD = 1e12  # changes beyond this square to the largest float32: order of operations decides what comes out
 
 
 class GenericPolls:
@@ -60,7 +62,7 @@ class GenericPolls:
     def on(self, batch: Any) -> "GenericPolls":
         """The closure that answers about this batch."""
         closure = copy.copy(self)
-        closure.batch = batch
+        closure.batch, closure.incumbent = batch, Incumbent()
         x = self.inputs(batch)[0]
         # tokens are numbered, vectors have their features (images their channels) in the second axis
         closure.tokens = (
@@ -74,7 +76,11 @@ class GenericPolls:
         return 1 if self.refused else max(256, min(1024, 2**16 // max(1, self.tokens)))
 
     def __call__(self) -> Tensor:
-        """The loss at the incumbent, by the plain forward."""
+        """The loss at the incumbent; see `Incumbent`."""
+        return self.incumbent(self.module.parameters(), self.plain)
+
+    def plain(self) -> Tensor:
+        """The loss at the current weights by the plain forward."""
         with forward_only(self.module):
             return self._loss({})
 
@@ -82,31 +88,42 @@ class GenericPolls:
         """Losses (K,) of the candidates weight[coordinates[k]] + steps[k]; coordinates and steps are (K,)."""
         check_block(self.coordinates, coordinates, steps)
         if self.refused:
-            return OneByOne(self, self.coordinates).poll(coordinates, steps)
+            return OneByOne(self.plain, self.coordinates).poll(coordinates, steps)
+        incumbent, plain = self(), self.plain()
         losses = torch.empty(len(coordinates), dtype=torch.float64)
         with forward_only(self.module):
-            incumbent = self._loss({})
-            near = 8 * torch.finfo(incumbent.dtype).eps * incumbent.abs().double()
             for p, index, rows in self.coordinates.touched(coordinates):
-                name = self.names[id(p)]
                 for some in torch.arange(len(rows)).split(self._chunk(p.numel())):
                     stack = p.expand(len(some), *p.shape).clone()  # (k, *shape of p)
                     stack[(torch.arange(len(some)), *(i[some] for i in index))] += steps[rows[some]].to(p)
-                    found = self._losses({name: stack})
+                    found = self._losses({self.names[id(p)]: stack})
                     if found is None:
                         return self.poll(coordinates, steps)
-                    doubtful = ((found - incumbent.double()).abs() <= near) | ~found.isfinite()
-                    for k in doubtful.nonzero().flatten().tolist():
-                        found[k] = self._loss({name: stack[k]})
                     losses[rows[some]] = found
+        doubtful = within_rounding(losses, plain) | ~losses.isfinite() | (steps.abs() > WILD)
+        again = doubtful.nonzero().flatten()
+        losses[again] = self.plain_poll(coordinates[again], steps[again])
+        losses = torch.where(losses == plain, incumbent, losses)
+        self.incumbent.polled = losses
         return losses
+
+    def plain_poll(self, coordinates: Tensor, steps: Tensor) -> Tensor:
+        """The same losses (K,) by one plain forward for each candidate; no weight is moved."""
+        losses = []
+        with forward_only(self.module):
+            for coordinate, step in zip(coordinates.tolist(), steps.tolist(), strict=True):
+                owner, index = self.coordinates.locate(coordinate)
+                p = self.coordinates.parameters[owner].clone()
+                p[index] += step
+                losses.append(float(self._loss({self.names[id(self.coordinates.parameters[owner])]: p})))
+        return torch.tensor(losses, dtype=torch.float64)
 
     def trial(self, coordinates: Tensor, changes: Tensor, scales: Tensor) -> Tensor:
         """Losses (S,) of the combinations weight[coordinates] + scales[s] * changes; both (M,), scales (S,)."""
         check_block(self.coordinates, coordinates, changes)
         check_scales(scales)
         if self.refused:
-            return OneByOne(self, self.coordinates).trial(coordinates, changes, scales)
+            return OneByOne(self.plain, self.coordinates).trial(coordinates, changes, scales)
         touched = list(self.coordinates.touched(coordinates))
         losses = []
         with forward_only(self.module):
@@ -128,7 +145,7 @@ class GenericPolls:
     def _losses(self, stacked: dict[str, Tensor]) -> Tensor | None:
         """Losses (k,) in float64 for tensors (k, *shape); None if the module cannot be vectorised."""
         try:
-            with sdpa_kernel(SDPBackend.MATH):  # vmap would run the fused attention once for each candidate
+            with plain_attention():
                 return vmap(self._loss)(stacked).double()
         except Exception as reason:  # vmap raises what the operator raises that it does not know
             if "randomness" in str(reason):
@@ -145,6 +162,48 @@ class GenericPolls:
                 stacklevel=4,
             )
             return None
+
+
+class Incumbent:
+    """The incumbent's loss as a search knows it: once it moved to a candidate, the loss polled for this candidate.
+
+    Computed from the new weights it might differ from that in the last digit, and then a weight that
+    changes nothing would pass for an improvement.
+    """
+
+    def __init__(self) -> None:
+        self.weights, self.loss, self.polled = None, None, torch.empty(0, dtype=torch.float64)
+
+    def __call__(self, weights: Iterable[Tensor], compute: Callable[[], Tensor]) -> Tensor:
+        """The loss in float64; computed only if a weight was changed since the last call."""
+        weights = [version(p) for p in weights]
+        if weights != self.weights:
+            loss = compute()
+            same = self.polled[within_rounding(self.polled, loss)]
+            self.weights, self.loss = weights, torch.cat([same, loss.double()[None]]).max()
+        return self.loss
+
+
+def version(p: Tensor) -> tuple[int, int, torch.dtype]:
+    """Changes whenever a tensor is changed in place or its memory exchanged."""
+    return p._version, p.data_ptr(), p.dtype
+
+
+def within_rounding(losses: Tensor, loss: Tensor) -> Tensor:
+    """Which losses (K,) differ from `loss` by no more than the order of its operations may."""
+    return (losses - loss).abs() <= 32 * torch.finfo(loss.dtype).eps * loss.abs()
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention as single operations: vmap would run the fused ones once for each candidate."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def moved(p: Tensor, index: tuple[Tensor, ...], rows: Tensor, changes: Tensor, scales: Tensor) -> Tensor:

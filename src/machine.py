@@ -7,9 +7,21 @@ import ctypes
 import os
 import sys
 
+import torch
+
 MIB = 2**20
 # malloc.h of glibc
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+
+
+def prepare_machine() -> None:
+    """Set memory and threads for a run, the same on every machine.
+
+    One thread within an operation: the models are small, so a second one gains little, stalls when the
+    machine is shared, and changes the order of sums and with it the result.
+    """
+    keep_freed_memory()
+    torch.set_num_threads(1)
 
 
 def keep_freed_memory() -> bool:

@@ -12,8 +12,8 @@ from functools import partial
 
 import numpy as np
 
-from formal_languages import ALPHABETS, LANGUAGES, ONE_MEMBER_A_LENGTH, contains, draw_strings, is_member
 from did_you_mean import one_of
+from formal_languages import ALPHABETS, LANGUAGES, ONE_MEMBER_A_LENGTH, contains, draw_strings, is_member
 from sequence_data import SequenceDataModule, Sequences, lay_out, split_by_hash
 
 __all__ = ["LANGUAGES", "MembershipDataModule", "draw_sets", "is_member"]

@@ -70,7 +70,10 @@ def print_summary(console: Console, cfg: DictConfig, summary: dict[str, Any], da
     table.add_row("training time", f"{clock(summary['seconds'])} ({summary['seconds']:.1f} s)")
     console.print(table)
     run_dir = shown(cfg.output_dir)
-    lines = [f"Run:  {run_dir}", f"Plot: python {shown(Path(__file__).with_name('figures.py'))} {run_dir}"]
+    lines = []
+    if summary["stopped_by"] == "interrupted":
+        lines.append(f"Interrupted, so not tested. The newest weights: {shown(summary['checkpoint'] or 'none yet')}")
+    lines += [f"Run:  {run_dir}", f"Plot: python {shown(Path(__file__).with_name('figures.py'))} {run_dir}"]
     if (Path(cfg.output_dir) / "wandb").exists():
         offline = cfg.logger.get("offline")
         lines.append(

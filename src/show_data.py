@@ -23,12 +23,12 @@ N_EXAMPLES = 2  # of each split
 def load_datamodule(overrides: list[str]) -> SequenceDataModule:
     """The data that a command line selects; prints what is wrong with it and exits with code 2 if it selects none."""
     try:
-        cfg = next(compose_jobs(DEFAULT_CONFIG, overrides))
+        cfg = compose_jobs(DEFAULT_CONFIG, overrides)[0]
         node = OmegaConf.to_container(cfg.datamodule, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         refuse([explain(error, DEFAULT_CONFIG)])
-    if problems := list(check_node("datamodule", node, list(cfg.allowed_packages))):
-        refuse(problems)
+    if problems := dict(check_node("datamodule", node, list(cfg.allowed_packages))):
+        refuse(list(problems.values()))
     try:
         return build_datamodule(cfg)
     except Exception as error:  # Hydra wraps what a constructor raised

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from closure import Coordinates
-from generic_polls import GenericPolls, check_block, check_scales, moved
+from generic_polls import WILD, GenericPolls, Incumbent, check_block, check_scales, moved, version
 from sequence_data import IGNORE
 from transformer import DecoderOnlyTransformer, frequencies
 
@@ -44,7 +44,6 @@ CHUNK_TOKENS = 2048  # tokens of all candidates at a time: their activations sta
 ROW_TOKENS = 2048  # tokens of the incumbent at a time, so that even one candidate's activations stay there
 CACHE_BYTES = 2**28  # what may be remembered of the incumbent; rows beyond are computed anew in every call
 LIGHT = 16  # times as many where only a few numbers a token are computed
-WILD = 1e12  # a larger change of the stream squares to nearly the largest float32: left to the plain forward
 
 
 class Rank1(NamedTuple):
@@ -55,7 +54,14 @@ class Rank1(NamedTuple):
 
     def added_to(self, x: Tensor) -> Tensor:
         """Stream of the incumbent (B, T, d) -> streams of the candidates (B, K, T, d)."""
-        return x[:, None] + self.scalar[..., None] * self.direction[:, None]
+        return torch.addcmul(x[:, None], self.scalar[..., None], self.direction[:, None])
+
+    def scale(self, x: Tensor) -> Tensor:
+        """What the norm multiplies the candidates' streams with, (B, K, T): |x + s v|^2 needs no candidate's stream."""
+        s, v = self
+        along, square = v @ x.mT, x.square().mean(-1)[:, None]  # (B, K, T), (B, 1, T)
+        variance = square + s * (2 / x.shape[-1] * along + s * v.square().mean(1)[:, None])
+        return variance.clamp_(min=0).add_(EPS).rsqrt_()
 
 
 class Moves(NamedTuple):
@@ -102,8 +108,9 @@ class Rows:
 
     def bytes(self) -> int:
         """Memory taken by what is remembered of the incumbent."""
-        tensors = [v for _, state in self.states for v in vars(state).values()]
-        return sum(v.numel() * v.element_size() for v in tensors)
+        values = [v for _, state in self.states for v in vars(state).values()]
+        values += [v for state in values if isinstance(state, Values) for v in vars(state).values()]
+        return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
 
     def loss(self, logits: Tensor) -> Tensor:
         """Part of these rows in the mean cross-entropy: logits (C, B, K, S) -> (K,)."""
@@ -130,9 +137,13 @@ class Stage:
 
     def refresh(self) -> None:
         """Fold anew if a tensor was changed in place, or its memory exchanged."""
-        key = [(p._version, p.data_ptr(), p.dtype) for p in self.tensors.values()]
+        key = [version(p) for p in self.tensors.values()]
         if key != self._key:
             self._key, self.serial, self.w = key, self.serial + 1, self.fold(self.tensors)
+
+    def forward_rank1(self, w: Values, rows: Rows, state: Values, entry: Rank1) -> Tensor:
+        """The same as `forward` for candidates whose stream differs from the incumbent's by a rank-1 term."""
+        return self.forward(w, rows, entry.added_to(state.x))
 
 
 class Embedding(Stage):
@@ -200,7 +211,8 @@ class Attention(Stage):
         out = centred(t["out"], 0)
         return Values(
             gain=t["gain"], bias=t["bias"], scale=scale, query=query * t["gain"], query_bias=query_bias,
-            key_value=torch.cat([key, value]) * t["gain"], key_bias=key @ t["bias"], value_bias=value_bias, out=out,
+            key_value=torch.cat([key, value]) * t["gain"],
+            key=key * t["gain"], value=value * t["gain"], key_bias=key @ t["bias"], value_bias=value_bias, out=out,
             out_bias=centred(t["out_bias"], 0) + out @ value_bias, columns=torch.cat([query, key, value]).T,
             directions=torch.cat([unit_vectors(out[:, 0]), out.T]),
         )  # fmt: skip
@@ -263,6 +275,49 @@ class Attention(Stage):
         mixed = (weights @ self.heads(value)).transpose(-2, -3).flatten(-2)  # (B, K, queries, d)
         return F.linear(mixed, w.out, w.out_bias).add_(x)
 
+    def forward_rank1(self, w: Values, rows: Rows, state: Values, entry: Rank1) -> Tensor:
+        """From products of the incumbent's queries and keys, and of both with the direction: no projection at all.
+
+        With x + s v as the stream and c as the norm's scale, the score of query t and key u is
+        c_u (c_t (q_t + s_t q_v) + b) (k_u + s_u k_v), where q, k and q_v, k_v are x and v behind the
+        matrices and b is the query's bias. The values enter as what each key writes to the stream.
+        """
+        if self.rotary:  # the direction's queries and keys would turn with every position
+            return super().forward_rank1(w, rows, state, entry)
+        s, v = entry  # (B, K, T), (K, d)
+        scale, products = entry.scale(state.x), state.products
+        q_v, k_v = self.heads((v @ w.query.T)[:, None]), self.heads((v @ w.key.T)[:, None])  # (K, H, 1, d/H)
+        scale_q, s_q = (self.queries(rows, t[..., None]) for t in (scale, s))  # (B, K, queries, 1)
+        scale_q, s_q = scale_q[:, :, None], s_q[:, :, None]  # (B, K, 1, queries, 1)
+        key, query = (
+            torch.einsum("khic,bhtc->bkhit", q_v, products.key),
+            torch.einsum("khic,bhtc->bkhti", k_v, products.query),
+        )
+        scores = products.scores[:, None] * scale_q  # (B, K, H, queries, T)
+        scores.addcmul_(s_q * scale_q, key)
+        scores.addcmul_((query + s_q * (q_v * k_v).sum(-1, keepdim=True)) * scale_q, s[:, :, None, None])
+        bias = self.heads(w.query_bias[None])  # (H, 1, d/H)
+        scores.add_(products.bias[:, None] + s[:, :, None, None] * (k_v * bias).sum(-1, keepdim=True))
+        weights = self.attend(rows, scores.mul_(scale[:, :, None, None])).mul_(scale[:, :, None, None])
+        x = weights.transpose(2, 3).flatten(3).flatten(1, 2) @ products.written.flatten(1, 2)  # (B, K queries, d)
+        x = x.unflatten(1, weights.shape[1:4:2]).add_((self.queries(rows, state.x) + w.out_bias)[:, None])
+        x.addcmul_(s_q[:, :, 0], v[:, None])
+        shares = torch.einsum("bkhqt,bkt->bkhq", weights, s)
+        written = torch.einsum(
+            "khic,dhc->khid", self.heads((v @ w.value.T)[:, None]), w.out.unflatten(1, (self.n_heads, -1))
+        )
+        for h in range(self.n_heads):
+            x.addcmul_(shares[:, :, h, :, None], written[:, h])
+        return x
+
+    def products(self, w: Values, rows: Rows, x: Tensor) -> Values:
+        """What `forward_rank1` reads: queries, keys and their products in front of the norm's scale, by head."""
+        query = self.heads(self.queries(rows, x) @ w.query.T)  # (B, H, queries, d/H)
+        key, value = self.heads(x @ w.key.T), self.heads(x @ w.value.T)  # (B, H, T, d/H)
+        bias = self.heads(w.query_bias[None]) @ key.mT  # (B, H, 1, T)
+        written = value @ w.out.unflatten(1, (self.n_heads, -1)).permute(1, 2, 0)  # (B, H, T, d)
+        return Values(query=query, key=key, scores=query @ key.mT, bias=bias, written=written)
+
     def incumbent(self, w: Values, rows: Rows, x: Tensor) -> Values:
         n = norm(x)
         inputs = n * w.gain + w.bias  # what the three matrices read
@@ -276,7 +331,8 @@ class Attention(Stage):
         read = weights @ inputs[:, None]  # (B, H, queries, d): each head's weights on its inputs
         sources = [one_for(mixed), mixed + w.value_bias, *read.unbind(1)]
         return Values(
-            x=self.queries(rows, x), n=n, inputs=inputs, query=query, key=key, value=value, scores=scores,
+            x=x, products=None if self.rotary else self.products(w, rows, x), n=n, inputs=inputs,
+            query=query, key=key, value=value, scores=scores,
             weights=weights, out=F.linear(mixed, w.out, w.out_bias) + self.queries(rows, x),
             turned_query=by_column(turned_query.transpose(-2, -3).flatten(-2)),  # (B, d, queries)
             turned_key=by_column(turned_key.transpose(-2, -3).flatten(-2)),
@@ -302,7 +358,9 @@ class Attention(Stage):
         change = Rank1(scalar, w.columns[j])  # in queries, keys and values, (B, K, T, 3d)
         query, key, value = change.added_to(torch.zeros_like(state.n[..., :1])).chunk(3, -1)
         query = self.queries(rows, query) + state.query[:, None]
-        return self.mix(w, rows, state.x[:, None], query, key + state.key[:, None], value + state.value[:, None])
+        return self.mix(
+            w, rows, self.queries(rows, state.x)[:, None], query, key + state.key[:, None], value + state.value[:, None]
+        )
 
     def enter_scores(self, w: Values, rows: Rows, state: Values, moves: dict[str, Moves]) -> Tensor:
         """A query or key weight changes the scores of its head by a product of a query's and a key's part."""
@@ -358,12 +416,19 @@ class FeedForward(Stage):
         hidden = F.linear(norm(x), w.inner, w.inner_bias).relu_()
         return F.linear(hidden, w.outer, w.outer_bias).add_(x)
 
+    def forward_rank1(self, w: Values, rows: Rows, state: Values, entry: Rank1) -> Tensor:
+        """The inner matrix is linear, so it acts on the incumbent and on the direction, once each."""
+        s, v = entry.scalar[..., None], entry.direction[:, None]  # (B, K, T, 1), (K, 1, d)
+        u = torch.addcmul(state.raw[:, None], s, v @ w.inner.T)  # (B, K, T, F)
+        hidden = u.mul_(entry.scale(state.x)[..., None]).add_(w.inner_bias).relu_()
+        return F.linear(hidden, w.outer, w.outer_bias).add_(state.x[:, None]).addcmul_(s, v)
+
     def incumbent(self, w: Values, rows: Rows, x: Tensor) -> Values:
         n = norm(x)
         u = F.linear(n, w.inner, w.inner_bias)  # (B, T, F), before the activation
         hidden = u.relu()
         return Values(
-            x=x, n=n, u=u, out=F.linear(hidden, w.outer, w.outer_bias) + x,
+            x=x, n=n, u=u, raw=x @ w.inner.T, out=F.linear(hidden, w.outer, w.outer_bias) + x,
             before=by_column(u), hidden=by_column(torch.cat([one_for(u), hidden], -1)),  # (B, 1 + F, T)
             inputs=by_column(torch.cat([one_for(n), n * w.gain + w.bias], -1)),  # (B, 1 + d, T)
         )  # fmt: skip
@@ -414,7 +479,6 @@ class Head(Stage):
         return Values(
             x=x, logits=logits, out=rows.loss(logits[:, :, None])[0], sources=by_column(sources),  # (B, 1 + 2d, S)
             raw=(w.head @ x.flatten(0, -2).T).unflatten(1, x.shape[:-1]),  # (C, B, S) logits before the norm divides
-            square=x.square().mean(-1),  # (B, S)
         )  # fmt: skip
 
     def enter(self, w: Values, rows: Rows, state: Values, moves: dict[str, Moves]) -> tuple[Tensor, Tensor]:
@@ -429,14 +493,10 @@ class Head(Stage):
         return rows.loss(state.logits[:, :, None] + scalar * change), scalar.abs().amax((0, 2))
 
     def forward_rank1(self, w: Values, rows: Rows, state: Values, entry: Rank1) -> Tensor:
-        """Losses (K,) in closed form: |x + s v|^2 and W (x + s v) need no d numbers per token."""
-        scalar, v = entry
-        d = v.shape[1]
-        along = torch.matmul(v, state.x.mT)  # (B, K, S)
-        variance = state.square[:, None] + scalar * (2 / d * along + scalar * v.square().mean(1)[:, None])
-        scale = variance.clamp_(min=0).add_(EPS).rsqrt_()
-        logits = state.raw[:, :, None] + scalar * (w.head @ v.T)[:, None, :, None]  # (C, B, K, S)
-        return rows.loss(logits.mul_(scale).add_(w.head_bias[:, None, None, None]))
+        """Losses (K,) from C numbers a token instead of d."""
+        s, v = entry
+        logits = state.raw[:, :, None] + s * (w.head @ v.T)[:, None, :, None]  # (C, B, K, S)
+        return rows.loss(logits.mul_(entry.scale(state.x)).add_(w.head_bias[:, None, None, None]))
 
 
 class StructuredPolls:
@@ -463,7 +523,7 @@ class StructuredPolls:
 
     def __init__(self, model: DecoderOnlyTransformer, coordinates: Coordinates, loss: Callable[[Any, Any], Tensor]):
         self.model, self.coordinates = model, coordinates
-        self.plain = GenericPolls(model, coordinates, loss)
+        self.generic = GenericPolls(model, coordinates, loss)
         with torch.no_grad():
             self.stages: list[Any] = [Embedding(model)]
             for block in model.blocks:
@@ -482,7 +542,8 @@ class StructuredPolls:
     def on(self, batch: dict[str, Tensor]) -> "StructuredPolls":
         """The closure that answers about this batch, {"x": (B, T) tokens, "y": (B, T) classes or IGNORE}."""
         closure = copy.copy(self)
-        closure.plain = self.plain.on(batch)
+        closure.incumbent = Incumbent()
+        closure.generic = self.generic.on(batch)
         x, y = batch["x"], batch["y"]
         scored = y != IGNORE
         last = (scored * torch.arange(1, x.shape[1] + 1)).amax(1)  # (B,) tokens up to the last scored one
@@ -496,7 +557,6 @@ class StructuredPolls:
         closure.rows = [
             Rows(*pairs[some].chunk(2, 1), weight[some], dtype) for some in order.chunk(n_chunks) if len(some)
         ]
-        closure._known, closure._polled = ([], None), torch.empty(0, dtype=torch.float64)
         return closure
 
     @property
@@ -507,28 +567,19 @@ class StructuredPolls:
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        """The loss at the incumbent, in float64, by the same arithmetic as the candidates'.
+        """The loss at the incumbent, by the same arithmetic as the candidates'; see `generic_polls.Incumbent`."""
+        return self.incumbent(self.model.parameters(), self._loss) if self.rows else self.generic()
 
-        After a move to a candidate it is the loss that `poll` gave this candidate. Computed from the new
-        weights it might differ in the last digit, and a weight that changes nothing would pass for better.
-        """
-        if not self.rows:
-            return self.plain()
+    def _loss(self) -> Tensor:
         self._refresh()
-        weights = [stage.serial for stage in self.stages]
-        if weights != self._known[0]:
-            loss = sum(self._state(rows, len(self.stages) - 1).out.double() for rows in self.rows)
-            near = 32 * torch.finfo(self.model.head.weight.dtype).eps * loss
-            same = self._polled[(self._polled - loss).abs() <= near]
-            self._known = weights, torch.cat([same, loss[None]]).max()
-        return self._known[1]
+        return sum(self._state(rows, len(self.stages) - 1).out for rows in self.rows)
 
     @torch.no_grad()
     def poll(self, coordinates: Tensor, steps: Tensor) -> Tensor:
         """Losses (K,) of the candidates weight[coordinates[k]] + steps[k]; coordinates and steps are (K,)."""
         check_block(self.coordinates, coordinates, steps)
         if not self.rows:
-            return self.plain.poll(coordinates, steps)
+            return self.generic.poll(coordinates, steps)
         incumbent = self()
         losses = torch.zeros(len(coordinates), dtype=torch.float64)
         reach = torch.zeros(len(coordinates), dtype=self.model.head.weight.dtype)
@@ -548,8 +599,10 @@ class StructuredPolls:
                 rows.states.clear()
         losses = torch.where(reach == 0, incumbent, losses)
         wild = ~((reach < WILD) & (steps.abs() < WILD))  # true for nan
-        losses = self._finite(losses.masked_fill_(wild, math.nan), lambda k: self.plain.poll(coordinates[k], steps[k]))
-        self._polled = losses
+        losses = self._finite(
+            losses.masked_fill_(wild, math.nan), lambda k: self.generic.plain_poll(coordinates[k], steps[k])
+        )
+        self.incumbent.polled = losses
         return losses
 
     @torch.no_grad()
@@ -558,7 +611,7 @@ class StructuredPolls:
         check_block(self.coordinates, coordinates, changes)
         check_scales(scales)
         if not self.rows:
-            return self.plain.trial(coordinates, changes, scales)
+            return self.generic.trial(coordinates, changes, scales)
         self._refresh()
         touched = {id(p): (p, index, some) for p, index, some in self.coordinates.touched(coordinates)}
         first = min(s for s, stage in enumerate(self.stages) if any(id(p) in touched for p in stage.tensors.values()))
@@ -578,10 +631,10 @@ class StructuredPolls:
                 for stage, w in zip(self.stages[first:], weights[first:], strict=True):
                     x = stage.forward(w, rows, x)
                 losses[k] += x[0]
-        return self._finite(losses, lambda wrong: self.plain.trial(coordinates, changes, scales[wrong]))
+        return self._finite(losses, lambda wrong: self.generic.trial(coordinates, changes, scales[wrong]))
 
     def _losses(self, rows: Rows, s: int, enter: Callable, moves: dict[str, Moves]) -> tuple[Tensor, Tensor]:
-        """Of candidates that enter at stage s: some rows' part in their losses (k,), and the change of the stream (k,)."""
+        """Of candidates that enter at stage s: their losses (k,), some rows' part, and reach (k,) in the stream."""
         state, rest = self._state(rows, s), self.stages[s + 1 :]
         entry = enter(self.stages[s].w, rows, state, moves)
         if not rest:
@@ -589,10 +642,8 @@ class StructuredPolls:
         if not isinstance(entry, Rank1):
             reach = (entry - state.out[:, None]).abs_().amax((0, 2, 3))
             return self._through(rows, rest, entry), reach
-        reach = entry.scalar.abs().amax((0, 2))
-        if isinstance(rest[0], Head):
-            return rest[0].forward_rank1(rest[0].w, rows, self._state(rows, s + 1), entry), reach
-        return self._through(rows, rest, entry.added_to(state.out)), reach
+        x = rest[0].forward_rank1(rest[0].w, rows, self._state(rows, s + 1), entry)
+        return self._through(rows, rest[1:], x), entry.scalar.abs().amax((0, 2))
 
     def _through(self, rows: Rows, stages: list[Any], x: Tensor) -> Tensor:
         for stage in stages:
@@ -600,11 +651,11 @@ class StructuredPolls:
         return x
 
     def _chunk(self, rows: Rows, s: int, enter: Callable) -> int:
-        """Candidates at a time that enter at stage s."""
-        behind_last_attention = s >= len(self.stages) - 3
-        light = s >= len(self.stages) - 2 and enter == self.stages[s].enter
-        tokens = rows.at.numel() if behind_last_attention else rows.x.numel()
-        return max(1, CHUNK_TOKENS * (LIGHT if light else 1) // tokens)
+        """Candidates at a time that enter at stage s, by the tokens of the widest activations that they need."""
+        first = s + (enter == self.stages[s].enter)  # the first stage that is computed in full
+        last_attention = len(self.stages) - 3
+        tokens = rows.at.numel() if first >= last_attention else rows.x.numel()
+        return max(1, CHUNK_TOKENS * (LIGHT if first >= last_attention + 2 else 1) // tokens)
 
     def _locate(self, coordinates: Tensor, steps: Tensor) -> "Located":
         parameters, ends = self.coordinates.parameters, self.coordinates.ends

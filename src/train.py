@@ -10,8 +10,11 @@ import json
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
+warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning 2.6 uses a name that torch 2.13 renames
+os.environ.setdefault("WANDB_SILENT", "true")  # the summary says where the run lies and how to upload it
 os.environ.setdefault(
     "PATTERN_SEARCH_ROOT", str(Path(__file__).resolve().parents[1])
 )  # configs/hydra puts runs below it
@@ -24,6 +27,7 @@ from rich.console import Console
 
 from build import build_datamodule, build_task
 from config_check import DEFAULT_CONFIG, check_command_line
+from machine import prepare_machine
 from metrics_table import MetricsTable
 from report import print_header, print_summary, summarise
 
@@ -34,6 +38,7 @@ def train(cfg: DictConfig) -> dict:
     run_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
 
+    prepare_machine()
     L.seed_everything(cfg.seed, verbose=False)
     datamodule = build_datamodule(cfg)
     task = build_task(cfg, datamodule)
@@ -47,7 +52,8 @@ def train(cfg: DictConfig) -> dict:
 
     print_header(console, cfg, task, datamodule)
     interrupted = fit(trainer, task, datamodule)
-    metrics, checkpoint = ({}, None) if interrupted else test(trainer, task, datamodule)
+    checkpoint = newest_weights(run_dir) if interrupted else selected_weights(trainer)
+    metrics = {} if interrupted else test(trainer, task, datamodule, checkpoint)
     summary = summarise(cfg, trainer, task, metrics, checkpoint)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print_summary(console, cfg, summary, datamodule)
@@ -68,14 +74,20 @@ def fit(trainer: L.Trainer, task: L.LightningModule, datamodule: L.LightningData
     return trainer.interrupted
 
 
-def test(trainer: L.Trainer, task: L.LightningModule, datamodule: L.LightningDataModule) -> tuple[dict, str | None]:
-    """Test the weights that validation selected, once; returns the metrics and the checkpoint."""
-    selected = [c.best_model_path for c in trainer.checkpoint_callbacks if c.best_model_path]
-    checkpoint = selected[0] if selected else None
+def selected_weights(trainer: L.Trainer) -> str | None:
+    """The checkpoint that the first checkpoint callback kept: the best on validation. None if none is kept."""
+    return next((c.best_model_path for c in trainer.checkpoint_callbacks if c.best_model_path), None)
+
+
+def newest_weights(run_dir: Path) -> str | None:
+    checkpoints = sorted(run_dir.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+    return str(checkpoints[-1]) if checkpoints else None
+
+
+def test(trainer: L.Trainer, task: L.LightningModule, datamodule: L.LightningDataModule, checkpoint: str | None) -> dict:
+    """Look at the test split once, with the weights of the checkpoint."""
     trainer.test(task, datamodule=datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
-    return {
-        name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")
-    }, checkpoint
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name=DEFAULT_CONFIG)
@@ -99,5 +111,8 @@ def finish_wandb(mode: str | None) -> None:
 
 if __name__ == "__main__":
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the header and the summary say it in fewer words
-    check_command_line(sys.argv[1:])
-    main()
+    try:
+        check_command_line(sys.argv[1:])
+        main()
+    except KeyboardInterrupt:  # before training began: nothing to save
+        sys.exit(130)

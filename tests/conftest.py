@@ -7,11 +7,12 @@ import torch
 from omegaconf import DictConfig
 
 from config_check import compose_jobs
+from machine import prepare_machine
 from state_tracking_data import StateTrackingDataModule
 from transformer import DecoderOnlyTransformer
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "optimizer.polls_per_step=5", "logger=none"]
+prepare_machine()  # as every run does
 
 
 @pytest.fixture

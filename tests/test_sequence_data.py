@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from did_you_mean import one_of
 from membership_data import MembershipDataModule
 from membership_task import MembershipScores
 from pattern_search_task import Scores, masked_loss
@@ -19,7 +20,6 @@ from sequence_data import (
     Sequences,
     hash_rows,
     lay_out,
-    one_of,
     split_by_hash,
     split_strings,
 )
@@ -232,11 +232,10 @@ def test_hash_rows_is_the_same_everywhere_and_depends_on_every_cell():
     assert hashes[0] == 5246500226706903259  # measured once: splits must not move between machines or releases
 
 
-def test_one_of_lists_the_nearest_first():
+def test_one_of_names_the_nearest_and_all_that_is_known():
     one_of("key", "b", ("a", "b"))
-    with pytest.raises(
-        ValueError, match=r"^key=tomita33 is not known; did you mean tomita3\? Known: tomita3, dyck1, aa$"
-    ):
+    message = r"^key=tomita33 is not known; did you mean tomita3\? Known: dyck1, aa, tomita3$"
+    with pytest.raises(ValueError, match=message):
         one_of("key", "tomita33", ("dyck1", "aa", "tomita3"))
 
 

@@ -41,9 +41,9 @@ def test_shows_examples_sizes_and_chance(overrides, shown, capsys):
     [
         (["task=scan", "datamodule.split=lenght"], "datamodule.split=lenght is not known; did you mean length"),
         (["task=membership", "datamodule.language=tomita9"], "datamodule.language=tomita9 is not known"),
-        (["datamodule.lenght=3"], "datamodule.lenght is not a key of the config; did you mean datamodule.length"),
-        (["datamodule.length=long"], "datamodule.length"),
-        (["task=nothing"], "task/nothing"),
+        (["datamodule.lenght=3"], "datamodule.lenght is not known; did you mean datamodule.length"),
+        (["datamodule.length=long"], "datamodule.length=long"),
+        (["task=scam"], "task=scam is not known; did you mean scan?"),
     ],
 )
 def test_unknown_values_are_one_message_and_exit_code_2(overrides, message, capsys):

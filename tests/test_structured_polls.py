@@ -71,7 +71,7 @@ def setup(layout="seq", n_rows=9, **model_options):
     batch = make_batch(layout, n_rows)
     polls = StructuredPolls(model, coordinates, loss)
     closure = polls.on(batch)
-    return model, coordinates, closure, OneByOne(closure.plain, coordinates)
+    return model, coordinates, closure, OneByOne(closure.generic.plain, coordinates)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -82,7 +82,7 @@ def test_a_poll_is_exact(kind, layout, scale):
     referee = GenericPolls(double := copy.deepcopy(model).double(), Coordinates(double.parameters()), loss)
     referee = referee.on(make_batch(layout))
     chosen = some_of_every_tensor(coordinates, n=2)
-    assert abs(float(closure()) - float(closure.plain())) < 1e-5
+    assert abs(float(closure()) - float(closure.generic.plain())) < 1e-5
     for radius in (0.01, -0.1, 1.0):
         steps = torch.full((len(chosen),), radius, dtype=torch.float64)
         losses = closure.poll(chosen, steps)
@@ -122,8 +122,8 @@ def test_a_search_takes_the_same_decisions(poll, positions):
         reports = []
         for step in range(200):
             closure = polls.on(make_batch("ragged" if step % 2 else "seq", n_rows=4, seed=step))
-            candidates = closure if structured else OneByOne(closure.plain, search.coordinates)
-            search.step(closure if structured else closure.plain, candidates)
+            candidates = closure if structured else OneByOne(closure.generic.plain, search.coordinates)
+            search.step(closure if structured else closure.generic.plain, candidates)
             reports.append((search.report.accepted, search.report.evaluations))
         ends.append((reports, torch.cat([p.detach().flatten() for p in model.parameters()])))
     assert sum(accepted for accepted, _ in ends[0][0]) > 100
@@ -187,7 +187,7 @@ def test_an_incumbent_beyond_all_range_is_left_to_the_plain_forward(bad):
     torch.testing.assert_close(
         closure.poll(chosen, steps), plain.poll(chosen, steps), rtol=1e-5, atol=1e-5, equal_nan=True
     )
-    torch.testing.assert_close(float(closure()), float(closure.plain()), equal_nan=True)
+    torch.testing.assert_close(float(closure()), float(closure.generic.plain()), equal_nan=True)
 
 
 def test_a_batch_without_a_scored_token_has_the_plain_loss():
@@ -292,7 +292,7 @@ def test_equal_rows_are_evaluated_once():
     model = make_model()
     closure = StructuredPolls(model, Coordinates(model.parameters()), loss).on(batch)
     assert sum(len(rows.x) for rows in closure.rows) == 3  # of 20, 3 are different
-    torch.testing.assert_close(closure(), closure.plain(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(float(closure()), float(closure.generic.plain()), rtol=0, atol=1e-5)
 
 
 def test_any_subset_and_order_of_the_parameters_can_be_searched():
@@ -302,7 +302,7 @@ def test_any_subset_and_order_of_the_parameters_can_be_searched():
     closure = StructuredPolls(model, coordinates, loss).on(make_batch())
     chosen = some_of_every_tensor(coordinates)
     steps = torch.full((len(chosen),), 0.1, dtype=torch.float64)
-    expected = OneByOne(closure.plain, coordinates).poll(chosen, steps)
+    expected = OneByOne(closure.generic.plain, coordinates).poll(chosen, steps)
     torch.testing.assert_close(closure.poll(chosen, steps), expected, rtol=0, atol=1e-5)
 
 

@@ -1,0 +1,195 @@
+"""The whole system as a user runs it: every command of the README, from the root and from src/, and wrong ones."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    for line in block.splitlines()
+    if line.strip() and not line.startswith("#")
+]
+TRAIN = [c for c in COMMANDS if c.startswith("python src/train.py")]
+SHORT = ["trainer.max_steps=1", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A directory that all runs of this module go below."""
+    return tmp_path_factory.mktemp("home")
+
+
+def run(command, home, cwd=ROOT, **environment):
+    """Run a command of the README, short, with its runs below `home`; returns the finished process."""
+    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | environment
+    env |= {"PATTERN_SEARCH_ROOT": str(home), "COLUMNS": "200"}
+    return subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def run_dirs(home):
+    return sorted(path.parent for path in home.rglob("config.yaml") if ".hydra" not in path.parts)
+
+
+def short(command):
+    return " ".join([command, *SHORT]) if not re.search(r"--(help|cfg)", command) else command
+
+
+def test_the_readme_has_the_promised_commands():
+    assert {"make train", "make test", "pip install -r requirements.txt"} <= set(COMMANDS)
+    assert "python src/train.py --config-name=pattern_search_train" in TRAIN
+    printed = subprocess.run(["make", "-n", "train", "test"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "src/train.py --config-name=pattern_search_train" in printed.stdout
+    assert "-m pytest" in printed.stdout
+
+
+@pytest.mark.parametrize("command", TRAIN)
+def test_every_training_command_of_the_readme_runs(command, home):
+    done = run(short(command), home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--config-name=pattern_search_train trainer.max_epochs=2 trainer.limit_train_batches=3 "
+        "trainer.limit_val_batches=2 logger.offline=True",
+        "--config-name=train trainer.max_epochs=1 logger=csv",
+    ],
+)
+def test_a_run_from_src_leaves_everything_a_run_must_leave(options, tmp_path):
+    done = run(f"python train.py {options}", tmp_path, cwd=ROOT / "src")
+    assert done.returncode == 0, done.stderr
+    (run_dir,) = run_dirs(tmp_path)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert set(summary) >= {"test", "evaluations", "seconds", "checkpoint", "config", "stopped_by"}
+    assert set(summary["test"]) >= {"test/loss", "test/token_accuracy", "test/exact_match"}
+    checkpoint = torch.load(summary["checkpoint"], weights_only=True)
+    assert checkpoint["global_step"] > 0
+    table = pd.read_csv(run_dir / "metrics.csv")
+    assert {"train/loss", "val/loss", "val/exact_match", "test/exact_match"} <= set(table.metric)
+    assert summary["evaluations"] == table.evaluations.max()
+    assert str(run_dir) in done.stdout
+    log = (run_dir / "train.log").read_text()
+    assert "loss" in log
+    assert "evaluations" in log
+
+
+def test_a_finished_run_can_be_loaded_and_gives_the_metrics_it_reported(tmp_path):
+    from build import load_run
+
+    run("python src/train.py model=tiny trainer.max_epochs=2 logger=none", tmp_path)
+    (run_dir,) = run_dirs(tmp_path)
+    task, data, _ = load_run(run_dir)
+    scores = task.scores_class()
+    with torch.no_grad():
+        scores.update(task.model.eval()(data.splits["test"].x), data.splits["test"].y)
+    reported = json.loads((run_dir / "summary.json").read_text())["test"]
+    assert scores.compute()["loss"].item() == pytest.approx(reported["test/loss"], rel=1e-5)
+
+
+def test_wandb_is_offline_without_an_account_and_a_sweep_has_one_run_a_job(tmp_path):
+    done = run(short("python src/train.py -m optimizer=pattern_search,adam seed=0,1 model=tiny"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "wandb sync" in done.stdout
+    assert len(run_dirs(tmp_path)) == 4
+    assert len(list(tmp_path.rglob("offline-run-*"))) == 4
+    for run_dir in run_dirs(tmp_path):
+        assert len(list(run_dir.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path):
+    tables = []
+    for home in (tmp_path / "a", tmp_path / "b"):
+        run("python src/train.py model=tiny trainer.max_epochs=2 logger=none", home)
+        table = pd.read_csv(run_dirs(home)[0] / "metrics.csv")
+        timed = table.metric.str.endswith("per_second")
+        tables.append(table[~timed].drop(columns="seconds").reset_index(drop=True))
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("model.d_modell=8", "did you mean model.d_model?"),
+        ("model=gigantic", "Known: large, medium, small, tiny"),
+        ("model.d_model=66", "try model.d_model=64 or model.n_heads=3"),
+        ("datamodule.group=S_3", "datamodule.group=S_3 is not known"),
+        ("trainer.max_epochs=many", "trainer.max_epochs=many: expected"),
+        ("--config-name=trian", "did you mean train?"),
+        ("-m seed=0,-1", "seed=-1: expected int"),
+        ("logger.offline=False", "wandb login"),
+    ],
+)
+def test_a_wrong_command_says_so_and_leaves_nothing(options, message, tmp_path):
+    no_account = {"HOME": str(tmp_path / "nobody"), "NETRC": str(tmp_path / "nobody" / ".netrc")}
+    done = run(f"python src/train.py {options}", tmp_path / "runs_go_here", **no_account)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs_go_here").exists()
+
+
+def test_ctrl_c_saves_the_newest_weights_and_says_where(tmp_path):
+    command = [sys.executable, "src/train.py", "logger=none", "callbacks.progress.log_every_seconds=1"]
+    env = os.environ | {"PATTERN_SEARCH_ROOT": str(tmp_path), "COLUMNS": "200"}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step ") and not line.startswith("step 0"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    (run_dir,) = run_dirs(tmp_path)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["stopped_by"] == "interrupted"
+    assert str(run_dir) in out
+    torch.load(summary["checkpoint"], weights_only=True)
+
+
+def test_progress_moves_during_a_long_poll(tmp_path):
+    """One step here is a pass over 200,000 directions; lines must come long before it ends."""
+    command = "optimizer=pattern_search_classic callbacks.progress.log_every_seconds=1 trainer.max_steps=1"
+    command += " optimizer.max_evaluations=3000 logger=none"
+    started = time.time()
+    done = run(f"python src/train.py {command}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("step ")]
+    counts = [int(re.search(r"evaluations ([\d,]+)", line)[1].replace(",", "")) for line in lines]
+    assert len(counts) >= 2, (lines, time.time() - started)
+    assert counts == sorted(counts)
+    assert 0 < counts[0] < counts[-1] == 3000
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/figures.py")])
+def test_every_figure_command_of_the_readme_draws(command, home):
+    if not run_dirs(home):
+        run(short("python src/train.py model=tiny logger=none"), home)
+    done = run(command.replace("src/", f"{ROOT}/src/"), home, cwd=home)
+    if "--wandb" in command:
+        assert "Traceback" not in done.stderr or "wandb" in done.stderr  # needs an account
+    else:
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"Drew \d+ run", done.stdout)
+
+
+def test_figures_of_a_place_without_runs_say_so(tmp_path):
+    done = run(f"python src/figures.py {tmp_path}", tmp_path)
+    assert done.returncode == 1
+    assert "no run" in done.stderr
+    assert "Traceback" not in done.stderr
