@@ -13,12 +13,6 @@ import sys
 import warnings
 from pathlib import Path
 
-warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning 2.6 uses a name that torch 2.13 renames
-os.environ.setdefault("WANDB_SILENT", "true")  # the summary says where the run lies and how to upload it
-os.environ.setdefault(
-    "PATTERN_SEARCH_ROOT", str(Path(__file__).resolve().parents[1])
-)  # configs/hydra puts runs below it
-
 import hydra
 import lightning as L
 from hydra.utils import instantiate
@@ -30,6 +24,11 @@ from config_check import DEFAULT_CONFIG, check_command_line
 from machine import prepare_machine
 from metrics_table import MetricsTable
 from report import print_header, print_summary, summarise
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("PATTERN_SEARCH_ROOT", str(ROOT))  # configs/hydra puts runs below it
+os.environ.setdefault("WANDB_SILENT", "true")  # the summary says where the run lies and how to upload it
+warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning 2.6 uses a name that torch 2.13 renames
 
 
 def train(cfg: DictConfig) -> dict:
@@ -84,7 +83,9 @@ def newest_weights(run_dir: Path) -> str | None:
     return str(checkpoints[-1]) if checkpoints else None
 
 
-def test(trainer: L.Trainer, task: L.LightningModule, datamodule: L.LightningDataModule, checkpoint: str | None) -> dict:
+def test(
+    trainer: L.Trainer, task: L.LightningModule, datamodule: L.LightningDataModule, checkpoint: str | None
+) -> dict:
     """Look at the test split once, with the weights of the checkpoint."""
     trainer.test(task, datamodule=datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
@@ -110,7 +111,7 @@ def finish_wandb(mode: str | None) -> None:
 
 
 if __name__ == "__main__":
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the header and the summary say it in fewer words
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the header and the summary say the rest
     try:
         check_command_line(sys.argv[1:])
         main()

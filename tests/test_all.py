@@ -12,7 +12,6 @@ import time
 import pandas as pd
 import pytest
 import torch
-
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()

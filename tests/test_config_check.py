@@ -24,7 +24,9 @@ def problems(*overrides, config_name="pattern_search_train"):
 @pytest.mark.parametrize("primary", PRIMARIES)
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_of_every_group_composes_and_passes(primary, group, option, monkeypatch):
-    monkeypatch.setattr(config_check.torch.cuda, "is_available", lambda: True)  # trainer=gpu is right where there is one
+    monkeypatch.setattr(
+        config_check.torch.cuda, "is_available", lambda: True
+    )  # trainer=gpu is right where there is one
     override = f"hydra={option}" if group == "hydra" else f"{group}={option}"
     assert problems(override, config_name=primary) == []
 
@@ -35,7 +37,10 @@ def test_every_value_has_a_comment_with_its_meaning():
         for path in CONFIGS.rglob("*.yaml")
         if path.parent.name != "hydra"
         for line in path.read_text().splitlines()
-        if line.strip() and not line.lstrip().startswith(("#", "_", "-")) and " #" not in line and not line.endswith(":")
+        if line.strip()
+        and not line.lstrip().startswith(("#", "_", "-"))
+        and " #" not in line
+        and not line.endswith(":")
         if not line.startswith(("  task: ", "  model: ", "  optimizer: "))  # the choices, explained above them
     ]
     assert bare == []

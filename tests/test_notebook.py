@@ -2,7 +2,6 @@
 
 import nbclient
 import nbformat
-
 from conftest import ROOT
 
 

@@ -93,5 +93,5 @@ def test_impossible_sizes_are_refused(options, message):
 
 
 def test_an_input_longer_than_the_model_is_refused():
-    with pytest.raises(ValueError, match="13 tokens is longer than model.max_len=12"):
+    with pytest.raises(ValueError, match=r"13 tokens is longer than model\.max_len=12"):
         make()(torch.zeros(1, 13, dtype=torch.long))
