@@ -1,0 +1,98 @@
+"""Runs become one tidy table, from local files and from W&B, and the table becomes figures."""
+
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+from figures import draw_accuracy, draw_runs
+from metrics_table import COLUMNS, MetricsTable, read_runs, read_wandb
+
+CONFIG = {
+    "choices": {"task": "state_tracking", "model": "tiny", "optimizer": "pattern_search"},
+    "datamodule": {"group": "Z5"},
+    "seed": 3,
+}
+
+
+def write_run(path, optimizer="pattern_search", value=0.5):
+    path.mkdir(parents=True)
+    OmegaConf.save(CONFIG | {"choices": CONFIG["choices"] | {"optimizer": optimizer}}, path / "config.yaml")
+    table = MetricsTable(path)
+    for step in range(3):
+        table.log_metrics({"train/loss": value / (step + 1), "evaluations": 10.0 * step, "seconds": 0.5 * step}, step)
+    for name in ("val/loss", "val/exact_match", "test/exact_match", "test/token_accuracy"):
+        table.log_metrics({name: value, "epoch": 0}, 3)
+
+
+def test_a_table_has_one_row_a_value_with_its_axes(tmp_path):
+    write_run(tmp_path / "a")
+    rows = pd.read_csv(tmp_path / "a" / "metrics.csv")
+    assert list(rows.columns) == COLUMNS
+    assert rows[rows.metric == "train/loss"].evaluations.tolist() == [0, 10, 20]
+    assert rows.iloc[-1].to_dict() == {
+        "step": 3, "evaluations": 20, "seconds": 1.0, "metric": "test/token_accuracy", "value": 0.5,
+    }  # fmt: skip
+
+
+def test_a_table_that_is_opened_again_is_continued(tmp_path):
+    write_run(tmp_path / "a")
+    MetricsTable(tmp_path / "a").log_metrics({"val/loss": 0.25}, 4)
+    rows = pd.read_csv(tmp_path / "a" / "metrics.csv")
+    assert len(rows) == 3 + 4 + 1
+
+
+def test_runs_are_read_together_and_described_by_their_configs(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "sweep" / "0", optimizer="adam")
+    table = read_runs(tmp_path)
+    described = table.groupby("run")[["task", "model", "optimizer", "seed"]].first()
+    assert set(described.optimizer) == {"pattern_search", "adam"}
+    assert described.task.tolist() == ["state_tracking Z5"] * 2
+    assert described.seed.tolist() == [3, 3]
+
+
+def test_a_place_without_runs_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        read_runs(tmp_path)
+
+
+def test_wandb_runs_become_the_same_table(monkeypatch):
+    """Against W&B's interface: a wide history of dicts with gaps, under either name of the step."""
+
+    class Run:
+        name, config = "r", CONFIG
+
+        def __init__(self, step):
+            self.step = step
+
+        def scan_history(self):
+            yield {self.step: 0, "train/loss": 0.7, "evaluations": 10, "seconds": 0.1, "epoch": 0}
+            yield {self.step: 1, "train/loss": 0.6, "evaluations": 20, "seconds": 0.2, "epoch": 0}
+            yield {self.step: 1, "val/loss": 0.65, "epoch": 0}
+
+    class Api:
+        def runs(self, path):
+            assert path == "team/project"
+            return [Run("trainer/global_step"), Run("global_step")]
+
+    monkeypatch.setattr("wandb.Api", Api)
+    table = read_wandb("team", "project")
+    half = table.iloc[: len(table) // 2][[*COLUMNS, "task"]].values.tolist()
+    assert half == [
+        [0, 10, 0.1, "train/loss", 0.7, "state_tracking Z5"],
+        [1, 20, 0.2, "train/loss", 0.6, "state_tracking Z5"],
+        [1, 20, 0.2, "val/loss", 0.65, "state_tracking Z5"],
+    ]
+    assert table.iloc[len(table) // 2 :][[*COLUMNS, "task"]].values.tolist() == half
+
+
+def test_figures_show_every_run_on_both_axes(tmp_path):
+    write_run(tmp_path / "a", value=0.7)
+    write_run(tmp_path / "b", optimizer="adam")
+    table = read_runs(tmp_path)
+    figure = draw_runs(table)
+    assert {panel.get_xlabel() for panel in figure.axes} == {"function evaluations", "training seconds"}
+    assert len(figure.axes) == 6
+    assert all(len(panel.lines) == 2 for panel in figure.axes)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["pattern_search (1 run)", "adam (1 run)"]
+    assert sum(len(c.get_offsets()) for c in draw_accuracy(table).axes[0].collections) == 4
