@@ -191,7 +191,7 @@ def version(p: Tensor) -> tuple[int, int, torch.dtype]:
 
 def within_rounding(losses: Tensor, loss: Tensor) -> Tensor:
     """Which losses (K,) differ from `loss` by no more than the order of its operations may."""
-    return (losses - loss).abs() <= 32 * torch.finfo(loss.dtype).eps * loss.abs()
+    return (losses - loss).abs() <= 8 * torch.finfo(loss.dtype).eps * loss.abs()
 
 
 @contextmanager

@@ -56,8 +56,8 @@ class MembershipDataModule(SequenceDataModule):
         set_size: sets: elements of a set, or a list of sizes to draw from.
         test_set_sizes: sets: sizes of further test sets, e.g. [7, 8] -> "test/size_7", "test/size_8".
         length: languages: longest string, in symbols; strings of 1 to `length` symbols are drawn.
-        test_lengths: languages: upper ends of further bins of test strings, e.g. [32, 64] after
-            length=16 -> "test/length_17_32", "test/length_33_64". Learned positions beyond
+        test_lengths: languages: upper ends of further bins of test strings, e.g. [24, 48] after
+            length=12 -> "test/length_13_24", "test/length_25_48". Learned positions beyond
             `length` are never trained.
         n_samples: training rows; None for 2,000 sets or 4,000 strings.
         batch_size, seed: as in `SequenceDataModule`.
@@ -72,7 +72,7 @@ class MembershipDataModule(SequenceDataModule):
         universe: int = 16,
         set_size: int | Sequence[int] = 4,
         test_set_sizes: Sequence[int] = (),
-        length: int = 16,
+        length: int = 12,
         test_lengths: Sequence[int] = (),
         n_samples: int | None = None,
         batch_size: int = 32,
@@ -165,7 +165,7 @@ class MembershipDataModule(SequenceDataModule):
         if len(pairs) < 3:
             raise ValueError(
                 f"datamodule.length={self.length} is too short for datamodule.language={self.language}, which can "
-                "only be tested on lengths it was not trained on; try datamodule.length=16"
+                "only be tested on lengths it was not trained on; try datamodule.length=12"
             )
         val, test, _ = np.split(rng.permutation(pairs), np.cumsum([-(-len(pairs) // 8), -(-len(pairs) // 4)]))
         train = np.setdiff1d(np.arange(1, self.length + 1), [*val.flatten(), *test.flatten()])

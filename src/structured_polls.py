@@ -27,6 +27,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from itertools import accumulate
 from types import SimpleNamespace as Values
 from typing import Any, NamedTuple
 
@@ -40,8 +41,8 @@ from sequence_data import IGNORE
 from transformer import DecoderOnlyTransformer, frequencies
 
 EPS = 1e-5  # of every LayerNorm, torch's default
-CHUNK_TOKENS = 2048  # tokens of all candidates at a time: their activations stay in the L2 cache
-ROW_TOKENS = 2048  # tokens of the incumbent at a time, so that even one candidate's activations stay there
+CHUNK_TOKENS = 4096  # tokens of all candidates at a time: large enough to hide the cost of calling an operator
+ROW_TOKENS = 4096  # tokens of the incumbent at a time, so that a chunk never holds more
 CACHE_BYTES = 2**28  # what may be remembered of the incumbent; rows beyond are computed anew in every call
 LIGHT = 16  # times as many where only a few numbers a token are computed
 
@@ -70,6 +71,9 @@ class Moves(NamedTuple):
     i: Tensor
     j: Tensor
     step: Tensor
+
+    def of(self, some: slice) -> "Moves":
+        return Moves(*(x[some] for x in self))
 
 
 class Rows:
@@ -302,12 +306,12 @@ class Attention(Stage):
         x = weights.transpose(2, 3).flatten(3).flatten(1, 2) @ products.written.flatten(1, 2)  # (B, K queries, d)
         x = x.unflatten(1, weights.shape[1:4:2]).add_((self.queries(rows, state.x) + w.out_bias)[:, None])
         x.addcmul_(s_q[:, :, 0], v[:, None])
-        shares = torch.einsum("bkhqt,bkt->bkhq", weights, s)
+        shares = (weights * s[:, :, None, None]).sum(-1, keepdim=True)  # (B, K, H, queries, 1)
         written = torch.einsum(
             "khic,dhc->khid", self.heads((v @ w.value.T)[:, None]), w.out.unflatten(1, (self.n_heads, -1))
         )
         for h in range(self.n_heads):
-            x.addcmul_(shares[:, :, h, :, None], written[:, h])
+            x.addcmul_(shares[:, :, h], written[:, h])
         return x
 
     def products(self, w: Values, rows: Rows, x: Tensor) -> Values:
@@ -530,13 +534,16 @@ class StructuredPolls:
                 self.stages += [Attention(block, last=block is model.blocks[-1]), FeedForward(block)]
             self.stages.append(Head(model))
         number = {id(p): i for i, p in enumerate(coordinates.parameters)}
-        # of each group of tensors: its stage, its way in, and the tensors' names by their numbers
-        self.groups = []
+        self.groups = []  # stage, way in, and names of the tensors that are searched
+        self.rank = torch.empty(len(number), dtype=torch.long)  # of each tensor among all the groups' tensors
         for s, stage in enumerate(self.stages):
             for names, enter in stage.groups.items():
-                held = {number[id(stage.tensors[n])]: n for n in names if id(stage.tensors.get(n)) in number}
-                if held:
-                    self.groups.append((s, enter, held))
+                held = [name for name in names if id(stage.tensors.get(name)) in number]
+                for name in held:
+                    self.rank[number[id(stage.tensors[name])]] = sum(
+                        len(names) for *_, names in self.groups
+                    ) + held.index(name)
+                self.groups.append((s, enter, held))
 
     @torch.no_grad()
     def on(self, batch: dict[str, Tensor]) -> "StructuredPolls":
@@ -580,23 +587,25 @@ class StructuredPolls:
         check_block(self.coordinates, coordinates, steps)
         if not self.rows:
             return self.generic.poll(coordinates, steps)
-        incumbent = self()
-        losses = torch.zeros(len(coordinates), dtype=torch.float64)
-        reach = torch.zeros(len(coordinates), dtype=self.model.head.weight.dtype)
-        located = self._locate(coordinates, steps.to(reach))
+        incumbent, (order, counts, moves) = self(), self._sort(coordinates, steps)
+        losses, reach = torch.zeros(len(order), dtype=torch.float64), torch.zeros_like(moves.step)
         kept = 0
         for rows in self.rows:
+            tensor = end = 0
             for s, enter, names in self.groups:
-                mine = torch.cat([(located.owner == number).nonzero().flatten() for number in names])
-                for some in mine.split(self._chunk(rows, s, enter)) if len(mine) else ():
-                    moves = {name: located.moves(some[located.owner[some] == n]) for n, name in names.items()}
-                    moves = {name: m for name, m in moves.items() if len(m.i)}
-                    part, changed = self._losses(rows, s, enter, moves)
+                ends = list(accumulate(counts[tensor : tensor + len(names)], initial=end))
+                for some in chunks(ends, self._chunk(rows, s, enter)):
+                    # of this chunk, the candidates of each tensor lie together
+                    cut = [min(max(e, some.start), some.stop) for e in ends]
+                    part = {n: moves.of(slice(a, b)) for n, a, b in zip(names, cut, cut[1:], strict=False) if a < b}
+                    part, changed = self._losses(rows, s, enter, part)
                     losses[some] += part
                     reach[some] = reach[some].maximum(changed)
+                tensor, end = tensor + len(names), ends[-1]
             kept += rows.bytes()
             if kept > CACHE_BYTES:
                 rows.states.clear()
+        losses, reach = (torch.empty_like(x).scatter_(0, order, x) for x in (losses, reach))
         losses = torch.where(reach == 0, incumbent, losses)
         wild = ~((reach < WILD) & (steps.abs() < WILD))  # true for nan
         losses = self._finite(
@@ -657,13 +666,18 @@ class StructuredPolls:
         tokens = rows.at.numel() if first >= last_attention else rows.x.numel()
         return max(1, CHUNK_TOKENS * (LIGHT if first >= last_attention + 2 else 1) // tokens)
 
-    def _locate(self, coordinates: Tensor, steps: Tensor) -> "Located":
+    def _sort(self, coordinates: Tensor, steps: Tensor) -> tuple[Tensor, list[int], Moves]:
+        """The order (K,) of candidates by group, tensor and coordinate; how many of each tensor; their moves."""
         parameters, ends = self.coordinates.parameters, self.coordinates.ends
         owner = self.coordinates.owner(coordinates)
+        rank = self.rank[owner]
+        order = (rank * len(self.coordinates) + coordinates).argsort()
+        owner, coordinates = owner[order], coordinates[order]
         starts = torch.tensor([end - p.numel() for p, end in zip(parameters, ends, strict=True)])
         widths = torch.tensor([p.shape[1] if p.ndim == 2 else 1 for p in parameters])
         flat, width = coordinates - starts[owner], widths[owner]
-        return Located(owner, flat // width, flat % width, steps)
+        moves = Moves(flat // width, flat % width, steps[order].to(self.model.head.weight.dtype))
+        return order, rank.bincount(minlength=len(parameters)).tolist(), moves
 
     def _state(self, rows: Rows, s: int) -> Values:
         """What the incumbent computes at stage s; computed anew from the first stage whose weights changed."""
@@ -685,16 +699,9 @@ class StructuredPolls:
         return losses
 
 
-class Located(NamedTuple):
-    """Candidates by tensor: number of the tensor, row, column (0 in a vector), step; each (K,)."""
-
-    owner: Tensor
-    i: Tensor
-    j: Tensor
-    step: Tensor
-
-    def moves(self, some: Tensor) -> Moves:
-        return Moves(self.i[some], self.j[some], self.step[some])
+def chunks(ends: list[int], size: int) -> list[slice]:
+    """Slices of at most `size` that cover ends[0] .. ends[-1]."""
+    return [slice(a, min(a + size, ends[-1])) for a in range(ends[0], ends[-1], size)]
 
 
 def make_polls(module: nn.Module, coordinates: Coordinates, loss: Callable[[Any, Any], Tensor]) -> Any:
