@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from closure import Coordinates, OneByOne, forward_only
 
-CHUNK_TOKENS = 2048  # activations of 1-2 thousand tokens stay in the L2 cache; a fixed number, so results are too
+CHUNK_TOKENS = 12_800  # tokens at a time: enough to share the prefix and vmap's own cost; fixed, so results are too
+FEW = 4  # fewer candidates of a tensor are not worth vmap's own cost
 CHUNK_WEIGHTS = 2**22  # stacked weights at a time: 16 MiB in float32, whatever the number of candidates
 WILD = 1e12  # changes beyond this square to the largest float32: order of operations decides what comes out
 
@@ -94,15 +95,23 @@ class GenericPolls:
         with forward_only(self.module):
             for p, index, rows in self.coordinates.touched(coordinates):
                 for some in torch.arange(len(rows)).split(self._chunk(p.numel())):
+                    if len(some) < FEW:
+                        losses[rows[some]] = self.plain_poll(coordinates[rows[some]], steps[rows[some]])
+                        continue
                     stack = p.expand(len(some), *p.shape).clone()  # (k, *shape of p)
                     stack[(torch.arange(len(some)), *(i[some] for i in index))] += steps[rows[some]].to(p)
                     found = self._losses({self.names[id(p)]: stack})
                     if found is None:
                         return self.poll(coordinates, steps)
                     losses[rows[some]] = found
-        doubtful = within_rounding(losses, plain) | ~losses.isfinite() | (steps.abs() > WILD)
-        again = doubtful.nonzero().flatten()
-        losses[again] = self.plain_poll(coordinates[again], steps[again])
+        beyond = (~losses.isfinite() | (steps.abs() > WILD)).nonzero().flatten()
+        losses[beyond] = self.plain_poll(coordinates[beyond], steps[beyond])
+        tie = within_rounding(losses, plain).nonzero().flatten()
+        values, which = losses[tie].unique(
+            return_inverse=True
+        )  # weights that change nothing share one value, bit by bit
+        example = tie[torch.empty_like(values, dtype=torch.long).scatter_(0, which, torch.arange(len(tie)))]
+        losses[tie] = self.plain_poll(coordinates[example], steps[example])[which]
         losses = torch.where(losses == plain, incumbent, losses)
         self.incumbent.polled = losses
         return losses

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,6 +174,27 @@ def test_progress_moves_during_a_long_poll(tmp_path):
     assert len(counts) >= 2, (lines, time.time() - started)
     assert counts == sorted(counts)
     assert 0 < counts[0] < counts[-1] == 3000
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/show_data.py")])
+def test_every_data_command_of_the_readme_shows_examples_and_chance(command, home):
+    done = run(command, home)
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in ("train", "val", "test", "SEP", "chance"))
+
+
+def test_the_worked_example_of_the_readme_is_a_task(tmp_path):
+    for folder in ("src", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    blocks = re.findall(r"```(?:python|yaml)\n# (\S+/reversal\S*)\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 3
+    for path, text in blocks:
+        (tmp_path / path).write_text(text)
+    shown = run("python src/show_data.py task=reversal", tmp_path, cwd=tmp_path)
+    assert "SEP" in shown.stdout, shown.stderr
+    done = run("python src/train.py task=reversal model=tiny logger=none trainer.max_steps=2", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "tiny" in done.stdout
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/figures.py")])
