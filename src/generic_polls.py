@@ -65,10 +65,8 @@ class GenericPolls:
         closure = copy.copy(self)
         closure.batch, closure.incumbent = batch, Incumbent()
         x = self.inputs(batch)[0]
-        # tokens are numbered, vectors have their features (images their channels) in the second axis
-        closure.tokens = (
-            x.numel() if not x.is_floating_point() else max(1, x.numel() // x[:1].numel() * x[0, 0].numel())
-        )
+        # tokens are numbers; vectors have their features, and images their channels, in the second axis
+        closure.tokens = x[:, :1].numel() if x.is_floating_point() and x.ndim > 1 else x.numel()
         return closure
 
     @property
@@ -91,6 +89,11 @@ class GenericPolls:
         if self.refused:
             return OneByOne(self.plain, self.coordinates).poll(coordinates, steps)
         incumbent, plain = self(), self.plain()
+        if plain.isfinite() and not within_rounding(incumbent, plain):
+            raise ValueError(
+                f"two evaluations of {type(self.module).__name__} at the same weights differ ({incumbent}, {plain}): a "
+                "search needs a forward that is deterministic in eval mode; draw random numbers only if self.training"
+            )
         losses = torch.empty(len(coordinates), dtype=torch.float64)
         with forward_only(self.module):
             for p, index, rows in self.coordinates.touched(coordinates):
@@ -107,9 +110,8 @@ class GenericPolls:
         beyond = (~losses.isfinite() | (steps.abs() > WILD)).nonzero().flatten()
         losses[beyond] = self.plain_poll(coordinates[beyond], steps[beyond])
         tie = within_rounding(losses, plain).nonzero().flatten()
-        values, which = losses[tie].unique(
-            return_inverse=True
-        )  # weights that change nothing share one value, bit by bit
+        # weights that change nothing share one value, bit by bit: one of them is evaluated for all
+        values, which = losses[tie].unique(return_inverse=True)
         example = tie[torch.empty_like(values, dtype=torch.long).scatter_(0, which, torch.arange(len(tie)))]
         losses[tie] = self.plain_poll(coordinates[example], steps[example])[which]
         losses = torch.where(losses == plain, incumbent, losses)
@@ -131,17 +133,13 @@ class GenericPolls:
         """Losses (S,) of the combinations weight[coordinates] + scales[s] * changes; both (M,), scales (S,)."""
         check_block(self.coordinates, coordinates, changes)
         check_scales(scales)
-        if self.refused:
-            return OneByOne(self.plain, self.coordinates).trial(coordinates, changes, scales)
         touched = list(self.coordinates.touched(coordinates))
         losses = []
         with forward_only(self.module):
-            for some in scales.split(self._chunk(sum(p.numel() for p, _, _ in touched))):
-                found = self._losses({self.names[id(p)]: moved(p, i, rows, changes, some) for p, i, rows in touched})
-                if found is None:
-                    return self.trial(coordinates, changes, scales)
-                losses.append(found)
-        return torch.cat(losses)
+            for scale in scales.split(1):  # a few: not worth vmap's own cost
+                new = {self.names[id(p)]: moved(p, index, changes[rows], scale) for p, index, rows in touched}
+                losses.append(float(self._loss(new)))
+        return torch.tensor(losses, dtype=torch.float64)
 
     def _chunk(self, weights: int) -> int:
         """Candidates at a time, if each of them stacks so many weights."""
@@ -157,11 +155,6 @@ class GenericPolls:
             with plain_attention():
                 return vmap(self._loss)(stacked).double()
         except Exception as reason:  # vmap raises what the operator raises that it does not know
-            if "randomness" in str(reason):
-                raise ValueError(
-                    f"{type(self.module).__name__} draws random numbers in eval mode; a search needs a forward "
-                    "that returns the same loss for the same weights: make it deterministic when not self.training"
-                ) from reason
             self._loss({})  # an error of the module itself is no reason to go on one by one
             first_line = str(reason).strip().split("\n")[0]
             self.refused.append(first_line)
@@ -215,11 +208,11 @@ def plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-def moved(p: Tensor, index: tuple[Tensor, ...], rows: Tensor, changes: Tensor, scales: Tensor) -> Tensor:
-    """(S, *shape of p): copy s has scales[s] * changes[rows] added at `index`."""
-    stack = p.detach().expand(len(scales), *p.shape).clone()
-    stack[(slice(None), *index)] += (scales[:, None] * changes[rows]).to(p)
-    return stack
+def moved(p: Tensor, index: tuple[Tensor, ...], changes: Tensor, scale: Tensor) -> Tensor:
+    """A copy of p with scale * changes (m,) added at the index."""
+    p = p.detach().clone()
+    p[index] += (scale * changes).to(p)
+    return p
 
 
 def names_of(module: nn.Module, coordinates: Coordinates) -> dict[int, str]:

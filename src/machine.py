@@ -6,6 +6,8 @@ Called once at the start of a program; nobody has to set an environment variable
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -39,6 +41,17 @@ def keep_freed_memory() -> bool:
     settings = {M_MMAP_THRESHOLD: 1024 * MIB, M_TRIM_THRESHOLD: 1024 * MIB, M_TOP_PAD: 64 * MIB}
     taken = [mallopt(name, size) for name, size in settings.items()]
     return taken == [1, 1, 1]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread within an operation, so that the order of its sums does not depend on the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def available_cores() -> int:

@@ -26,7 +26,8 @@ Shapes: B rows of the batch, K candidates, T tokens, S scored positions, H heads
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from types import SimpleNamespace as Values
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 
 from closure import Coordinates
 from generic_polls import WILD, GenericPolls, Incumbent, check_block, check_scales, moved, version
+from machine import available_cores, one_thread
 from sequence_data import IGNORE
 from transformer import DecoderOnlyTransformer, frequencies
 
@@ -44,7 +46,6 @@ EPS = 1e-5  # of every LayerNorm, torch's default
 CHUNK_TOKENS = 4096  # tokens of all candidates at a time: large enough to hide the cost of calling an operator
 ROW_TOKENS = 4096  # tokens of the incumbent at a time, so that a chunk never holds more
 CACHE_BYTES = 2**28  # what may be remembered of the incumbent; rows beyond are computed anew in every call
-LIGHT = 16  # times as many where only a few numbers a token are computed
 
 
 class Rank1(NamedTuple):
@@ -181,13 +182,10 @@ class Embedding(Stage):
         return Values(out=self.forward(w, rows, x)[:, 0], where=torch.cat([is_token, is_position, nowhere], 1))
 
     def enter(self, w: Values, rows: Rows, state: Values, moves: dict[str, Moves]) -> Rank1:
-        length, column, direction, step = rows.x.shape[1], [], [], []
+        length, parts = rows.x.shape[1], []
         for name, m in moves.items():
-            column.append(m.i if name == "token" else self.n_tokens + m.i.clamp(max=length))
-            direction.append(m.j)
-            step.append(m.step)
-        scalar = state.where[:, torch.cat(column)] * torch.cat(step)[:, None]
-        return Rank1(scalar, w.directions[torch.cat(direction)])
+            parts.append((m.i if name == "token" else self.n_tokens + m.i.clamp(max=length), m.j, m.step))
+        return rank1(state.where, w.directions, parts)
 
 
 class Attention(Stage):
@@ -215,8 +213,7 @@ class Attention(Stage):
         out = centred(t["out"], 0)
         return Values(
             gain=t["gain"], bias=t["bias"], scale=scale, query=query * t["gain"], query_bias=query_bias,
-            key_value=torch.cat([key, value]) * t["gain"],
-            key=key * t["gain"], value=value * t["gain"], key_bias=key @ t["bias"], value_bias=value_bias, out=out,
+            key_value=torch.cat([key, value]) * t["gain"], key_bias=key @ t["bias"], value_bias=value_bias, out=out,
             out_bias=centred(t["out_bias"], 0) + out @ value_bias, columns=torch.cat([query, key, value]).T,
             directions=torch.cat([unit_vectors(out[:, 0]), out.T]),
         )  # fmt: skip
@@ -252,9 +249,10 @@ class Attention(Stage):
         return (rows.at if self.last else steps), steps
 
     def attend(self, rows: Rows, scores: Tensor) -> Tensor:
-        """Softmax over the keys that a query sees: scores (B, ..., queries, T), changed in place.
+        """Softmax over the keys that a query sees: scores (B, ..., queries, T).
 
-        Without subtracting the maximum, as long as every sum stays within the range of the type; with it otherwise.
+        Without subtracting the maximum, unless a sum comes near the end of float32's range. The mask is a
+        factor: exp(-inf) would cost as much as eight exponentials of other numbers.
         """
         seen = rows.seen_by_scored if self.last else rows.seen
         seen = seen.view(len(seen), *[1] * (scores.ndim - 3), *seen.shape[1:])
@@ -289,38 +287,35 @@ class Attention(Stage):
         if self.rotary:  # the direction's queries and keys would turn with every position
             return super().forward_rank1(w, rows, state, entry)
         s, v = entry  # (B, K, T), (K, d)
-        scale, products = entry.scale(state.x), state.products
-        q_v, k_v = self.heads((v @ w.query.T)[:, None]), self.heads((v @ w.key.T)[:, None])  # (K, H, 1, d/H)
-        scale_q, s_q = (self.queries(rows, t[..., None]) for t in (scale, s))  # (B, K, queries, 1)
-        scale_q, s_q = scale_q[:, :, None], s_q[:, :, None]  # (B, K, 1, queries, 1)
-        key, query = (
-            torch.einsum("khic,bhtc->bkhit", q_v, products.key),
-            torch.einsum("khic,bhtc->bkhti", k_v, products.query),
-        )
-        scores = products.scores[:, None] * scale_q  # (B, K, H, queries, T)
-        scores.addcmul_(s_q * scale_q, key)
-        scores.addcmul_((query + s_q * (q_v * k_v).sum(-1, keepdim=True)) * scale_q, s[:, :, None, None])
-        bias = self.heads(w.query_bias[None])  # (H, 1, d/H)
-        scores.add_(products.bias[:, None] + s[:, :, None, None] * (k_v * bias).sum(-1, keepdim=True))
-        weights = self.attend(rows, scores.mul_(scale[:, :, None, None])).mul_(scale[:, :, None, None])
-        x = weights.transpose(2, 3).flatten(3).flatten(1, 2) @ products.written.flatten(1, 2)  # (B, K queries, d)
+        p, scale = state.products, entry.scale(state.x)
+        q_v, (k_v, value_v) = (v @ w.query.T)[:, None], (v @ w.key_value.T)[:, None].chunk(2, -1)
+        q_v, k_v, value_v = self.heads(q_v), self.heads(k_v), self.heads(value_v)  # (K, H, 1, d/H)
+        scale_q, s_q = (self.queries(rows, t[..., None])[:, :, None] for t in (scale, s))  # (B, K, 1, queries, 1)
+        scale, s = scale[:, :, None, None], s[:, :, None, None]  # (B, K, 1, 1, T)
+        by_key, by_query = torch.einsum("khic,bhtc->bkhit", q_v, p.key), torch.einsum("khic,bhtc->bkhti", k_v, p.query)
+        scores = p.scores[:, None] * scale_q  # (B, K, H, queries, T)
+        scores.addcmul_(s_q * scale_q, by_key)
+        scores.addcmul_((by_query + s_q * (q_v * k_v).sum(-1, keepdim=True)) * scale_q, s)
+        scores.add_(p.bias[:, None] + s * (k_v * self.heads(w.query_bias[None])).sum(-1, keepdim=True))
+        weights = self.attend(rows, scores.mul_(scale)).mul_(scale)
+        x = weights.transpose(2, 3).flatten(3).flatten(1, 2) @ p.written.flatten(1, 2)  # (B, K queries, d)
         x = x.unflatten(1, weights.shape[1:4:2]).add_((self.queries(rows, state.x) + w.out_bias)[:, None])
         x.addcmul_(s_q[:, :, 0], v[:, None])
-        shares = (weights * s[:, :, None, None]).sum(-1, keepdim=True)  # (B, K, H, queries, 1)
-        written = torch.einsum(
-            "khic,dhc->khid", self.heads((v @ w.value.T)[:, None]), w.out.unflatten(1, (self.n_heads, -1))
-        )
+        written, shares = value_v @ self.out_by_head(w), (weights * s).sum(-1, keepdim=True)
         for h in range(self.n_heads):
-            x.addcmul_(shares[:, :, h], written[:, h])
+            x.addcmul_(shares[:, :, h], written[:, h])  # (B, K, queries, 1) times (K, 1, d)
         return x
+
+    def out_by_head(self, w: Values) -> Tensor:
+        """(H, d/H, d): what each head writes to the stream for its values."""
+        return w.out.unflatten(1, (self.n_heads, -1)).permute(1, 2, 0)
 
     def products(self, w: Values, rows: Rows, x: Tensor) -> Values:
         """What `forward_rank1` reads: queries, keys and their products in front of the norm's scale, by head."""
         query = self.heads(self.queries(rows, x) @ w.query.T)  # (B, H, queries, d/H)
-        key, value = self.heads(x @ w.key.T), self.heads(x @ w.value.T)  # (B, H, T, d/H)
+        key, value = (self.heads(t) for t in (x @ w.key_value.T).chunk(2, -1))  # (B, H, T, d/H)
         bias = self.heads(w.query_bias[None]) @ key.mT  # (B, H, 1, T)
-        written = value @ w.out.unflatten(1, (self.n_heads, -1)).permute(1, 2, 0)  # (B, H, T, d)
-        return Values(query=query, key=key, scores=query @ key.mT, bias=bias, written=written)
+        return Values(query=query, key=key, scores=query @ key.mT, bias=bias, written=value @ self.out_by_head(w))
 
     def incumbent(self, w: Values, rows: Rows, x: Tensor) -> Values:
         n = norm(x)
@@ -341,20 +336,17 @@ class Attention(Stage):
             turned_query=by_column(turned_query.transpose(-2, -3).flatten(-2)),  # (B, d, queries)
             turned_key=by_column(turned_key.transpose(-2, -3).flatten(-2)),
             sources=by_column(torch.cat(sources, -1)),  # (B, 1 + d + H d, queries)
-            written=self.heads(value) @ self.heads(w.out).transpose(-1, -2),  # (B, H, T, d) by each key of a head
+            written=self.heads(value) @ self.out_by_head(w),  # (B, H, T, d) by each key of a head
         )  # fmt: skip
 
     def enter(self, w: Values, rows: Rows, state: Values, moves: dict[str, Moves]) -> Rank1:
-        d = w.out.shape[0]
-        column, direction, step = [], [], []
+        d, parts = w.out.shape[0], []
         for name, m in moves.items():
             is_value = name.startswith("value")
             first = 1 + d + m.i // (d // self.n_heads) * d if is_value else 1
-            column.append(0 * m.i if name.endswith("bias") else first + m.j)
-            direction.append(m.i + d if is_value else m.i)
-            step.append(m.step)
-        scalar = state.sources[:, torch.cat(column)] * torch.cat(step)[:, None]
-        return Rank1(scalar, w.directions[torch.cat(direction)])
+            column = 0 * m.i if name.endswith("bias") else first + m.j
+            parts.append((column, m.i + d if is_value else m.i, m.step))
+        return rank1(state.sources, w.directions, parts)
 
     def enter_norm(self, w: Values, rows: Rows, state: Values, moves: dict[str, Moves]) -> Tensor:
         """Gain and bias change all that queries, keys and values read."""
@@ -487,14 +479,13 @@ class Head(Stage):
 
     def enter(self, w: Values, rows: Rows, state: Values, moves: dict[str, Moves]) -> tuple[Tensor, Tensor]:
         """Losses (K,), and the change (K,) of the logits."""
-        (n_classes, d), column, direction, step = w.head.shape, [], [], []
+        (n_classes, d), parts = w.head.shape, []
         for name, m in moves.items():
-            column.append({"head": lambda m: 1 + m.j, "gain": lambda m: 1 + d + m.i}.get(name, lambda m: 0 * m.i)(m))
-            direction.append(m.i if name.startswith("head") else n_classes + m.i)
-            step.append(m.step)
-        scalar = state.sources[:, torch.cat(column)] * torch.cat(step)[:, None]  # (B, K, S)
-        change = w.directions[torch.cat(direction)].T[:, None, :, None]  # (C, 1, K, 1)
-        return rows.loss(state.logits[:, :, None] + scalar * change), scalar.abs().amax((0, 2))
+            column = 0 * m.i if name.endswith("bias") else 1 + m.j if name == "head" else 1 + d + m.i
+            parts.append((column, m.i if name.startswith("head") else n_classes + m.i, m.step))
+        change = rank1(state.sources, w.directions, parts)  # of the logits: (B, K, S) times (K, C)
+        logits = state.logits[:, :, None] + change.scalar * change.direction.T[:, None, :, None]  # (C, B, K, S)
+        return rows.loss(logits), change.scalar.abs().amax((0, 2))
 
     def forward_rank1(self, w: Values, rows: Rows, state: Values, entry: Rank1) -> Tensor:
         """Losses (K,) from C numbers a token instead of d."""
@@ -520,12 +511,20 @@ class StructuredPolls:
         coordinates: numbers the weights that may move, all of them parameters of `model`.
         loss: (logits, batch) -> mean cross-entropy over the scored tokens of batch["y"]. It is called by
             the plain forward; the structured one computes that mean by itself.
+        threads: chunks of candidates that are evaluated at the same time. Results do not depend on it: chunks
+            have fixed sizes, and every operation runs on one thread.
 
     Raises:
         ValueError, IndexError: as `GenericPolls`.
     """
 
-    def __init__(self, model: DecoderOnlyTransformer, coordinates: Coordinates, loss: Callable[[Any, Any], Tensor]):
+    def __init__(
+        self,
+        model: DecoderOnlyTransformer,
+        coordinates: Coordinates,
+        loss: Callable[[Any, Any], Tensor],
+        threads: int = 1,
+    ):
         self.model, self.coordinates = model, coordinates
         self.generic = GenericPolls(model, coordinates, loss)
         with torch.no_grad():
@@ -534,16 +533,15 @@ class StructuredPolls:
                 self.stages += [Attention(block, last=block is model.blocks[-1]), FeedForward(block)]
             self.stages.append(Head(model))
         number = {id(p): i for i, p in enumerate(coordinates.parameters)}
-        self.groups = []  # stage, way in, and names of the tensors that are searched
-        self.rank = torch.empty(len(number), dtype=torch.long)  # of each tensor among all the groups' tensors
+        pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) if threads > 1 else None
+        self.map = pool.map if pool else map
+        self.groups, searched = [], []  # stage, way in, and names of the tensors searched; these tensors' numbers
         for s, stage in enumerate(self.stages):
             for names, enter in stage.groups.items():
                 held = [name for name in names if id(stage.tensors.get(name)) in number]
-                for name in held:
-                    self.rank[number[id(stage.tensors[name])]] = sum(
-                        len(names) for *_, names in self.groups
-                    ) + held.index(name)
+                searched += [number[id(stage.tensors[name])] for name in held]
                 self.groups.append((s, enter, held))
+        self.rank = torch.tensor(searched).argsort()  # of each tensor among the tensors of all groups in turn
 
     @torch.no_grad()
     def on(self, batch: dict[str, Tensor]) -> "StructuredPolls":
@@ -573,6 +571,7 @@ class StructuredPolls:
         return max(256, min(1024, 2**16 // max(1, tokens)))
 
     @torch.no_grad()
+    @one_thread()
     def __call__(self) -> Tensor:
         """The loss at the incumbent, by the same arithmetic as the candidates'; see `generic_polls.Incumbent`."""
         return self.incumbent(self.model.parameters(), self._loss) if self.rows else self.generic()
@@ -582,6 +581,7 @@ class StructuredPolls:
         return sum(self._state(rows, len(self.stages) - 1).out for rows in self.rows)
 
     @torch.no_grad()
+    @one_thread()
     def poll(self, coordinates: Tensor, steps: Tensor) -> Tensor:
         """Losses (K,) of the candidates weight[coordinates[k]] + steps[k]; coordinates and steps are (K,)."""
         check_block(self.coordinates, coordinates, steps)
@@ -591,17 +591,11 @@ class StructuredPolls:
         losses, reach = torch.zeros(len(order), dtype=torch.float64), torch.zeros_like(moves.step)
         kept = 0
         for rows in self.rows:
-            tensor = end = 0
-            for s, enter, names in self.groups:
-                ends = list(accumulate(counts[tensor : tensor + len(names)], initial=end))
-                for some in chunks(ends, self._chunk(rows, s, enter)):
-                    # of this chunk, the candidates of each tensor lie together
-                    cut = [min(max(e, some.start), some.stop) for e in ends]
-                    part = {n: moves.of(slice(a, b)) for n, a, b in zip(names, cut, cut[1:], strict=False) if a < b}
-                    part, changed = self._losses(rows, s, enter, part)
-                    losses[some] += part
-                    reach[some] = reach[some].maximum(changed)
-                tensor, end = tensor + len(names), ends[-1]
+            self._state(rows, len(self.stages) - 1)  # all threads read it
+            tasks = [(rows, *task) for task in self._tasks(rows, counts, moves)]
+            for (*_, some), (part, changed) in zip(tasks, self.map(self._losses, tasks), strict=True):
+                losses[some] += part
+                reach[some] = reach[some].maximum(changed)
             kept += rows.bytes()
             if kept > CACHE_BYTES:
                 rows.states.clear()
@@ -615,6 +609,7 @@ class StructuredPolls:
         return losses
 
     @torch.no_grad()
+    @one_thread()
     def trial(self, coordinates: Tensor, changes: Tensor, scales: Tensor) -> Tensor:
         """Losses (S,) of the combinations weight[coordinates] + scales[s] * changes; both (M,), scales (S,)."""
         check_block(self.coordinates, coordinates, changes)
@@ -622,18 +617,14 @@ class StructuredPolls:
         if not self.rows:
             return self.generic.trial(coordinates, changes, scales)
         self._refresh()
-        touched = {id(p): (p, index, some) for p, index, some in self.coordinates.touched(coordinates)}
+        touched = {id(p): (index, changes[some]) for p, index, some in self.coordinates.touched(coordinates)}
         first = min(s for s, stage in enumerate(self.stages) if any(id(p) in touched for p in stage.tensors.values()))
         losses = torch.zeros(len(scales), dtype=torch.float64)
         for k, scale in enumerate(scales.split(1)):
             weights = [stage.w for stage in self.stages]
             for s, stage in enumerate(self.stages):
-                if any(id(p) in touched for p in stage.tensors.values()):
-                    new = {
-                        n: moved(*touched[id(p)], changes, scale)[0]
-                        for n, p in stage.tensors.items()
-                        if id(p) in touched
-                    }
+                if held := {name: p for name, p in stage.tensors.items() if id(p) in touched}:
+                    new = {name: moved(p, *touched[id(p)], scale) for name, p in held.items()}
                     weights[s] = stage.fold(stage.tensors | new)
             for rows in self.rows:
                 x = self._state(rows, first - 1).out[:, None] if first else None
@@ -642,8 +633,22 @@ class StructuredPolls:
                 losses[k] += x[0]
         return self._finite(losses, lambda wrong: self.generic.trial(coordinates, changes, scales[wrong]))
 
-    def _losses(self, rows: Rows, s: int, enter: Callable, moves: dict[str, Moves]) -> tuple[Tensor, Tensor]:
+    def _tasks(self, rows: Rows, counts: list[int], moves: Moves) -> Iterator[tuple]:
+        """The candidates in chunks that enter alike: stage, way in, moves by tensor, and which candidates they are."""
+        tensor = end = 0
+        for s, enter, names in self.groups:
+            ends = list(accumulate(counts[tensor : tensor + len(names)], initial=end))  # of each tensor's candidates
+            tensor, end, size = tensor + len(names), ends[-1], self._chunk(rows, s, enter)
+            for first in range(ends[0], end, size):
+                some = slice(first, min(first + size, end))
+                cut = [min(max(e, some.start), some.stop) for e in ends]
+                spans = zip(names, cut, cut[1:], strict=False)
+                yield s, enter, {name: moves.of(slice(a, b)) for name, a, b in spans if a < b}, some
+
+    @torch.no_grad()
+    def _losses(self, task: tuple) -> tuple[Tensor, Tensor]:
         """Of candidates that enter at stage s: their losses (k,), some rows' part, and reach (k,) in the stream."""
+        rows, s, enter, moves, _ = task
         state, rest = self._state(rows, s), self.stages[s + 1 :]
         entry = enter(self.stages[s].w, rows, state, moves)
         if not rest:
@@ -660,11 +665,14 @@ class StructuredPolls:
         return x
 
     def _chunk(self, rows: Rows, s: int, enter: Callable) -> int:
-        """Candidates at a time that enter at stage s, by the tokens of the widest activations that they need."""
-        first = s + (enter == self.stages[s].enter)  # the first stage that is computed in full
-        last_attention = len(self.stages) - 3
-        tokens = rows.at.numel() if first >= last_attention else rows.x.numel()
-        return max(1, CHUNK_TOKENS * (LIGHT if first >= last_attention + 2 else 1) // tokens)
+        """Candidates at a time that enter at stage s, by the widest activations that they need."""
+        full = s + (enter == self.stages[s].enter)  # the first stage that is computed in full
+        attention, ff, head = range(len(self.stages) - 3, len(self.stages))  # the last ones
+        numbers = self.model.blocks[-1].ff.inner.out_features * CHUNK_TOKENS
+        if full >= head:  # a few numbers for each class of a token, instead of d_ff
+            return max(1, numbers // (4 + self.model.head.out_features) // rows.at.numel())
+        by_scored = full >= ff or (full == attention and self.model.positions != "rotary")
+        return max(1, CHUNK_TOKENS // (rows.at if by_scored else rows.x).numel())
 
     def _sort(self, coordinates: Tensor, steps: Tensor) -> tuple[Tensor, list[int], Moves]:
         """The order (K,) of candidates by group, tensor and coordinate; how many of each tensor; their moves."""
@@ -699,19 +707,16 @@ class StructuredPolls:
         return losses
 
 
-def chunks(ends: list[int], size: int) -> list[slice]:
-    """Slices of at most `size` that cover ends[0] .. ends[-1]."""
-    return [slice(a, min(a + size, ends[-1])) for a in range(ends[0], ends[-1], size)]
-
-
-def make_polls(module: nn.Module, coordinates: Coordinates, loss: Callable[[Any, Any], Tensor]) -> Any:
+def make_polls(
+    module: nn.Module, coordinates: Coordinates, loss: Callable[[Any, Any], Tensor], threads: int | None = None
+) -> StructuredPolls | GenericPolls:
     """The fastest exact evaluator there is for this module: an object whose `on(batch)` is a closure.
 
-    `StructuredPolls` for a `DecoderOnlyTransformer` with the masked cross-entropy as its loss,
-    `GenericPolls` for everything else.
+    `StructuredPolls` on `threads` threads (by default one a core) for a `DecoderOnlyTransformer` with the
+    masked cross-entropy as its loss; `GenericPolls` for everything else, which it says once.
     """
     if type(module) is DecoderOnlyTransformer and is_masked_cross_entropy(loss, module.head.out_features):
-        return StructuredPolls(module, coordinates, loss)
+        return StructuredPolls(module, coordinates, loss, threads or available_cores())
     warnings.warn(
         f"{type(module).__name__} with this loss has no structured polls (only DecoderOnlyTransformer with the masked "
         "cross-entropy has): candidates go through vmap, at about the speed of batched inference",
@@ -734,6 +739,15 @@ def is_masked_cross_entropy(loss: Callable[[Any, Any], Tensor], n_classes: int) 
 def norm(x: Tensor) -> Tensor:
     """LayerNorm without gain and bias, of a stream (..., d) that is centred already."""
     return F.rms_norm(x, x.shape[-1:], eps=EPS)
+
+
+def rank1(sources: Tensor, directions: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]]) -> Rank1:
+    """Step times a column of sources (B, columns, T) as the scalar, a row of directions (rows, d) as the direction.
+
+    `parts` holds the column (k,), the row (k,) and the step (k,) of the candidates of each tensor.
+    """
+    column, row, step = map(torch.cat, zip(*parts, strict=True))
+    return Rank1(sources[:, column] * step[:, None], directions[row])
 
 
 def norm_change(n: Tensor, moves: dict[str, Moves]) -> tuple[Tensor, Tensor]:

@@ -182,7 +182,7 @@ def test_a_forward_that_draws_random_numbers_is_refused():
             return super().forward(x) + torch.randn(5)
 
     _, _, closure, _ = setup(lambda: Noisy(6, 5), (7, 6))
-    with pytest.raises(ValueError, match="Noisy draws random numbers in eval mode"):
+    with pytest.raises(ValueError, match="two evaluations of Noisy at the same weights differ"):
         closure.poll(torch.tensor([0]), torch.ones(1))
 
 
