@@ -65,10 +65,13 @@ class Coordinates:
     def touched(self, coordinates: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, ...], Tensor]]:
         """Of coordinates (K,): each parameter touched, the indices touched in it, their rows among the K."""
         owner = self.owner(coordinates)
-        for i in owner.unique().tolist():
-            p, rows = self.parameters[i], (owner == i).nonzero().flatten()
-            flat = coordinates[rows] - self.ends[i] + p.numel()
-            yield p, torch.unravel_index(flat.to(p.device), p.shape), rows
+        in_order = bool((owner[1:] >= owner[:-1]).all())
+        order = torch.arange(len(owner)) if in_order else owner.argsort(stable=True)
+        counts = owner.bincount(minlength=len(self.parameters)).tolist()
+        for p, end, rows in zip(self.parameters, self.ends, order.split(counts), strict=True):
+            if len(rows):
+                flat = coordinates[rows] - end + p.numel()
+                yield p, torch.unravel_index(flat.to(p.device), p.shape), rows
 
     @torch.no_grad()
     def move_one(self, coordinate: int, step: float) -> tuple[Tensor, tuple[int, ...], Tensor]:

@@ -6,7 +6,7 @@ closure stands in `closure.py`.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from closure import Candidates, Coordinates, OneByOne
 from did_you_mean import one_of
+from slopes import SlopeMemory, check_memory
 
 MAX_BLOCK = 1024  # directions drawn up at a time: memory stays bounded, budgets are looked at in between
 
@@ -28,6 +29,7 @@ class StepReport:
     polled: int = 0  # directions polled
     to_poll: int = 0  # directions the step may poll at the most
     accepted: int = 0  # moves accepted
+    search_accepted: bool = False  # whether one of them was the search step
     evaluations: int = 0  # function evaluations, the one at the incumbent included
     seconds: float = 0.0
 
@@ -45,24 +47,29 @@ def initial_state() -> dict[str, Any]:
 
 
 class PatternSearch(torch.optim.Optimizer):
-    """Pattern search (direct search by polling) along the signed coordinates of the weights.
+    """Pattern search: direct search by polling signed coordinates, with a search step along remembered slopes.
 
-    1. The loss of the incumbent is taken on the batch at hand. Losses of different batches are
-       never compared.
-    2. POLL: the directions + and - each coordinate, in a seeded random order, at the radius of the
-       coordinate's parameter group. A candidate is accepted only if its loss is strictly lower;
-       losses that are not finite count as worse than any.
-       `poll="opportunistic"` moves to the first candidate that improves and polls on from there,
-       and skips the way back (the exploratory moves of Hooke and Jeeves 1961);
-       `poll="complete"` polls them all and moves to the best.
-    3. A pass over all directions without a success of a group is a failed poll of this group: its
-       radius is multiplied by `contraction`. Any success multiplies it by `expansion` at the end
-       of the pass (Torczon 1997; Audet and Dennis 2003).
-    4. The search stops when every radius is below `min_radius` or a budget is used up; from then
-       on `stopped_by` says why and steps do nothing.
+    1. The loss of the incumbent is taken on the batch at hand. Losses of different batches are never
+       compared.
+    2. POLL the next `polls_per_step` directions: + and - each coordinate in a seeded random order, at the
+       radius of the coordinate's parameter group. With `one_sided`, each coordinate is polled once, on the
+       side that its remembered slope calls downhill. A candidate is better only if its loss is strictly
+       lower; losses that are not finite are worse than any.
+       `poll="complete"` polls them all at the same incumbent. `poll="opportunistic"` moves to each that
+       improves, goes on from there, and skips the way back (exploratory moves, Hooke and Jeeves 1961).
+    3. SEARCH, if there are `step_lengths`: every poll gives the slope of its coordinate. The remembered
+       slopes of all coordinates, each divided by its running root mean square and faded by its age, make
+       one direction (`slopes.py`; simplex slopes, Custodio and Vicente 2007). It is tried at every step length.
+    4. Move to the best of the complete poll and the search, if it is better than the incumbent; else stay.
+    5. A pass over all directions without a success of a group is a failed poll of this group: its radius
+       is multiplied by `contraction`. Any success multiplies it by `expansion` at the end of the pass
+       (Torczon 1997; Audet and Dennis 2003).
+    6. The search stops when every radius is below `min_radius` or a budget is used up; from then on
+       `stopped_by` says why and steps do nothing.
 
-    A step is one whole pass, or the next `polls_per_step` directions of it: then the pass goes on
-    in the next step, on the next batch, where this one left off.
+    Without `step_lengths` and `one_sided` it is the pattern search of the literature. A step is one whole
+    pass, or the next `polls_per_step` directions of it: then the pass goes on in the next step, on the
+    next batch, where this one left off.
 
     Args:
         params: parameters or parameter groups; every group may set radius, contraction,
@@ -70,10 +77,14 @@ class PatternSearch(torch.optim.Optimizer):
         radius: initial poll radius (mesh size), in units of the weights.
         poll: "opportunistic" or "complete".
         polls_per_step: directions polled in a step at the most; None for the whole pass.
-        contraction: factor in (0, 1) of the radius after a failed poll.
+        contraction: factor in (0, 1] of the radius after a failed poll; 1 keeps it.
         expansion: factor >= 1 of the radius after a successful one; 1 never expands.
         min_radius: the search ends when the radius of every group has fallen below it.
         max_radius: expansion stops here.
+        one_sided: poll each coordinate once a pass, on the side that is remembered as downhill.
+        step_lengths: lengths of the search step, in units of the weights for a coordinate whose slopes all
+            agree; none for no search step.
+        memory, scale_memory, fade: of the remembered slopes, see `slopes.SlopeMemory`.
         max_evaluations: budget of function evaluations, never exceeded.
         max_seconds: budget of seconds spent in steps, looked at before every call of the closure.
         target_loss: the search ends when the incumbent's loss is at or below it.
@@ -112,6 +123,11 @@ class PatternSearch(torch.optim.Optimizer):
         max_evaluations: int | None = None,
         max_seconds: float | None = None,
         target_loss: float | None = None,
+        one_sided: bool = False,
+        step_lengths: Sequence[float] = (),
+        memory: float = 0.5,
+        scale_memory: float | None = 0.9,
+        fade: float | None = 10.0,
         seed: int = 0,
     ):
         one_of("poll", poll, ("opportunistic", "complete"))
@@ -120,10 +136,15 @@ class PatternSearch(torch.optim.Optimizer):
                 raise ValueError(f"{name}={value} must be at least 1, or null for no limit")
         if max_seconds is not None and not max_seconds > 0:
             raise ValueError(f"max_seconds={max_seconds} must be above 0, or null for no limit")
-        self.options = dict(poll=poll, polls_per_step=polls_per_step, seed=seed, target_loss=target_loss)
-        self.options |= dict(max_evaluations=max_evaluations, max_seconds=max_seconds)
+        if any(not 0 < length < math.inf for length in step_lengths):
+            raise ValueError(f"step_lengths={list(step_lengths)} must be above 0")
+        self.options = dict(poll=poll, polls_per_step=polls_per_step, one_sided=one_sided, seed=seed)
+        self.options |= dict(step_lengths=list(step_lengths), memory=memory, scale_memory=scale_memory, fade=fade)
+        self.options |= dict(max_evaluations=max_evaluations, max_seconds=max_seconds, target_loss=target_loss)
+        check_memory(self.options)
         group_defaults = dict(radius=radius, contraction=contraction, expansion=expansion)
         super().__init__(params, group_defaults | dict(min_radius=min_radius, max_radius=max_radius))
+        self.state["slopes"] = {}  # filled by the first step that remembers slopes
         self.state["search"] = initial_state()  # torch saves and loads keys that are no parameters as they are
         self.report = StepReport()
 
@@ -170,15 +191,26 @@ class PatternSearch(torch.optim.Optimizer):
         report.loss_before = report.loss_after = float(closure())
         self._spend(1)
 
-        n_directions = 2 * len(self.coordinates)
+        n_directions = len(self.coordinates) * (1 if self.options["one_sided"] else 2)
         if search["cursor"] == 0:  # a new pass over all directions begins
             search["polls"] += 1
             search["improved"] = [False] * len(self.param_groups)
             self._order = None
         end = min(n_directions, search["cursor"] + (self.options["polls_per_step"] or n_directions))
         report.to_poll = end - search["cursor"]
-        poll = self._poll_complete if self.options["poll"] == "complete" else self._poll_opportunistic
-        poll(candidates, end)
+        if self.slopes:
+            self.slopes.age()
+
+        if self.options["poll"] == "opportunistic":
+            self._poll_opportunistic(candidates, end)
+            best = None
+        else:
+            best = self._poll_complete(candidates, end)
+        if self.options["step_lengths"]:
+            best = self._search(candidates, best)
+        if best is not None:
+            self._accept(*best)
+
         if search["cursor"] == n_directions:
             search["cursor"] = 0
             self._update_radii()
@@ -189,44 +221,81 @@ class PatternSearch(torch.optim.Optimizer):
         """Poll the directions up to `end`; move to each that improves, and go on from there."""
         search, report = self.state["search"], self.report
         while search["cursor"] < end and self._limit_reached() is None:
-            start = search["cursor"]
+            start, ahead = search["cursor"], 1
             coordinates, steps = self._directions(start, min(end, start + MAX_BLOCK))
             while (done := search["cursor"] - start) < len(coordinates) and self._limit_reached() is None:
-                ahead = slice(done, done + self._affordable(candidates.block))
-                losses = candidates.poll(coordinates[ahead], steps[ahead])
+                asked = slice(done, done + self._affordable(min(ahead, candidates.block)))
+                losses = candidates.poll(coordinates[asked], steps[asked])
                 better = _improves(losses, report.loss_after).nonzero().flatten().tolist()
                 # what lies behind the first success was asked for too early: it is asked for again, and not counted
                 used = better[0] + 1 if better else len(losses)
+                ahead = 1 if better else 2 * ahead  # so ask for few where successes are frequent
                 self._spend(used)
                 self._advance(used, end)
+                self._learn(coordinates[done : done + used], steps[done : done + used], losses[:used])
                 if better:
                     k = done + used - 1
-                    self._accept(coordinates[k], steps[k], losses[used - 1])
-                    if search["cursor"] % 2:  # + succeeded: - would only lead back
+                    self._accept(losses[used - 1], coordinates[k : k + 1], steps[k : k + 1])
+                    if search["cursor"] % 2 and not self.options["one_sided"]:  # + succeeded: - would only lead back
                         self._advance(1, end)
 
-    def _poll_complete(self, candidates: Candidates, end: int) -> None:
-        """Poll the directions up to `end` at the same incumbent, then move to the best."""
-        search, report = self.state["search"], self.report
-        best_loss, best = report.loss_after, None
+    def _poll_complete(self, candidates: Candidates, end: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Poll the directions up to `end` at the same incumbent; the best, if it is better than the incumbent."""
+        search, best_loss, best = self.state["search"], self.report.loss_after, None
         while search["cursor"] < end and self._limit_reached() is None:
             size = self._affordable(min(candidates.block, MAX_BLOCK, end - search["cursor"]))
             coordinates, steps = self._directions(search["cursor"], search["cursor"] + size)
             losses = candidates.poll(coordinates, steps)
             self._spend(size)
             self._advance(size, end)
-            k = int(torch.where(torch.isfinite(losses), losses, math.inf).argmin())
+            self._learn(coordinates, steps, losses)
+            k = _lowest(losses)
             if _improves(losses[k], best_loss):
-                best_loss, best = float(losses[k]), (coordinates[k], steps[k], losses[k])
-        if best is not None:
-            self._accept(*best)
+                best_loss, best = float(losses[k]), (losses[k], coordinates[k : k + 1], steps[k : k + 1])
+        return best
 
-    def _accept(self, coordinate: Tensor, step: Tensor, loss: Tensor) -> None:
-        self.coordinates.move_one(int(coordinate), float(step))
-        owner, _ = self.coordinates.locate(int(coordinate))
-        self.state["search"]["improved"][self._group_of_parameter[owner]] = True
+    def _search(
+        self, candidates: Candidates, best: tuple[Tensor, Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Try the direction of all remembered slopes; the better of the best step length and `best`."""
+        lengths = self.options["step_lengths"][: self._affordable(len(self.options["step_lengths"]))]
+        coordinates, direction = torch.arange(len(self.coordinates)), self.slopes.direction
+        if not lengths or self._limit_reached() is not None or not direction.any():
+            return best
+        losses = candidates.trial(coordinates, direction, torch.tensor(lengths, dtype=direction.dtype))
+        self._spend(len(lengths))
+        k = _lowest(losses)
+        if not _improves(losses[k], float(best[0]) if best else self.report.loss_after):
+            return best
+        self.report.search_accepted = True
+        return losses[k], coordinates, lengths[k] * direction
+
+    def _accept(self, loss: Tensor, coordinates: Tensor, steps: Tensor) -> None:
+        """Move the weights at the coordinates, and make this the incumbent."""
+        if len(coordinates) == 1:
+            self.coordinates.move_one(int(coordinates), float(steps))
+        else:
+            self.coordinates.move(coordinates, steps)
+        for owner in self.coordinates.owner(coordinates).unique().tolist():
+            self.state["search"]["improved"][self._group_of_parameter[owner]] = True
         self.report.loss_after = float(loss)
         self.report.accepted += 1
+
+    # --- the slopes that polls give ---
+
+    @property
+    def slopes(self) -> SlopeMemory | None:
+        """The remembered slopes, if any option needs them."""
+        if not (self.options["step_lengths"] or self.options["one_sided"]):
+            return None
+        p = self.coordinates.parameters[0]
+        dtype = p.dtype if p.dtype == torch.float64 else torch.float32
+        memory = {name: self.options[name] for name in ("memory", "scale_memory", "fade")}
+        return SlopeMemory(self.state["slopes"], len(self.coordinates), dtype, **memory)
+
+    def _learn(self, coordinates: Tensor, steps: Tensor, losses: Tensor) -> None:
+        if self.slopes:
+            self.slopes.learn(coordinates, (losses - self.report.loss_after) / steps)
 
     def _advance(self, directions: int, end: int) -> None:
         cursor = min(self.state["search"]["cursor"] + directions, end)
@@ -266,7 +335,7 @@ class PatternSearch(torch.optim.Optimizer):
             return "min_radius"
         return None
 
-    # --- directions: direction d of a pass is a sign of the coordinate order[d // 2] ---
+    # --- directions: direction d of a pass is a sign of the coordinate order[d // 2], or order[d] if one-sided ---
 
     @property
     def coordinates(self) -> Coordinates:
@@ -287,8 +356,13 @@ class PatternSearch(torch.optim.Optimizer):
             self._order = torch.randperm(n, generator=generator)
             self._first_negative = torch.randint(2, (n,), generator=generator, dtype=torch.bool)
         direction = torch.arange(start, end)
-        coordinates = self._order[direction // 2]
-        negative = self._first_negative[coordinates] ^ (direction % 2 == 1)
+        if self.options["one_sided"]:
+            coordinates = self._order[direction]
+            uphill = self.slopes.uphill(coordinates)
+            negative = torch.where(uphill == 0, self._first_negative[coordinates], uphill > 0)
+        else:
+            coordinates = self._order[direction // 2]
+            negative = self._first_negative[coordinates] ^ (direction % 2 == 1)
         radius = torch.tensor([group["radius"] for group in self.param_groups], dtype=torch.float64)
         steps = radius[torch.tensor(self._group_of_parameter)[self.coordinates.owner(coordinates)]]
         return coordinates, torch.where(negative, -steps, steps)
@@ -304,10 +378,14 @@ def _improves(losses: Tensor, loss: float) -> Tensor:
     return torch.isfinite(losses) & (losses < incumbent)
 
 
+def _lowest(losses: Tensor) -> int:
+    return int(torch.where(torch.isfinite(losses), losses, math.inf).argmin())
+
+
 def _check_group(group: dict[str, Any]) -> None:
     ranges = {
         "radius": (0 < group["radius"] < math.inf, "must be above 0 and finite"),
-        "contraction": (0 < group["contraction"] < 1, "must lie between 0 and 1; 0.5 halves the radius"),
+        "contraction": (0 < group["contraction"] <= 1, "must lie in (0, 1]; 0.5 halves the radius, 1 keeps it"),
         "expansion": (1 <= group["expansion"] < math.inf, "must be at least 1; 1 never expands"),
         "min_radius": (0 <= group["min_radius"] < math.inf, "must be at least 0"),
         "max_radius": (group["max_radius"] > 0, "must be above 0"),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from closure import forward_only
 from sequence_data import IGNORE
+from structured_polls import make_polls
 
 Batch = dict[str, Tensor]
 
@@ -125,7 +126,11 @@ class PatternSearchTask(L.LightningModule):
 
     def make_closure(self, batch: Batch) -> Callable[[], Tensor]:
         """What a derivative-free optimizer gets to ask about this batch."""
-        return lambda: self.loss(batch)
+        if not hasattr(self, "_polls"):
+            self._polls = make_polls(
+                self.model, self.raw_optimizer.coordinates, lambda logits, b: masked_loss(logits, b["y"])
+            )
+        return self._polls.on(batch)
 
     def _search_metrics(self) -> dict[str, float]:
         report = self.raw_optimizer.report

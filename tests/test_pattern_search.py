@@ -10,6 +10,7 @@ from torch import nn
 
 from closure import OneByOne
 from optimizer import PatternSearch
+from slopes import SlopeMemory
 
 
 def sphere(w):
@@ -31,6 +32,20 @@ def run(search, closure, steps=10_000):
 @pytest.fixture(params=["opportunistic", "complete"])
 def poll(request):
     return request.param
+
+
+VARIANTS = {
+    "opportunistic": dict(poll="opportunistic"),
+    "complete": dict(poll="complete"),
+    "one_sided": dict(poll="opportunistic", one_sided=True),
+    "fading": dict(poll="complete", one_sided=True, step_lengths=[0.1, 0.05], contraction=1.0),
+    "unscaled": dict(poll="complete", step_lengths=[0.1], scale_memory=None, fade=None, memory=0.0),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    return VARIANTS[request.param]
 
 
 def test_sphere_is_solved_within_a_known_number_of_evaluations(poll):
@@ -116,10 +131,10 @@ def test_an_accepted_direction_saves_the_way_back():
     assert search.report.polled == search.report.to_poll == 2
 
 
-def test_the_incumbent_never_gets_worse_on_a_fixed_batch(poll):
+def test_the_incumbent_never_gets_worse_on_a_fixed_batch(variant):
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)), torch.randn(16, 4)
-    search = PatternSearch(net.parameters(), radius=0.3, poll=poll, polls_per_step=7)
+    search = PatternSearch(net.parameters(), radius=0.3, **variant, polls_per_step=7)
     losses = []
     for _ in range(200):
         search.step(lambda: ((net(x) - x.prod(1, keepdim=True)) ** 2).mean())
@@ -137,7 +152,7 @@ def test_losses_of_different_batches_are_never_compared():
         assert sphere(w) < before or before == 0
 
 
-def test_evaluation_counts_are_exact(poll):
+def test_evaluation_counts_are_exact(variant):
     w, calls = nn.Parameter(torch.randn(7, generator=torch.Generator().manual_seed(0))), 0
 
     def closure():
@@ -145,7 +160,7 @@ def test_evaluation_counts_are_exact(poll):
         calls += 1
         return sphere(w)
 
-    search = PatternSearch([w], radius=0.7, poll=poll, polls_per_step=5)
+    search = PatternSearch([w], radius=0.7, **variant, polls_per_step=5)
     total = 0
     for _ in range(30):
         search.step(closure)
@@ -154,7 +169,7 @@ def test_evaluation_counts_are_exact(poll):
 
 
 @pytest.mark.parametrize("budget", [1, 2, 9, 50])
-def test_the_evaluation_budget_is_never_exceeded(poll, budget):
+def test_the_evaluation_budget_is_never_exceeded(variant, budget):
     w, calls = nn.Parameter(torch.randn(7, generator=torch.Generator().manual_seed(0))), 0
 
     def closure():
@@ -162,7 +177,7 @@ def test_the_evaluation_budget_is_never_exceeded(poll, budget):
         calls += 1
         return sphere(w)
 
-    search = run(PatternSearch([w], radius=0.7, poll=poll, max_evaluations=budget), closure)
+    search = run(PatternSearch([w], radius=0.7, **variant, max_evaluations=budget), closure)
     assert calls == search.evaluations == budget
     assert search.stopped_by == "max_evaluations"
     search.step(closure)  # a stopped search does nothing
@@ -177,10 +192,10 @@ def test_the_time_budget_ends_a_step_within_a_long_poll():
     assert search.report.polled < search.report.to_poll
 
 
-def test_weights_are_restored_bit_for_bit_after_a_rejected_poll(poll):
+def test_weights_are_restored_bit_for_bit_after_a_rejected_poll(variant):
     w = nn.Parameter(torch.randn(50))
     before = w.detach().clone()
-    PatternSearch([w], radius=0.1, poll=poll).step(lambda: torch.tensor(1.0))
+    PatternSearch([w], radius=0.1, **variant).step(lambda: torch.tensor(1.0))
     assert torch.equal(w, before)
 
 
@@ -201,9 +216,9 @@ def test_losses_that_are_not_finite_are_worse_than_any(poll, bad):
     assert w.tolist() == [2.0, 0.0]
 
 
-def test_a_search_leaves_a_start_whose_loss_is_not_finite(poll):
+def test_a_search_leaves_a_start_whose_loss_is_not_finite(variant):
     w = nn.Parameter(torch.tensor([2.0]))
-    search = PatternSearch([w], radius=1.0, poll=poll)
+    search = PatternSearch([w], radius=1.0, **variant)
     search.step(lambda: torch.tensor(math.nan) if w[0] == 2 else sphere(w))
     assert w.item() in (1.0, 3.0)
 
@@ -243,10 +258,10 @@ def test_no_gradient_is_ever_allocated():
 
 
 @pytest.mark.parametrize("steps_before", [1, 7, 20])
-def test_a_saved_search_goes_on_exactly_where_it_was(poll, steps_before):
+def test_a_saved_search_goes_on_exactly_where_it_was(variant, steps_before):
     def make():
         w = nn.Parameter(torch.linspace(-1, 1, 9))
-        return w, PatternSearch([w], radius=0.3, poll=poll, polls_per_step=4, seed=3)
+        return w, PatternSearch([w], radius=0.3, **variant, polls_per_step=4, seed=3)
 
     def steps(w, search, n):
         for _ in range(n):
@@ -288,11 +303,11 @@ class ManyAtOnce(OneByOne):
         return self.closure()
 
 
-def test_polls_of_many_candidates_take_the_same_decisions(poll):
+def test_polls_of_many_candidates_take_the_same_decisions(variant):
     def trajectory(wrap):
         torch.manual_seed(1)
         net, x = nn.Linear(6, 3).double(), torch.randn(20, 6).double()
-        search = PatternSearch(net.parameters(), radius=0.2, poll=poll, polls_per_step=11)
+        search = PatternSearch(net.parameters(), radius=0.2, **variant, polls_per_step=11)
         seen = []
         for step in range(60):
             search.step(wrap(lambda step=step: ((net(x + step % 3) - x[:, :3]) ** 2).mean(), search))
@@ -302,12 +317,67 @@ def test_polls_of_many_candidates_take_the_same_decisions(poll):
     assert trajectory(lambda f, search: ManyAtOnce(f, search.coordinates)) == trajectory(lambda f, search: f)
 
 
+def test_a_search_step_follows_the_slopes_of_all_coordinates_at_once():
+    w = nn.Parameter(torch.full((100,), 5.0, dtype=torch.float64))
+    search = PatternSearch([w], radius=0.1, **VARIANTS["fading"])
+    for _ in range(30):
+        search.step(lambda: sphere(w))
+        assert search.report.search_accepted
+    assert search.evaluations == 30 * (1 + 100 + 2)
+    assert (w < 2.6).all()  # 30 steps of .1 on every coordinate; single moves would have changed 30 of the 100
+
+
+def test_polls_of_one_side_take_the_side_remembered_as_downhill():
+    w = nn.Parameter(torch.tensor([1.0, -1.0, 1.0]))
+    polled = []
+
+    def closure():
+        polled.append(w.detach().clone())
+        return sphere(w) * 0 + (w * torch.tensor([1.0, -1.0, 1.0])).sum()
+
+    search = PatternSearch([w], radius=0.125, poll="complete", one_sided=True, contraction=1.0, step_lengths=[1e-3])
+    search.step(closure)
+    for _ in range(3):
+        start = w.detach().clone()
+        polled.clear()
+        search.step(closure)
+        moves = torch.stack(polled[1:4]) - start
+        assert moves.sum(0).sign().tolist() == [-1, 1, -1]
+
+
+def test_remembered_slopes_are_bias_corrected_means_scaled_and_faded():
+    memory = SlopeMemory({}, 3, torch.float64, memory=0.5, scale_memory=0.9, fade=10.0)
+    first, second = torch.tensor([2.0, -4.0], dtype=torch.float64), torch.tensor([6.0, -4.0], dtype=torch.float64)
+    where = torch.tensor([2, 0])
+    memory.learn(where, first)
+    assert memory.direction.tolist() == pytest.approx([1, 0, -1])  # one slope: its sign, whatever its size
+    memory.age()
+    assert memory.direction.tolist() == pytest.approx([math.exp(-0.1), 0, -math.exp(-0.1)])
+    memory.learn(where, second)
+    mean = (0.5 * 0.5 * 2 + 0.5 * 6) / (1 - 0.5**2)
+    square = (0.9 * 0.1 * 4 + 0.1 * 36) / (1 - 0.9**2)
+    assert memory.direction.tolist() == pytest.approx([1, 0, -mean / math.sqrt(square)])
+    assert memory.uphill(torch.arange(3)).tolist() == [-1, 0, 1]
+
+
+def test_slopes_that_are_not_finite_are_not_remembered():
+    memory = SlopeMemory({}, 2, torch.float32, memory=0.5, scale_memory=0.9, fade=None)
+    memory.learn(torch.tensor([0, 1]), torch.tensor([math.nan, -math.inf]))
+    assert memory.direction.tolist() == [0, 0]
+    memory.learn(torch.tensor([0]), torch.tensor([0.0]))  # flat: no direction, and no division by zero
+    assert memory.direction.tolist() == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"radius": 0}, "radius=0 must be above 0"),
         ({"radius": math.nan}, "radius=nan must be above 0"),
-        ({"contraction": 1.0}, "contraction=1.0 must lie between 0 and 1"),
+        ({"contraction": 0}, r"contraction=0 must lie in \(0, 1\]"),
+        ({"step_lengths": [0.1, 0]}, "must be above 0"),
+        ({"memory": 1.0}, r"memory=1.0 must lie in \[0, 1\)"),
+        ({"scale_memory": -0.1}, r"scale_memory=-0.1 must lie in \[0, 1\)"),
+        ({"fade": 0}, "fade=0 must be above 0 steps"),
         ({"expansion": 0.9}, "expansion=0.9 must be at least 1"),
         ({"poll": "random"}, "poll=random is not known"),
         ({"polls_per_step": 0}, "polls_per_step=0 must be at least 1"),
