@@ -53,7 +53,7 @@ class SearchProgress(Callback):
 
     def _run(self) -> None:
         bar = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total}"),
+            TextColumn("step {task.fields[step]}/{task.total}"),
             BarColumn(bar_width=24),
             TextColumn("{task.description}"),
             console=self.console,
@@ -62,16 +62,16 @@ class SearchProgress(Callback):
         )
         next_line = time.monotonic() + self.log_every_seconds
         with bar if self.console.is_terminal else threading.Lock():
-            row = bar.add_task("starting", total=None)
+            row = bar.add_task("starting", total=None, step=0)
             while not self._stop.wait(self.refresh_seconds):
                 done, total, line = self._status()
                 if self.console.is_terminal:
-                    bar.update(row, completed=done, total=total, description=line, refresh=True)
+                    bar.update(row, completed=done, step=int(done), total=total if total != '?' else None, description=line, refresh=True)
                 if time.monotonic() >= next_line:
                     next_line += self.log_every_seconds
-                    self._log(f"step {done:.0f}/{total} {line}")
+                    self._log(f"step {int(done)}/{total} {line}")
         done, total, line = self._status()
-        self._log(f"step {done:.0f}/{total} {line}")
+        self._log(f"step {int(done)}/{total} {line}")
 
     def _log(self, line: str) -> None:
         log.info(line)
