@@ -147,6 +147,11 @@ class PatternSearch(torch.optim.Optimizer):
         self.state["slopes"] = {}  # filled by the first step that remembers slopes
         self.state["search"] = initial_state()  # torch saves and loads keys that are no parameters as they are
         self.report = StepReport()
+        if polls_per_step is not None and polls_per_step > self.n_directions:
+            raise ValueError(
+                f"polls_per_step={polls_per_step} is more than the {self.n_directions} directions of "
+                f"{len(self.coordinates)} weights; use null for all of them"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -191,12 +196,11 @@ class PatternSearch(torch.optim.Optimizer):
         report.loss_before = report.loss_after = float(closure())
         self._spend(1)
 
-        n_directions = len(self.coordinates) * (1 if self.options["one_sided"] else 2)
         if search["cursor"] == 0:  # a new pass over all directions begins
             search["polls"] += 1
             search["improved"] = [False] * len(self.param_groups)
             self._order = None
-        end = min(n_directions, search["cursor"] + (self.options["polls_per_step"] or n_directions))
+        end = min(self.n_directions, search["cursor"] + (self.options["polls_per_step"] or self.n_directions))
         report.to_poll = end - search["cursor"]
         if self.slopes:
             self.slopes.age()
@@ -211,7 +215,7 @@ class PatternSearch(torch.optim.Optimizer):
         if best is not None:
             self._accept(*best)
 
-        if search["cursor"] == n_directions:
+        if search["cursor"] == self.n_directions:
             search["cursor"] = 0
             self._update_radii()
         search["stopped_by"] = self._limit_reached()
@@ -343,6 +347,11 @@ class PatternSearch(torch.optim.Optimizer):
         if self._coordinates is None:
             self._coordinates = Coordinates(p for group in self.param_groups for p in group["params"])
         return self._coordinates
+
+    @property
+    def n_directions(self) -> int:
+        """Directions of a pass: two for every weight, or one if it is polled on one side only."""
+        return len(self.coordinates) * (1 if self.options["one_sided"] else 2)
 
     def _directions(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Directions start .. end of the pass: coordinates (end - start,) and signed steps (end - start,).

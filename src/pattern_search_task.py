@@ -70,6 +70,7 @@ class PatternSearchTask(L.LightningModule):
             `derivative_free = True` is stepped with a closure, any other one by gradients.
         pattern_search_radius: initial radius of a pattern search. It is read by the optimizer's
             config (`radius: ${task.pattern_search_radius}`) and stands here for the command line.
+        fast_polls: evaluate many candidates in one pass (`make_polls`); False: one forward a candidate.
     """
 
     scores_class: type[Scores] = Scores
@@ -79,6 +80,7 @@ class PatternSearchTask(L.LightningModule):
         model: nn.Module,
         optimizer: Callable[[Any], torch.optim.Optimizer],
         pattern_search_radius: float = 0.1,
+        fast_polls: bool = True,
     ):
         super().__init__()
         self.model = model
@@ -86,6 +88,7 @@ class PatternSearchTask(L.LightningModule):
         self.pattern_search_radius = pattern_search_radius
         self.automatic_optimization = not derivative_free(optimizer)
         self.seconds = 0.0  # wall-clock seconds in training steps: no validation, no setup
+        self.fast_polls, self._polls = fast_polls, None
         self._scores: dict[str, Scores] = {}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -125,10 +128,12 @@ class PatternSearchTask(L.LightningModule):
         return None
 
     def make_closure(self, batch: Batch) -> Callable[[], Tensor]:
-        """What a derivative-free optimizer gets to ask about this batch."""
-        if not hasattr(self, "_polls"):
+        """What a derivative-free optimizer gets to ask about this batch: the loss, and those of candidates."""
+        if not self.fast_polls or not hasattr(self.raw_optimizer, "coordinates"):
+            return lambda: self.loss(batch)
+        if self._polls is None:
             self._polls = make_polls(
-                self.model, self.raw_optimizer.coordinates, lambda logits, b: masked_loss(logits, b["y"])
+                self.model, self.raw_optimizer.coordinates, lambda logits, batch: masked_loss(logits, batch["y"])
             )
         return self._polls.on(batch)
 

@@ -66,7 +66,14 @@ class SearchProgress(Callback):
             while not self._stop.wait(self.refresh_seconds):
                 done, total, line = self._status()
                 if self.console.is_terminal:
-                    bar.update(row, completed=done, step=int(done), total=total if total != '?' else None, description=line, refresh=True)
+                    bar.update(
+                        row,
+                        completed=done,
+                        step=int(done),
+                        total=total if total != "?" else None,
+                        description=line,
+                        refresh=True,
+                    )
                 if time.monotonic() >= next_line:
                     next_line += self.log_every_seconds
                     self._log(f"step {int(done)}/{total} {line}")

@@ -381,6 +381,7 @@ def test_slopes_that_are_not_finite_are_not_remembered():
         ({"expansion": 0.9}, "expansion=0.9 must be at least 1"),
         ({"poll": "random"}, "poll=random is not known"),
         ({"polls_per_step": 0}, "polls_per_step=0 must be at least 1"),
+        ({"polls_per_step": 3}, "polls_per_step=3 is more than the 2 directions of 1 weights"),
         ({"max_evaluations": 0}, "max_evaluations=0 must be at least 1"),
         ({"max_seconds": 0}, "max_seconds=0 must be above 0"),
     ],

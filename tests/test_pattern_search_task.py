@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from build import build_task
 from metrics_table import MetricsTable, read_runs
 from optimizer import PatternSearch
 from pattern_search_task import PatternSearchTask, Scores, masked_loss
@@ -22,23 +23,51 @@ def fit(task, data, logger=False, **options):
     return trainer
 
 
-def test_a_search_never_runs_backward_and_allocates_no_gradient(model, parity, monkeypatch):
+SEARCHES = ["pattern_search", "pattern_search_classic"]
+
+
+@pytest.mark.parametrize("optimizer", SEARCHES)
+@pytest.mark.parametrize("evaluated", ["by structured polls", "one by one"])
+def test_a_search_never_runs_backward_and_allocates_no_gradient(
+    optimizer, evaluated, compose_config, parity, monkeypatch
+):
     def backward(*args, **kwargs):
         raise AssertionError("backward ran")
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(torch.autograd, "backward", backward)
     monkeypatch.setattr(torch.autograd, "grad", backward)
-    task = StateTrackingTask(model, partial(PatternSearch, polls_per_step=5))
+    cfg = compose_config(f"optimizer={optimizer}", "model=tiny", "optimizer.max_evaluations=600")
+    cfg.task.fast_polls = evaluated == "by structured polls"
+    task = build_task(cfg, parity)
     trainer = fit(task, parity)
-    assert trainer.global_step == 3
-    assert all(p.grad is None for p in model.parameters())
+    assert trainer.global_step >= 1
+    assert task.evaluations > 100
+    assert all(p.grad is None for p in task.model.parameters())
+
+
+def test_a_search_with_fast_polls_takes_the_decisions_of_the_plain_closure(compose_config, parity):
+    def decisions(plain):
+        torch.manual_seed(0)
+        cfg = compose_config("model=tiny", "optimizer.polls_per_step=20", f"task.fast_polls={not plain}")
+        task = build_task(cfg, parity).double()
+        seen = []
+        task.on_train_batch_end = lambda *a: seen.append(task.raw_optimizer.report)
+        fit(task, parity, limit_train_batches=6, max_epochs=4, limit_val_batches=0, precision="64-true")
+        return seen
+
+    fast, slow = decisions(plain=False), decisions(plain=True)
+    assert len(fast) == len(slow) == 24
+    assert [r.search_accepted for r in fast] == [r.search_accepted for r in slow]
+    assert [r.evaluations for r in fast] == [r.evaluations for r in slow]
+    assert [r.loss_after for r in fast] == pytest.approx([r.loss_after for r in slow], abs=1e-10)
 
 
 def test_every_loss_of_a_search_is_taken_without_gradients_and_in_eval_mode(model, parity):
     seen = []
     model.register_forward_hook(lambda m, i, o: seen.append((torch.is_grad_enabled(), m.training, o.requires_grad)))
-    fit(StateTrackingTask(model, partial(PatternSearch, polls_per_step=5)), parity, limit_val_batches=0)
+    task = StateTrackingTask(model, partial(PatternSearch, polls_per_step=5), fast_polls=False)
+    fit(task, parity, limit_val_batches=0)
     assert len(seen) >= 3 * 4
     assert set(seen) == {(False, False, False)}
     assert model.training  # as Lightning left it
