@@ -86,11 +86,15 @@ def tidy(history: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe(config: Mapping) -> dict[str, Any]:
-    """What figures compare, from a run's config: task (with its group, language or split), model, optimizer, seed."""
+    """What figures and tables compare, from a run's config: task, model, optimizer, seed.
+
+    The task is called by its experiment if there is one, else by its family and its group, language or split.
+    """
     data, choices = config["datamodule"], config["choices"]
     variant = next((data[key] for key in ("group", "language", "split") if key in data), "")
+    experiment = choices.get("experiment", "None")
     return {
-        "task": f"{choices['task']} {variant}".strip(),
+        "task": experiment if experiment != "None" else f"{choices['task']} {variant}".strip(),
         "model": choices["model"],
         "optimizer": choices["optimizer"],
         "seed": config["seed"],

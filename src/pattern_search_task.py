@@ -166,7 +166,8 @@ class PatternSearchTask(L.LightningModule):
         checkpoint["seconds"] = self.seconds
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.seconds = checkpoint["seconds"]
+        if self.trainer.state.fn == "fit":  # a test loads the best weights, and leaves the clock alone
+            self.seconds = checkpoint["seconds"]
 
     # --- evaluation ---
 

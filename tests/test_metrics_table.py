@@ -1,11 +1,14 @@
 """Runs become one tidy table, from local files and from W&B, and the table becomes figures."""
 
+import json
+
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
 from figures import draw_accuracy, draw_runs
 from metrics_table import COLUMNS, MetricsTable, read_runs, read_wandb
+from tables import read_summaries, tabulate
 
 CONFIG = {
     "choices": {"task": "state_tracking", "model": "tiny", "optimizer": "pattern_search"},
@@ -96,3 +99,16 @@ def test_figures_show_every_run_on_both_axes(tmp_path):
     assert all(len(panel.lines) == 2 for panel in figure.axes)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["pattern_search (1 run)", "adam (1 run)"]
     assert sum(len(c.get_offsets()) for c in draw_accuracy(table).axes[0].collections) == 4
+
+
+def test_finished_runs_become_a_markdown_table_over_their_seeds(tmp_path):
+    for seed, value in enumerate((1.0, 0.5)):
+        write_run(tmp_path / str(seed))
+        summary = {"test": {"test/exact_match": value}, "evaluations": 1000, "seconds": 2.0 + seed, "steps": 10}
+        (tmp_path / str(seed) / "summary.json").write_text(json.dumps(summary))
+    row = tabulate(read_summaries(tmp_path)).splitlines()[-1]
+    assert row == "| state_tracking Z5 | tiny | pattern_search | 1 / 2 | 0.750 (0.500) | 10 | 2.5 (3.0) | 1,000 |"
+    with pytest.raises(KeyError):
+        tabulate(read_summaries(tmp_path), "test/unknown")
+    with pytest.raises(FileNotFoundError):
+        read_summaries(tmp_path / "nothing")

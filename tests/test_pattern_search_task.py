@@ -172,6 +172,10 @@ def test_seconds_and_evaluations_survive_a_checkpoint(model, parity, tmp_path):
     resumed = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, default_root_dir=tmp_path)
     resumed.fit(again, datamodule=parity, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
     assert (again.seconds, again.evaluations) == (task.seconds, task.evaluations)
+    tested = StateTrackingTask(model, partial(PatternSearch, polls_per_step=5))
+    tested.seconds = 99.0
+    resumed.test(tested, datamodule=parity, ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False)
+    assert tested.seconds == 99.0  # a test loads weights, not the clock
 
 
 def test_a_loader_repeats_its_order_and_resumes_in_the_middle(parity):
