@@ -56,7 +56,7 @@ class Root(BaseModel):
     logger: dict
     callbacks: dict
     wandb: "Wandb"
-    choices: dict[str, str]
+    choices: dict[str, str | None]
     output_dir: str
     allowed_packages: list[str]
 
@@ -105,7 +105,7 @@ def compose_jobs(config_name: str, overrides: list[str], multirun: bool = False)
         for job in jobs:
             cfg = compose(config_name, job, return_hydra_config=True)
             choices = cfg.hydra.runtime.choices
-            cfg.choices = {key: str(choices[key]) for key in cfg.choices}
+            cfg.choices = {key: choices[key] for key in cfg.choices}
             OmegaConf.set_struct(cfg, False)
             del cfg["hydra"]
             if OmegaConf.is_interpolation(cfg, "output_dir"):  # known only once a job runs

@@ -92,9 +92,8 @@ def describe(config: Mapping) -> dict[str, Any]:
     """
     data, choices = config["datamodule"], config["choices"]
     variant = next((data[key] for key in ("group", "language", "split") if key in data), "")
-    experiment = choices.get("experiment", "None")
     return {
-        "task": experiment if experiment != "None" else f"{choices['task']} {variant}".strip(),
+        "task": choices.get("experiment") or f"{choices['task']} {variant}".strip(),
         "model": choices["model"],
         "optimizer": choices["optimizer"],
         "seed": config["seed"],

@@ -209,6 +209,39 @@ def test_every_figure_command_of_the_readme_draws(command, home):
         assert re.search(r"Drew \d+ run", done.stdout)
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/tables.py")])
+def test_every_table_command_of_the_readme_prints_a_row_a_group(command, home):
+    if not run_dirs(home):
+        run(short("python src/train.py model=tiny logger=none"), home)
+    done = run(command.replace("src/", f"{ROOT}/src/"), home, cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert "| tiny | pattern_search |" in done.stdout
+
+
+def test_the_benchmark_ends_with_its_rates_as_json(tmp_path):
+    figure = tmp_path / "benchmark.png"
+    done = run(f"python src/benchmark.py --seconds 10 --batches 4 --output {figure}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    ways = {"backward_closure", "plain", "batched_inference", "generic", "structured"}
+    assert result["threads"] == 1
+    assert set(result["batch"]["4"]) == ways
+    assert all(rate > 0 for rate in result["batch"]["4"].values())
+    assert figure.stat().st_size > 10_000
+
+
+def test_every_command_of_the_readme_is_run_by_a_test():
+    tested = ("python src/train.py", "python src/show_data.py", "python src/figures.py", "python src/tables.py")
+    others = {
+        "make train",
+        "make test",
+        "pip install -r requirements.txt",
+        "python -m pytest",
+        "python src/benchmark.py",
+    }
+    assert [c for c in COMMANDS if not c.startswith(tested) and c not in others] == []
+
+
 def test_figures_of_a_place_without_runs_say_so(tmp_path):
     done = run(f"python src/figures.py {tmp_path}", tmp_path)
     assert done.returncode == 1
