@@ -130,7 +130,7 @@ def measure(
     evaluators = {
         "plain": polls(OneByOne(lambda: loss(model(batch["x"]), batch), coordinates)),
         "generic": polls(GenericPolls(model, coordinates, loss).on(batch)),
-        "structured": polls(StructuredPolls(model, coordinates, loss).on(batch)),
+        "structured": polls(StructuredPolls(model, coordinates, loss, torch.get_num_threads()).on(batch)),
     }
     share = seconds / len(ways) / (ROUNDS + 1)
     rates: dict[str, list[float]] = {way: [] for way in ways}

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from machine import available_cores
 from pattern_search_task import PatternSearchTask
 from progress import clock
 from sequence_data import SequenceDataModule
@@ -22,7 +23,8 @@ def print_header(console: Console, cfg: DictConfig, task: PatternSearchTask, dat
         f"[bold]{cfg.choices.task}[/]: {sizes} sequences, chance loss {datamodule.chance_loss:.3f}, seed {cfg.seed}",
         highlight=False,
     )
-    console.print(f"Run directory: {shown(cfg.output_dir)}", soft_wrap=True, highlight=False)
+    threads = f"; candidates on {available_cores()} thread(s)" if not task.automatic_optimization else ""
+    console.print(f"Run directory: {shown(cfg.output_dir)}{threads}", soft_wrap=True, highlight=False)
 
 
 def summarise(
