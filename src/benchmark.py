@@ -98,21 +98,21 @@ def rate_of(evaluate: Callable[[int], int], seconds: float) -> float:
 
 
 def measure(
-    model: DecoderOnlyTransformer, batch: dict[str, Tensor], ways: list[str], seconds: float
+    model: DecoderOnlyTransformer, batch: dict[str, Tensor], ways: list[str], seconds: float, block: int | None = None
 ) -> dict[str, float]:
-    """Median evaluations a second of each way, measured in turn for `seconds` in all."""
+    """Median evaluations a second of each way, measured in turn for `seconds` in all, `block` candidates a poll."""
     coordinates = Coordinates(model.parameters())
     generator = torch.Generator().manual_seed(0)
 
     def loss(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
         return masked_loss(logits, batch["y"])
 
-    def draw(block: int) -> tuple[Tensor, Tensor]:
-        sign = torch.randint(2, (block,), generator=generator) * 2.0 - 1
-        return torch.randint(len(coordinates), (block,), generator=generator), (0.05 * sign).double()
+    def draw(n: int) -> tuple[Tensor, Tensor]:
+        sign = torch.randint(2, (n,), generator=generator) * 2.0 - 1
+        return torch.randint(len(coordinates), (n,), generator=generator), (0.05 * sign).double()
 
     def polls(closure) -> Callable[[int], int]:
-        return lambda k: len(closure.poll(*draw(max(closure.block, 8))))
+        return lambda k: len(closure.poll(*draw(block or max(closure.block, 8))))
 
     tokens = batch["x"].numel()
     larger = {
@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 32, 200], help="sequences a batch, up to 200")
     parser.add_argument("--seconds", type=float, default=150, help="of measuring in all")
     parser.add_argument("--threads", type=int, default=1, help="threads that torch may use")
+    parser.add_argument("--block", type=int, help="candidates a poll; as many as each way likes best if left out")
     parser.add_argument("--sizes", action="store_true", help="measure models of other widths and depths instead")
     parser.add_argument("--output", type=Path, default=REPORT.with_suffix(".png"), help="the figure to write")
     args = parser.parse_args()
@@ -256,7 +257,7 @@ def main() -> None:
     model = make_model(data)
     n_weights = sum(p.numel() for p in model.parameters())
     rates = {
-        str(size): measure(model, batch_of(data, size), WAYS, 0.85 * args.seconds / len(args.batches))
+        str(size): measure(model, batch_of(data, size), WAYS, 0.85 * args.seconds / len(args.batches), args.block)
         for size in args.batches
     }
     title = f"Evaluations a second: {n_weights:,} weights, 16 tokens, {args.threads} thread(s)"

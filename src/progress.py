@@ -33,12 +33,20 @@ class SearchProgress(Callback):
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         self._trainer, self._task = trainer, task
         self._started, self._evaluations, self._accepted = time.monotonic(), task.evaluations, 0
+        self._loss = self._exact_match = None
         self._stop.clear()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self._thread.start()
 
-    def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
-        self._accepted += getattr(getattr(task.raw_optimizer, "report", None), "accepted", 0)
+    # the thread reads only what these hooks leave: asking Lightning for metrics while it updates them would be a race
+
+    def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, *_: Any) -> None:
+        report = getattr(task.raw_optimizer, "report", None)
+        self._accepted += getattr(report, "accepted", 0)
+        self._loss = float(outputs["loss"]) if report is None else report.loss_after
+
+    def on_validation_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        self._exact_match = trainer.callback_metrics.get("val/exact_match")
 
     def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         self._finish()
@@ -93,20 +101,19 @@ class SearchProgress(Callback):
         total = trainer.estimated_stepping_batches
         total = "?" if total == float("inf") else int(total)
         done, accepted = float(trainer.global_step), self._accepted
-        loss = trainer.callback_metrics.get("train/loss")
-        if report is not None:
+        loss = self._loss
+        if report is not None and report.polled < report.to_poll:  # within a step
             loss = report.loss_after
-            if report.polled < report.to_poll:
-                done, accepted = done + report.polled / report.to_poll, accepted + report.accepted
+            done, accepted = done + report.polled / report.to_poll, accepted + report.accepted
         elapsed = time.monotonic() - self._started
-        parts = [f"loss {float(loss):.4f}" if loss is not None else "loss -"]
+        parts = [f"loss {loss:.4f}" if loss is not None else "loss -"]
         if report is not None:
             radii = "/".join(f"{group['radius']:.3g}" for group in optimizer.param_groups)
             parts += [f"accepted {accepted:,}", f"radius {radii}"]
         rate = (task.evaluations - self._evaluations) / max(elapsed, 1e-9)
         parts += [f"evaluations {task.evaluations:,} ({rate:,.0f}/s)"]
-        if "val/exact_match" in trainer.callback_metrics:
-            parts.append(f"val exact match {float(trainer.callback_metrics['val/exact_match']):.3f}")
+        if self._exact_match is not None:
+            parts.append(f"val exact match {float(self._exact_match):.3f}")
         if isinstance(total, int) and done > 0:
             parts.append(f"left at most {clock(elapsed * max(total - done, 0) / done)}")
         return done, total, " · ".join(parts)
