@@ -137,11 +137,15 @@ def test_what_vmap_cannot_do_is_done_one_by_one_with_one_warning():
     assert closure.block == 1
 
 
-def test_a_candidate_that_changes_nothing_is_exactly_as_good_as_the_incumbent():
-    module, _, closure, _ = setup(*MODULES["mlp"])
+@pytest.mark.parametrize("name", ["mlp", "decoder"])  # the decoder's attention is computed in another way under vmap
+def test_a_candidate_that_changes_nothing_is_exactly_as_good_as_the_incumbent(name):
+    module, coordinates, closure, _ = setup(*MODULES[name])
+    linear = module[0] if name == "mlp" else module.layers.layers[0].linear1
     with torch.no_grad():
-        module[0].bias[2] = -1e3
-    losses = closure.poll(torch.arange(12, 18), torch.full((6,), 0.5, dtype=torch.float64))
+        linear.bias[2] = -1e3  # a unit that never fires
+    owner = [p is linear.weight for p in coordinates.parameters].index(True)
+    row = coordinates.ends[owner] - linear.weight.numel() + torch.arange(2, 3) * linear.in_features
+    losses = closure.poll(row + torch.arange(linear.in_features), torch.full((linear.in_features,), 0.5).double())
     assert (losses == float(closure())).all()
 
 

@@ -168,6 +168,19 @@ def test_candidates_that_overflow_come_out_as_in_the_plain_forward(step):
     torch.testing.assert_close(closure.poll(chosen, steps), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+def test_a_change_of_the_stream_that_overflows_comes_out_as_in_the_plain_forward():
+    model, coordinates, closure, plain = setup()
+    ff = model.blocks[1].ff
+    with torch.no_grad():
+        ff.inner.bias[0], ff.outer.weight[:, 0] = 1e25, 0  # a huge unit that nothing reads yet
+    owner = [p is ff.outer.weight for p in coordinates.parameters].index(True)
+    chosen = coordinates.ends[owner] - ff.outer.weight.numel() + torch.arange(16) * ff.outer.in_features
+    steps = torch.full((16,), 0.1, dtype=torch.float64)
+    assert closure().isfinite()
+    expected = plain.poll(chosen, steps)
+    torch.testing.assert_close(closure.poll(chosen, steps), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 def test_logits_beyond_the_range_of_exp_are_exact():
     model, coordinates, closure, plain = setup()
     with torch.no_grad():
