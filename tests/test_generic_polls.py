@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from closure import Coordinates, OneByOne
 from generic_polls import GenericPolls
@@ -51,6 +52,18 @@ class Recurrent(nn.Module):
         return self.head(self.rnn(self.embedding(x))[0])
 
 
+class Gpt2(nn.Module):
+    """A decoder built from a config of the transformers library; its token embedding is its head."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = dict(vocab_size=5, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+        self.model = GPT2LMHeadModel(GPT2Config(**sizes, attn_implementation="eager", use_cache=False))
+
+    def forward(self, x):
+        return self.model(x).logits
+
+
 def mlp():
     return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 5))
 
@@ -62,6 +75,7 @@ def cnn():
 
 
 MODULES = {"mlp": (mlp, (7, 6)), "cnn": (cnn, (7, 3, 6, 6)), "tied": (Tied, None), "decoder": (Decoder, None)}
+MODULES["gpt2"] = (Gpt2, None)
 
 
 def setup(make, shape=None, dtype=torch.float32):

@@ -5,6 +5,8 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import structured_polls
@@ -14,7 +16,7 @@ from optimizer import PatternSearch
 from pattern_search_task import masked_loss
 from sequence_data import IGNORE
 from structured_polls import StructuredPolls, make_polls
-from transformer import DecoderOnlyTransformer
+from transformer import POSITIONS, DecoderOnlyTransformer
 
 MODELS = {
     "learned": dict(),
@@ -90,6 +92,35 @@ def test_a_poll_is_exact(kind, layout, scale):
         assert (expected - float(closure())).abs().max() > 1e-5  # the candidates do differ from the incumbent
         torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(losses, exact, rtol=0, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    sizes=st.fixed_dictionaries(
+        {
+            "n_heads": st.sampled_from([1, 2, 4]),
+            "n_layers": st.integers(1, 3),
+            "d_ff": st.integers(1, 40),
+            "positions": st.sampled_from(POSITIONS),
+        }
+    ),
+    head_width=st.sampled_from([2, 4, 8]),
+    n_rows=st.integers(4, 40),
+    layout=st.sampled_from(LAYOUTS),
+    data=st.data(),
+)
+def test_polls_and_trials_of_any_sizes_batches_and_coordinates_are_exact(sizes, head_width, n_rows, layout, data):
+    sizes |= {"d_model": head_width * sizes["n_heads"], "dtype": torch.float64}
+    _, coordinates, closure, plain = setup(layout, n_rows, **sizes)
+    indices = st.integers(0, len(coordinates) - 1)
+    chosen = torch.tensor(data.draw(st.lists(indices, min_size=1, max_size=30)))
+    radius = data.draw(st.floats(0.001, 2.0))
+    steps = torch.where(torch.arange(len(chosen)) % 2 == 0, radius, -radius).double()
+    torch.testing.assert_close(closure.poll(chosen, steps), plain.poll(chosen, steps), rtol=0, atol=1e-10)
+    chosen = chosen.unique()
+    scales = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    expected = plain.trial(chosen, steps[: len(chosen)], scales)
+    torch.testing.assert_close(closure.trial(chosen, steps[: len(chosen)], scales), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
