@@ -9,6 +9,7 @@ with the key and what to do, and the program exits with code 2. No directory has
 import importlib
 import inspect
 import json
+import netrc
 import os
 import re
 import sys
@@ -82,7 +83,7 @@ def check_command_line(arguments: Sequence[str]) -> None:
         for cfg in compose_jobs(args.config_name or DEFAULT_CONFIG, args.overrides, args.multirun):
             problems |= dict.fromkeys(find_problems(cfg))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        problems[explain(error, args.config_name or DEFAULT_CONFIG)] = None
+        problems[explain(error, args.config_name or DEFAULT_CONFIG, args.overrides)] = None
     if problems:
         refuse(list(problems))
 
@@ -105,7 +106,7 @@ def compose_jobs(config_name: str, overrides: list[str], multirun: bool = False)
         for job in jobs:
             cfg = compose(config_name, job, return_hydra_config=True)
             choices = cfg.hydra.runtime.choices
-            cfg.choices = {key: choices[key] for key in cfg.choices}
+            cfg.choices = {key: choices.get(key) for key in cfg.choices}
             OmegaConf.set_struct(cfg, False)
             del cfg["hydra"]
             if OmegaConf.is_interpolation(cfg, "output_dir"):  # known only once a job runs
@@ -114,21 +115,24 @@ def compose_jobs(config_name: str, overrides: list[str], multirun: bool = False)
     return configs
 
 
-def explain(error: Exception, config_name: str) -> str:
+def explain(error: Exception, config_name: str, overrides: Sequence[str] = ()) -> str:
     """Hydra's message in one line, with the nearest known word where a key or an option is unknown."""
     message = str(error).strip()
-    groups = [path.name for path in CONFIGS.iterdir() if path.is_dir()]
+    groups = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name != "hydra")
+    options = {group: sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")) for group in groups}
     if match := re.search(r"Could not override '([^']+)'", message):
-        known = leaves(OmegaConf.to_container(compose_jobs(config_name, [])[0]))
+        chosen = [o for o in overrides if o.partition("=")[0] in groups and "," not in o]
+        known = leaves(OmegaConf.to_container(compose_jobs(config_name, chosen)[0]))
         return unknown(f"key {match[1]}", match[1], [*known, *groups], list_known=False)
-    if match := re.search(r"Could not find '([^']+)/([^']+)'", message):
-        group, option = match.groups()
-        return unknown(f"{group}={option}", option, sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")))
+    if (match := re.search(r"Could not find '([^']+)/([^']+)'", message)) and match[1] in options:
+        return unknown(f"{match[1]}={match[2]}", match[2], options[match[1]])
     if "Cannot find primary config" in message:
         return unknown(f"--config-name={config_name}", config_name, sorted(p.stem for p in CONFIGS.glob("*.yaml")))
-    if "Config group override must be a string" in message:
-        return f"a group ({', '.join(sorted(groups))}) cannot be null; for no logger choose logger=none"
-    return message.splitlines()[0]
+    for override in overrides:  # groups that were set to null, or removed
+        group = override.lstrip("~").removesuffix("=null")
+        if group in groups and override != group:
+            return f"{override}: a group cannot be left out; choose one of {', '.join(options[group])}"
+    return message.splitlines()[0] + (": give key=value" if message.startswith("Error parsing override") else "")
 
 
 def leaves(node: Any, path: str = "") -> Iterator[str]:
@@ -147,10 +151,12 @@ def find_problems(cfg: DictConfig) -> list[str]:
         return [str(error).splitlines()[0]]
     found = dict(validate(Root, container, ""))
     for path, node in targets(container):
-        found |= dict(check_node(path, node, container["allowed_packages"]))
+        found |= dict(check_node(path, node, container.get("allowed_packages") or []))
     # a value taken from another key is reported where it was written, unless it only fails where it arrives
     written = {key: text for key, text in found.items() if not is_interpolation(cfg, key)}
-    problems = list((written or found).values()) + list(check_machine(container))
+    problems = list((written or found).values())
+    if not any(text.endswith("cannot be left out") for text in problems):
+        problems += check_machine(container)
     return problems or check_by_building(cfg, container)
 
 
@@ -242,7 +248,7 @@ def validate(model: type[BaseModel], values: dict, path: str) -> Iterator[tuple[
                 known = [f"{path}.{field}".lstrip(".") for field in model.model_fields]
                 yield key, unknown(f"key {where}", where, known, list_known=False)
             elif problem["type"] == "missing" and len(problem["loc"]) == 1:
-                yield key, f"{key} is missing"
+                yield key, f"{key} is missing, and cannot be left out"
             elif name in model.model_fields:
                 annotation = model.model_fields[name].annotation
                 wanted = annotation.__name__ if isinstance(annotation, type) else str(annotation)
@@ -264,10 +270,13 @@ def check_machine(container: dict) -> Iterator[str]:
 
 
 def wandb_key() -> str | None:
-    """The W&B key from WANDB_API_KEY or ~/.netrc, without asking for it."""
-    import wandb  # only here: it takes a second to import, and most checks do not need it
-
-    return os.environ.get("WANDB_API_KEY") or (wandb.Api.default_entity and wandb.api.api_key)
+    """The W&B key from WANDB_API_KEY or from the netrc file that `wandb login` writes, without asking for it."""
+    try:
+        file = netrc.netrc(os.environ.get("NETRC"))
+    except (OSError, netrc.NetrcParseError):
+        return os.environ.get("WANDB_API_KEY")
+    login = file.authenticators("api.wandb.ai")
+    return os.environ.get("WANDB_API_KEY") or (login and login[2])
 
 
 _built: dict[str, list[str]] = {}  # the jobs of a sweep often share their data and model
@@ -276,12 +285,17 @@ _built: dict[str, list[str]] = {}  # the jobs of a sweep often share their data 
 def check_by_building(cfg: DictConfig, container: dict) -> list[str]:
     """Build data, model and optimizer: their constructors refuse what does not fit together."""
     parts = {name: container[name] for name in ("datamodule", "model", "task", "optimizer", "trainer")}
-    return _built.setdefault(json.dumps(parts, sort_keys=True, default=str), list(_build(cfg)))
+    key = json.dumps(parts, sort_keys=True, default=str)
+    if key not in _built:
+        _built[key] = list(_build(cfg))
+    return _built[key]
 
 
 def _build(cfg: DictConfig) -> Iterator[str]:
+    part = ""
     try:
         task = build_task(cfg, build_datamodule(cfg))
+        part = "optimizer: "  # torch's optimizers do not name the config's key
         task.configure_optimizers()
         if derivative_free(task.make_optimizer) and "mixed" in str(cfg.trainer.get("precision")):
             yield f"trainer.precision={cfg.trainer.precision} hides the closure from a search; use 32-true or 64-true"
@@ -289,4 +303,4 @@ def _build(cfg: DictConfig) -> Iterator[str]:
         cause = error
         while cause.__cause__ is not None and type(cause).__module__.startswith("hydra"):
             cause = cause.__cause__  # Hydra wraps what a constructor raised
-        yield str(cause)
+        yield f"{part}{cause}"

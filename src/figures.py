@@ -21,7 +21,7 @@ PANELS = {
     "val/loss": "validation loss, nats a token",
     "val/exact_match": "validation exact match",
 }
-AXES = {"evaluations": "function evaluations", "seconds": "training seconds"}
+AXES = {"evaluations": "function evaluations (a gradient step counts as one)", "seconds": "training seconds"}
 
 
 def draw_runs(table: pd.DataFrame) -> Figure:
@@ -33,17 +33,19 @@ def draw_runs(table: pd.DataFrame) -> Figure:
     differing = [c for c in ("task", "model", "optimizer") if table[c].nunique() > 1] or ["optimizer"]
     table = table.assign(label=table[differing].astype(str).agg(" · ".join, axis=1))
     metrics = [name for name in PANELS if (table.metric == name).any()]
+    if not metrics:
+        raise FileNotFoundError(f"no metrics yet in {', '.join(table.run.unique()) or 'these runs'}")
     sns.set_theme(style="whitegrid", context="notebook")
     ends = table.groupby("run")[list(AXES)].max()
     far_apart = ends.max() > 30 * ends.min()  # then a linear axis would hide the shorter runs
     figure = Figure(figsize=(12, 3.4 * len(metrics)), layout="constrained")
-    panels = figure.subplots(len(metrics), len(AXES), squeeze=False, sharey="row")
+    panels = figure.subplots(len(metrics), len(AXES), squeeze=False, sharex="col", sharey="row")
     for row, metric in zip(panels, metrics, strict=True):
         rows = table[table.metric == metric]
         for panel, (axis, title) in zip(row, AXES.items(), strict=True):
             look = dict(data=rows, x=axis, y="value", hue="label", units="run", estimator=None, ax=panel)
             if metric.startswith("train/"):
-                sns.lineplot(**look, alpha=0.35, linewidth=1, legend=False)
+                sns.lineplot(**look, alpha=0.6, linewidth=1, legend=False)
             else:
                 sns.lineplot(**look, marker="o", markersize=4, markeredgewidth=0, legend=False)
             panel.set(xlabel=title, ylabel=PANELS[metric] if axis == "evaluations" else "")
@@ -87,11 +89,12 @@ def main() -> None:
             table, default = read_wandb(entity or None, project), Path("runs.png")
         else:
             table, default = read_runs(*args.paths), args.paths[0] / "runs.png"
+        output = args.output or default
+        figure = draw_runs(table)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, dpi=120)
     except FileNotFoundError as error:
         sys.exit(f"figures: {error}")
-    output = args.output or default
-    output.parent.mkdir(parents=True, exist_ok=True)
-    draw_runs(table).savefig(output, dpi=120)
     print(f"Drew {table.run.nunique()} run(s): {output}")
 
 

@@ -72,7 +72,7 @@ class GenericPolls:
     @property
     def block(self) -> int:
         """Candidates per call that keep the chunks of most tensors full."""
-        return 1 if self.refused else max(256, min(1024, 2**16 // max(1, self.tokens)))
+        return 1 if self.refused else max(16, min(1024, 2**19 // max(1, self.tokens)))
 
     def __call__(self) -> Tensor:
         """The loss at the incumbent; see `Incumbent`."""

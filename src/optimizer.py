@@ -133,9 +133,9 @@ class PatternSearch(torch.optim.Optimizer):
         one_of("poll", poll, ("opportunistic", "complete"))
         for name, value in dict(polls_per_step=polls_per_step, max_evaluations=max_evaluations).items():
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1, or null for no limit")
+                raise ValueError(f"{name}={value} must be at least 1, or None (null in YAML) for no limit")
         if max_seconds is not None and not max_seconds > 0:
-            raise ValueError(f"max_seconds={max_seconds} must be above 0, or null for no limit")
+            raise ValueError(f"max_seconds={max_seconds} must be above 0, or None (null in YAML) for no limit")
         if any(not 0 < length < math.inf for length in step_lengths):
             raise ValueError(f"step_lengths={list(step_lengths)} must be above 0")
         self.options = dict(poll=poll, polls_per_step=polls_per_step, one_sided=one_sided, seed=seed)
@@ -150,7 +150,7 @@ class PatternSearch(torch.optim.Optimizer):
         if polls_per_step is not None and polls_per_step > self.n_directions:
             raise ValueError(
                 f"polls_per_step={polls_per_step} is more than the {self.n_directions} directions of "
-                f"{len(self.coordinates)} weights; use null for all of them"
+                f"{len(self.coordinates)} weights; use None (null in YAML) for all of them"
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -61,8 +61,8 @@ class SearchProgress(Callback):
 
     def _run(self) -> None:
         bar = Progress(
-            TextColumn("step {task.fields[step]}/{task.total}"),
-            BarColumn(bar_width=24),
+            TextColumn("step {task.fields[step]}"),
+            BarColumn(bar_width=16),
             TextColumn("{task.description}"),
             console=self.console,
             auto_refresh=False,
@@ -70,14 +70,14 @@ class SearchProgress(Callback):
         )
         next_line = time.monotonic() + self.log_every_seconds
         with bar if self.console.is_terminal else threading.Lock():
-            row = bar.add_task("starting", total=None, step=0)
+            row = bar.add_task("starting", total=None, step="0")
             while not self._stop.wait(self.refresh_seconds):
                 done, total, line = self._status()
                 if self.console.is_terminal:
                     bar.update(
                         row,
                         completed=done,
-                        step=int(done),
+                        step=f"{int(done)}/{total}",
                         total=total if total != "?" else None,
                         description=line,
                         refresh=True,
@@ -106,16 +106,16 @@ class SearchProgress(Callback):
             loss = report.loss_after
             done, accepted = done + report.polled / report.to_poll, accepted + report.accepted
         elapsed = time.monotonic() - self._started
-        parts = [f"loss {loss:.4f}" if loss is not None else "loss -"]
-        if report is not None:
-            radii = "/".join(f"{group['radius']:.3g}" for group in optimizer.param_groups)
-            parts += [f"accepted {accepted:,}", f"radius {radii}"]
+        parts = [f"loss {loss:.4f}" if loss is not None else "loss -"]  # what a narrow terminal cuts off comes last
+        if isinstance(total, int) and done > 0:
+            parts.append(f"left at most {clock(elapsed * max(total - done, 0) / done)}")
         rate = (task.evaluations - self._evaluations) / max(elapsed, 1e-9)
         parts += [f"evaluations {task.evaluations:,} ({rate:,.0f}/s)"]
         if self._exact_match is not None:
             parts.append(f"val exact match {float(self._exact_match):.3f}")
-        if isinstance(total, int) and done > 0:
-            parts.append(f"left at most {clock(elapsed * max(total - done, 0) / done)}")
+        if report is not None:
+            radii = "/".join(f"{group['radius']:.3g}" for group in optimizer.param_groups)
+            parts += [f"accepted {accepted:,}", f"radius {radii}"]
         return done, total, " · ".join(parts)
 
 

@@ -59,7 +59,8 @@ def stopped_by(trainer: L.Trainer, task: PatternSearchTask) -> str:
 
 def print_summary(console: Console, cfg: DictConfig, summary: dict[str, Any], datamodule: SequenceDataModule) -> None:
     """A short table, and what to type next."""
-    table = Table(title=f"{cfg.choices.optimizer} · {cfg.choices.task} · {cfg.choices.model} · seed {cfg.seed}")
+    title = f"{cfg.choices.optimizer} · {cfg.choices.task} · {cfg.choices.model} · seed {cfg.seed}"
+    table = Table(title=title, min_width=len(title) + 2)
     table.add_column("held-out test", justify="left")
     table.add_column("value", justify="right")
     for name, value in summary["test"].items():
@@ -75,7 +76,9 @@ def print_summary(console: Console, cfg: DictConfig, summary: dict[str, Any], da
     lines = []
     if summary["stopped_by"] == "interrupted":
         lines.append(f"Interrupted, so not tested. The newest weights: {shown(summary['checkpoint'] or 'none yet')}")
-    lines += [f"Run:  {run_dir}", f"Plot: python {shown(Path(__file__).with_name('figures.py'))} {run_dir}"]
+    lines.append(f"Run:  {run_dir}")
+    if summary["steps"]:
+        lines.append(f"Plot: python {shown(Path(__file__).with_name('figures.py'))} {run_dir}")
     if (Path(cfg.output_dir) / "wandb").exists():
         offline = cfg.logger.get("offline")
         lines.append(

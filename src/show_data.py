@@ -4,6 +4,7 @@ python src/show_data.py                                       the default task
 python src/show_data.py task=scan datamodule.split=length     any key of the config can be set
 """
 
+import argparse
 import sys
 from collections.abc import Iterator
 
@@ -26,7 +27,7 @@ def load_datamodule(overrides: list[str]) -> SequenceDataModule:
         cfg = compose_jobs(DEFAULT_CONFIG, overrides)[0]
         node = OmegaConf.to_container(cfg.datamodule, resolve=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        refuse([explain(error, DEFAULT_CONFIG)])
+        refuse([explain(error, DEFAULT_CONFIG, overrides)])
     if problems := dict(check_node("datamodule", node, list(cfg.allowed_packages))):
         refuse(list(problems.values()))
     try:
@@ -60,8 +61,12 @@ def sizes(datamodule: SequenceDataModule) -> Table:
 
 
 def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="as for train.py, e.g. task=membership datamodule.language=dyck1")
     console = Console(highlight=False)
-    datamodule = load_datamodule(arguments)
+    datamodule = load_datamodule(parser.parse_args(arguments).overrides)
+    console.print(sizes(datamodule))
+    console.print()
     for name, split in datamodule.splits.items():
         console.print(f"[bold]{name}[/bold]")
         for row in range(min(N_EXAMPLES, len(split))):
@@ -69,8 +74,7 @@ def main(arguments: list[str]) -> None:
                 style = "bold green" if line.startswith("y") else None
                 console.print(line.rstrip(), style=style, markup=False, no_wrap=True, overflow="ellipsis")
             console.print()
-    console.print(sizes(datamodule))
-    console.print(f"\ninput tokens   {datamodule.vocab_size}: {' '.join(datamodule.tokens)}", markup=False)
+    console.print(f"input tokens   {datamodule.vocab_size}: {' '.join(datamodule.tokens)}", markup=False)
     console.print(f"classes        {datamodule.n_classes}: {' '.join(datamodule.classes)}", markup=False)
     console.print(f"chance         loss {datamodule.chance_loss:.4f} nats, accuracy {1 / datamodule.n_classes:.4f}")
 

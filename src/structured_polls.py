@@ -117,7 +117,7 @@ class StructuredPolls:
     def block(self) -> int:
         """Candidates per call that keep the chunks of most groups full."""
         tokens = sum(rows.x.numel() for rows in self.rows)
-        return max(256, min(1024, 2**16 // max(1, tokens)))
+        return max(16, min(1024, 2**19 // max(1, tokens)))
 
     @torch.no_grad()
     @one_thread()

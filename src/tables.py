@@ -1,4 +1,4 @@
-"""A table of finished runs, in Markdown: a row for each task, model and optimizer, over their seeds.
+"""A table of finished runs, in Markdown: a row for the runs of the same task, model, optimizer and settings.
 
 python src/tables.py runs
 python src/tables.py runs --metric test/balanced_accuracy
@@ -7,30 +7,55 @@ python src/tables.py runs --metric test/balanced_accuracy
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from omegaconf import OmegaConf
 
 from metrics_table import describe
 
+SETTINGS = ("datamodule.", "model.", "task.", "optimizer.", "trainer.")  # nodes of the config that decide a result
+PER_RUN = ("seed", "_target_")  # keys in them that are not settings
 SOLVED = 0.99  # a run with at least this value of the metric counts as solved
 
 
 def read_summaries(*paths: str | Path) -> pd.DataFrame:
     """One row a finished run below the paths: what it was (`describe`), its summary and its test metrics.
 
+    Interrupted runs are left out. Runs that `describe` calls the same but that have different settings (the seed
+    apart) get these settings behind the name of their task.
+
     Raises:
         FileNotFoundError: no finished run lies below the paths.
     """
-    rows = []
+    rows, settings = [], []
     for file in sorted({file for path in paths for file in Path(path).rglob("summary.json")}):
         summary = json.loads(file.read_text())
-        config = OmegaConf.load(file.with_name("config.yaml"))
-        rows.append(describe(config) | summary.pop("test") | summary)
+        if summary["stopped_by"] != "interrupted":
+            config = OmegaConf.to_container(OmegaConf.load(file.with_name("config.yaml")))
+            rows.append(describe(config) | summary.pop("test") | summary)
+            settings.append({k: v for k, v in leaves(config) if k.startswith(SETTINGS) and not k.endswith(PER_RUN)})
     if not rows:
-        raise FileNotFoundError(f"no run with summary.json below {', '.join(map(str, paths))}")
-    return pd.DataFrame(rows)
+        raise FileNotFoundError(f"no finished run below {', '.join(map(str, paths))}")
+    runs = pd.DataFrame(rows)
+    for _, of in runs.groupby(["task", "model", "optimizer"]):
+        keys = sorted({key for i in of.index for key in settings[i]})
+        differing = [key for key in keys if len({str(settings[i].get(key)) for i in of.index}) > 1]
+        for i in of.index:
+            words = [f"{key.rpartition('.')[2]}={settings[i][key]}" for key in differing if key in settings[i]]
+            runs.loc[i, "task"] = ", ".join([runs.loc[i, "task"], *words])
+    return runs
+
+
+def leaves(node: dict, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a nested dict."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
 
 
 def tabulate(runs: pd.DataFrame, metric: str = "test/exact_match") -> str:
@@ -44,7 +69,7 @@ def tabulate(runs: pd.DataFrame, metric: str = "test/exact_match") -> str:
         KeyError: no run has the metric.
     """
     lines = [
-        "| task | model | optimizer | solved / seeds | mean (worst) "
+        "| task | model | optimizer | solved / runs | mean (worst) "
         f"{metric.removeprefix('test/')} | steps | seconds (worst) | evaluations |",
         "|---|---|---|---|---|---|---|---|",
     ]

@@ -209,6 +209,15 @@ def test_every_figure_command_of_the_readme_draws(command, home):
         assert re.search(r"Drew \d+ run", done.stdout)
 
 
+def test_the_search_of_the_readme_works_alone_and_learns(tmp_path):
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "search.step" in block]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    loss = float(re.fullmatch(r"loss (\S+) after \d+ evaluations\n", done.stdout)[1])
+    assert loss < 0.05, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/tables.py")])
 def test_every_table_command_of_the_readme_prints_a_row_a_group(command, home):
     if not run_dirs(home):

@@ -17,7 +17,7 @@ def problems(*overrides, config_name="pattern_search_train"):
     try:
         found = [p for cfg in compose_jobs(config_name, list(overrides)) for p in find_problems(cfg)]
     except (HydraException, ValueError) as error:
-        return [explain(error, config_name)]
+        return [explain(error, config_name, overrides)]
     return found
 
 
@@ -54,7 +54,12 @@ def test_every_value_has_a_comment_with_its_meaning():
         (["+model.n_layer=3"], "key model.n_layer is not known; did you mean model.n_layers?"),
         (["model=gigantic"], "model=gigantic is not known. Known: large, medium, small, tiny"),
         (["model=medim"], "model=medim is not known; did you mean medium? Known: large, medium, small, tiny"),
-        (["logger=null"], "for no logger choose logger=none"),
+        (["logger=null"], "logger=null: a group cannot be left out; choose one of csv, none, tensorboard, wandb"),
+        (["~model"], "model is missing, and cannot be left out"),
+        (["~trainer"], "trainer is missing, and cannot be left out"),
+        (["optimizer=adam", "optimizer.radius=0.1"], "key optimizer.radius is not known; did you mean optimizer.lr?"),
+        (["optimizer=adam", "optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
+        (["foo"], "Error parsing override 'foo': give key=value"),
         (["modle=tiny"], "key modle is not known; did you mean model?"),
         (["model.d_model=wide"], "model.d_model=wide: expected int"),
         (["model.d_model=66"], "model.d_model=66 is not divisible by model.n_heads=4; try"),

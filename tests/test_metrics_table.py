@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from figures import draw_accuracy, draw_runs
+from figures import AXES, draw_accuracy, draw_runs
 from metrics_table import COLUMNS, MetricsTable, read_runs, read_wandb
 from tables import read_summaries, tabulate
 
@@ -94,7 +94,7 @@ def test_figures_show_every_run_on_both_axes(tmp_path):
     write_run(tmp_path / "b", optimizer="adam")
     table = read_runs(tmp_path)
     figure = draw_runs(table)
-    assert {panel.get_xlabel() for panel in figure.axes} == {"function evaluations", "training seconds"}
+    assert {panel.get_xlabel() for panel in figure.axes} == set(AXES.values())
     assert len(figure.axes) == 6
     assert all(len(panel.lines) == 2 for panel in figure.axes)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["pattern_search (1 run)", "adam (1 run)"]
@@ -105,10 +105,25 @@ def test_finished_runs_become_a_markdown_table_over_their_seeds(tmp_path):
     for seed, value in enumerate((1.0, 0.5)):
         write_run(tmp_path / str(seed))
         summary = {"test": {"test/exact_match": value}, "evaluations": 1000, "seconds": 2.0 + seed, "steps": 10}
+        summary["stopped_by"] = "max_steps"
         (tmp_path / str(seed) / "summary.json").write_text(json.dumps(summary))
+    write_run(tmp_path / "interrupted")
+    (tmp_path / "interrupted" / "summary.json").write_text(json.dumps(summary | {"stopped_by": "interrupted"}))
     row = tabulate(read_summaries(tmp_path)).splitlines()[-1]
+    assert len(tabulate(read_summaries(tmp_path)).splitlines()) == 3  # the interrupted run is left out
     assert row == "| state_tracking Z5 | tiny | pattern_search | 1 / 2 | 0.750 (0.500) | 10 | 2.5 (3.0) | 1,000 |"
     with pytest.raises(KeyError):
         tabulate(read_summaries(tmp_path), "test/unknown")
     with pytest.raises(FileNotFoundError):
         read_summaries(tmp_path / "nothing")
+
+
+def test_runs_with_different_settings_get_rows_of_their_own(tmp_path):
+    for i, length in enumerate((8, 16)):
+        write_run(tmp_path / str(i))
+        config = CONFIG | {"datamodule": CONFIG["datamodule"] | {"length": length}, "seed": i}
+        OmegaConf.save(config, tmp_path / str(i) / "config.yaml")
+        summary = {"test": {"test/exact_match": 1.0}, "evaluations": 1, "seconds": 1.0, "steps": 1, "stopped_by": "x"}
+        (tmp_path / str(i) / "summary.json").write_text(json.dumps(summary))
+    rows = tabulate(read_summaries(tmp_path)).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [f"| state_tracking Z5, length={n}" for n in (8, 16)]
