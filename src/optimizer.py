@@ -280,8 +280,9 @@ class PatternSearch(torch.optim.Optimizer):
             self.coordinates.move_one(int(coordinates), float(steps))
         else:
             self.coordinates.move(coordinates, steps)
-        for owner in self.coordinates.owner(coordinates).unique().tolist():
-            self.state["search"]["improved"][self._group_of_parameter[owner]] = True
+        moved = self.coordinates.owner(coordinates).bincount(minlength=len(self.coordinates.parameters)).tolist()
+        for group, weights in zip(self._group_of_parameter, moved, strict=True):
+            self.state["search"]["improved"][group] |= weights > 0
         self.report.loss_after = float(loss)
         self.report.accepted += 1
 

@@ -27,6 +27,17 @@ def test_move_adds_to_the_named_weights_only(coordinates):
     assert coordinates.parameters[1].tolist() == [10, 11, 12, 13.5]
 
 
+def test_moving_every_weight_is_the_same_by_either_way():
+    everywhere, changes = torch.arange(10), torch.randn(10)
+    ends = []
+    for order in (torch.arange(10), torch.randperm(10, generator=torch.Generator().manual_seed(0))):
+        strided = nn.Parameter(torch.arange(6.0).reshape(2, 3).t())
+        some = Coordinates([strided, nn.Parameter(torch.arange(10.0, 14.0))])
+        some.move(everywhere[order], changes[order])
+        ends.append(torch.cat([p.flatten() for p in some.parameters]))
+    assert torch.equal(*ends)
+
+
 def loss_of(coordinates):
     weights = torch.arange(1.0, 11.0)
     return lambda: (torch.cat([p.flatten() for p in coordinates.parameters]) * weights).sum()
