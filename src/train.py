@@ -98,7 +98,7 @@ def main(cfg: DictConfig) -> float:
         summary = train(cfg)
     finally:
         finish_wandb(mode)
-    return summary["test"]["test/loss"]
+    return summary["test"].get("test/loss", float("nan"))
 
 
 def finish_wandb(mode: str | None) -> None:
