@@ -129,7 +129,8 @@ class PatternSearchTask(L.LightningModule):
 
     def make_closure(self, batch: Batch) -> Callable[[], Tensor]:
         """What a derivative-free optimizer gets to ask about this batch: the loss, and those of candidates."""
-        if not self.fast_polls or not hasattr(self.raw_optimizer, "coordinates"):
+        fast = self.fast_polls and self.device.type == "cpu"  # the fast polls are written for CPUs
+        if not fast or not hasattr(self.raw_optimizer, "coordinates"):
             return lambda: self.loss(batch)
         if self._polls is None:
             self._polls = make_polls(
