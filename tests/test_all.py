@@ -215,7 +215,7 @@ def test_the_search_of_the_readme_works_alone_and_learns(tmp_path):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     loss = float(re.fullmatch(r"loss (\S+) after \d+ evaluations\n", done.stdout)[1])
-    assert loss < 0.05, done.stdout + done.stderr
+    assert loss < 0.1, done.stdout + done.stderr  # it starts near 1, the variance of the target
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/tables.py")])
