@@ -291,7 +291,7 @@ def measure_sizes(console: Console, data: StateTrackingDataModule, args: argpars
     ways, result, rows = ["batched_inference", "structured"], [], []
     for d_model, n_layers in grid:
         model = make_model(data, d_model=d_model, n_layers=n_layers)
-        rates = measure(model, batch_of(data, args.batches[0]), ways, args.seconds / len(grid))
+        rates = measure(model, batch_of(data, args.batches[0]), ways, args.seconds / len(grid), args.block or 64)
         result.append({"d_model": d_model, "n_layers": n_layers, **rates})
         ratio = rates["structured"] / rates["batched_inference"]
         weights = sum(p.numel() for p in model.parameters())
