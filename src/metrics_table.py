@@ -6,7 +6,6 @@ leaves a readable table. `read_runs` reads any number of them, `read_wandb` gets
 """
 
 import csv
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,8 +97,3 @@ def describe(config: Mapping) -> dict[str, Any]:
         "optimizer": choices["optimizer"],
         "seed": config["seed"],
     }
-
-
-def read_summary(run_dir: str | Path) -> dict[str, Any]:
-    """The summary.json of a finished run."""
-    return json.loads((Path(run_dir) / "summary.json").read_text())
