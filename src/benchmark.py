@@ -12,6 +12,7 @@ The ways, each measured in turn, several times over; the medians are reported:
     batched_inference  the plain forward of a larger batch at its best size: the ceiling without structure
     generic            vmap over the perturbed tensor, for any module (`generic_polls.py`)
     structured         rank-1 entries into the residual stream, for the transformer (`structured_polls.py`)
+    structured_cores   the same, candidates spread over all cores, as a run does it
 
 Candidates are uniform over all parameters. The last line printed is JSON, in evaluations a second.
 """
@@ -19,6 +20,7 @@ Candidates are uniform over all parameters. The last line printed is JSON, in ev
 import argparse
 import json
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -37,14 +39,15 @@ from torch.utils.data import DataLoader
 
 from closure import Coordinates, OneByOne, forward_only
 from generic_polls import GenericPolls
-from machine import keep_freed_memory
+from machine import available_cores, keep_freed_memory
 from pattern_search_task import masked_loss
+from sequence_data import IGNORE
 from state_tracking_data import StateTrackingDataModule
 from structured_polls import StructuredPolls
 from transformer import DecoderOnlyTransformer
 
 REPORT = Path(__file__).resolve().parents[1] / "report" / "benchmark"
-WAYS = ["backward_closure", "plain", "batched_inference", "generic", "structured"]
+WAYS = ["backward_closure", "plain", "batched_inference", "generic", "structured", "structured_cores"]
 BATCHED_TOKENS = (512, 1024, 2048, 4096, 8192)  # sizes of the larger batch among which the best is taken
 ROUNDS = 5  # of measuring every way in turn
 
@@ -131,6 +134,7 @@ def measure(
         "plain": polls(OneByOne(lambda: loss(model(batch["x"]), batch), coordinates)),
         "generic": polls(GenericPolls(model, coordinates, loss).on(batch)),
         "structured": polls(StructuredPolls(model, coordinates, loss, torch.get_num_threads()).on(batch)),
+        "structured_cores": polls(StructuredPolls(model, coordinates, loss, available_cores()).on(batch)),
     }
     share = seconds / len(ways) / (ROUNDS + 1)
     rates: dict[str, list[float]] = {way: [] for way in ways}
@@ -192,12 +196,30 @@ def matrix_product_peak(seconds: float = 1.0) -> float:
     return rate_of(lambda k: 1 if torch.mm(a, b) is not None else 0, seconds) * 2 * 1024**3 / 1e9
 
 
-def flops_of_forward(model: DecoderOnlyTransformer, batch: dict[str, Tensor]) -> float:
-    """Floating point operations of one plain forward: two for every weight of a matrix and token, and attention's."""
-    n, t = batch["x"].shape
-    d = model.head.in_features
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embedding" not in name)
-    return 2.0 * n * t * matrices + len(model.blocks) * 4.0 * n * t * t * d
+def flops(model: DecoderOnlyTransformer, batch: dict[str, Tensor]) -> tuple[float, float]:
+    """Floating point operations of a plain forward, and of what is left of it for a candidate of structured polls.
+
+    A multiplication and an addition for every weight of a matrix and token, and those of attention. A candidate
+    runs the stages behind its own: the first without the projections that its rank-1 entry spares, the last block
+    at the scored positions only. The mean is over all weights, which the stage that holds them runs for nothing.
+    """
+    tokens, scored, d = batch["x"].numel(), int((batch["y"] != IGNORE).sum()), model.head.in_features
+    heads, length, hidden = (
+        model.blocks[0].attention.n_heads,
+        batch["x"].shape[1],
+        model.blocks[0].ff.inner.out_features,
+    )
+    whole, entered, weights = [], [], [model.token_embedding.weight.numel()]  # of each stage, the embedding's first
+    for block in model.blocks:
+        at = scored if block is model.blocks[-1] else tokens  # the positions that are computed
+        whole += [2 * (2 * (at + tokens) * d * d + 2 * at * length * d), 4 * at * d * hidden]
+        entered += [2 * at * length * heads * d, 2 * at * d * hidden]
+        weights += [4 * d * d, 2 * d * hidden]
+    full = len(model.blocks) * 2 * tokens * (4 * d * d + 2 * length * d + 2 * d * hidden)
+    left = [entered[s] + sum(whole[s + 1 :]) for s in range(len(whole))] + [
+        0
+    ]  # behind the embedding, the first stage ..
+    return full, sum(n * f for n, f in zip(weights, left, strict=True)) / sum(weights)
 
 
 def make_model(data: StateTrackingDataModule, **sizes: int) -> DecoderOnlyTransformer:
@@ -262,12 +284,13 @@ def main() -> None:
     }
     title = f"Evaluations a second: {n_weights:,} weights, 16 tokens, {args.threads} thread(s)"
     rows = [[way, *(f"{rates[b][way]:,.0f}" for b in rates)] for way in WAYS]
-    for over in ("batched_inference", "backward_closure"):
-        ratios = (f"{rates[b]['structured'] / rates[b][over]:.1f} x" for b in rates)
-        rows.append([f"structured / {over}", *ratios])
+    over = [("structured", "batched_inference"), ("structured", "backward_closure"), ("structured_cores", "structured")]
+    for way, other in over:
+        rows.append([f"{way} / {other}", *(f"{rates[b][way] / rates[b][other]:.2f} x" for b in rates)])
     peak = matrix_product_peak()
-    floor = (f"{peak * 1e9 / flops_of_forward(model, batch_of(data, int(b))):,.0f}" for b in rates)
-    rows.append([f"a whole forward at {peak:.0f} GFLOP/s", *floor])
+    for way, k in (("a whole forward", 0), ("what structured polls leave", 1)):
+        floor = (f"{peak * 1e9 / flops(model, batch_of(data, int(b)))[k]:,.0f}" for b in rates)
+        rows.append([f"{way} at {peak:.0f} GFLOP/s", *floor])
     show(console, title, ["way", *(f"batch {b}" for b in rates)], rows)
 
     size = 32 if 32 in args.batches else args.batches[0]
@@ -287,17 +310,31 @@ def main() -> None:
 
 def measure_sizes(console: Console, data: StateTrackingDataModule, args: argparse.Namespace) -> None:
     """Structured polls against batched inference over width and depth, at the first batch size."""
-    grid = [(d, 2) for d in (16, 32, 64, 128, 256, 512)] + [(64, n) for n in (1, 4, 8, 12)] + [(128, 4), (256, 6)]
-    ways, result, rows = ["batched_inference", "structured"], [], []
+    widths, depths = [(d, 2) for d in (16, 32, 64, 128, 256, 512)], [(64, n) for n in (1, 2, 4, 8, 12)]
+    grid = [*widths, *(size for size in depths if size not in widths), (128, 4), (256, 6)]  # the last: medium and large
+    ways, result, rows = ["batched_inference", "structured"], {}, []
     for d_model, n_layers in grid:
-        model = make_model(data, d_model=d_model, n_layers=n_layers)
-        rates = measure(model, batch_of(data, args.batches[0]), ways, args.seconds / len(grid), args.block or 64)
-        result.append({"d_model": d_model, "n_layers": n_layers, **rates})
+        model, batch = make_model(data, d_model=d_model, n_layers=n_layers), batch_of(data, args.batches[0])
+        rates = measure(model, batch, ways, args.seconds / len(grid), args.block or 192)
+        result[d_model, n_layers] = rates
+        full, left = flops(model, batch)
         ratio = rates["structured"] / rates["batched_inference"]
         weights = sum(p.numel() for p in model.parameters())
-        rows.append([f"{n_layers} x d{d_model}", f"{weights:,}", *(f"{rates[w]:,.0f}" for w in ways), f"{ratio:.1f} x"])
-    show(console, f"Cost against size, batch {args.batches[0]}", ["model", "weights", *ways, "ratio"], rows)
-    print(json.dumps({"threads": args.threads, "batch": args.batches[0], "sizes": result}))
+        cells = [f"{weights:,}", *(f"{rates[w]:,.0f}" for w in ways), f"{ratio:.1f} x", f"{full / left:.1f} x"]
+        rows.append([f"{n_layers} x d{d_model}", *cells])
+    columns = ["model", "weights", *ways, "ratio", "of operations"]
+    show(console, f"Cost against size, batch {args.batches[0]}, {args.threads} thread(s)", columns, rows)
+    for name, sizes, axis in (("width", widths, 0), ("depth", depths, 1)):
+        x = [size[axis] for size in sizes]
+        exponents = (f"{way} {exponent(x, [result[size][way] for size in sizes]):.2f}" for way in ways)
+        console.print(f"Seconds an evaluation grow with the {name} to the power: {', '.join(exponents)}")
+    sizes = [{"d_model": d, "n_layers": n, **rates} for (d, n), rates in result.items()]
+    print(json.dumps({"threads": args.threads, "batch": args.batches[0], "sizes": sizes}))
+
+
+def exponent(sizes: list[int], rates: list[float]) -> float:
+    """Least-squares slope of log seconds an evaluation against log size."""
+    return statistics.linear_regression([math.log(x) for x in sizes], [-math.log(rate) for rate in rates]).slope
 
 
 if __name__ == "__main__":

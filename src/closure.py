@@ -7,7 +7,7 @@ also answer for many candidates in one call, without the optimizer moving a weig
     poll(coordinates (K,), steps (K,)) -> losses (K,)
         candidate k moves one coordinate: weight[coordinates[k]] + steps[k]
     trial(coordinates (M,), changes (M,), scales (S,)) -> losses (S,)
-        candidate s moves many coordinates at once: weight[coordinates] + scales[s] * changes
+        candidate s moves many distinct coordinates at once: weight[coordinates] + scales[s] * changes
 
 `OneByOne` answers both for any closure by moving the weights and putting them back: the readable
 reference that every faster answer is checked against.
@@ -82,15 +82,22 @@ class Coordinates:
         p[index] = weight + step
         return p, index, weight
 
+    def spread(self, coordinates: Tensor, changes: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Changes (K,) at distinct coordinates (K,): each parameter touched, and a tensor of its shape to add to it."""
+        sizes = [p.numel() for p in self.parameters]
+        if len(coordinates) == len(self) and torch.equal(coordinates, torch.arange(len(self))):
+            flat, counts = changes, sizes  # every weight in order: nothing to look up
+        else:
+            flat = changes.new_zeros(len(self)).index_put_((coordinates,), changes)
+            counts = self.owner(coordinates).bincount(minlength=len(sizes)).tolist()
+        parts = zip(self.parameters, flat.split(sizes), counts, strict=True)
+        return [(p, part.view(p.shape)) for p, part, count in parts if count]
+
     @torch.no_grad()
     def move(self, coordinates: Tensor, changes: Tensor) -> None:
-        """Add changes (K,) to the weights at the coordinates (K,), in place."""
-        if len(coordinates) == len(self) and torch.equal(coordinates, torch.arange(len(self))):
-            for p, part in zip(self.parameters, changes.split([p.numel() for p in self.parameters]), strict=True):
-                p.add_(part.view(p.shape).to(p))  # every weight: the same sums, without an index
-            return
-        for p, index, rows in self.touched(coordinates):
-            p[index] = p[index] + changes[rows].to(p)
+        """Add changes (K,) to the weights at distinct coordinates (K,), in place."""
+        for p, change in self.spread(coordinates, changes):
+            p.add_(change.to(p))
 
 
 class OneByOne:
@@ -123,14 +130,14 @@ class OneByOne:
     @torch.no_grad()
     def trial(self, coordinates: Tensor, changes: Tensor, scales: Tensor) -> Tensor:
         losses = []
-        touched = [(p, index, p[index].clone()) for p, index, _ in self.coordinates.touched(coordinates)]
+        saved = [(p, p.clone()) for p, _ in self.coordinates.spread(coordinates, changes)]
         for scale in scales:
             self.coordinates.move(coordinates, scale * changes)
             try:
                 losses.append(float(self.closure()))
             finally:
-                for p, index, weights in touched:
-                    p[index] = weights
+                for p, weights in saved:
+                    p.copy_(weights)
         return torch.tensor(losses, dtype=torch.float64)
 
 

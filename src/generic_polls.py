@@ -133,11 +133,11 @@ class GenericPolls:
         """Losses (S,) of the combinations weight[coordinates] + scales[s] * changes; both (M,), scales (S,)."""
         check_block(self.coordinates, coordinates, changes)
         check_scales(scales)
-        touched = list(self.coordinates.touched(coordinates))
+        spread = self.coordinates.spread(coordinates, changes)
         losses = []
         with forward_only(self.module):
             for scale in scales.split(1):  # a few: not worth vmap's own cost
-                new = {self.names[id(p)]: moved(p, index, changes[rows], scale) for p, index, rows in touched}
+                new = {self.names[id(p)]: p + (scale * change).to(p) for p, change in spread}
                 losses.append(float(self._loss(new)))
         return torch.tensor(losses, dtype=torch.float64)
 
@@ -206,13 +206,6 @@ def plain_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-
-
-def moved(p: Tensor, index: tuple[Tensor, ...], changes: Tensor, scale: Tensor) -> Tensor:
-    """A copy of p with scale * changes (m,) added at the index."""
-    p = p.detach().clone()
-    p[index] += (scale * changes).to(p)
-    return p
 
 
 def names_of(module: nn.Module, coordinates: Coordinates) -> dict[int, str]:

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from closure import Coordinates
-from generic_polls import WILD, GenericPolls, Incumbent, check_block, check_scales, moved
+from generic_polls import WILD, GenericPolls, Incumbent, check_block, check_scales
 from machine import available_cores, one_thread
 from sequence_data import IGNORE
 from structured_stages import Attention, Embedding, FeedForward, Head, Moves, Rank1, Rows
@@ -166,15 +166,17 @@ class StructuredPolls:
         if not self.rows:
             return self.generic.trial(coordinates, changes, scales)
         self._refresh()
-        touched = {id(p): (index, changes[some]) for p, index, some in self.coordinates.touched(coordinates)}
-        first = min(s for s, stage in enumerate(self.stages) if any(id(p) in touched for p in stage.tensors.values()))
+        change = {id(p): part for p, part in self.coordinates.spread(coordinates, changes)}
+        first = min(s for s, stage in enumerate(self.stages) if any(id(p) in change for p in stage.tensors.values()))
         losses = torch.zeros(len(scales), dtype=torch.float64)
         for k, scale in enumerate(scales.split(1)):
             weights = [stage.w for stage in self.stages]
             for s, stage in enumerate(self.stages):
-                if held := {name: p for name, p in stage.tensors.items() if id(p) in touched}:
-                    new = {name: moved(p, *touched[id(p)], scale) for name, p in held.items()}
-                    weights[s] = stage.fold(stage.tensors | new)
+                held = {name: p for name, p in stage.tensors.items() if id(p) in change}
+                if held:
+                    weights[s] = stage.fold(
+                        stage.tensors | {name: p + (scale * change[id(p)]).to(p) for name, p in held.items()}
+                    )
             for rows in self.rows:
                 x = self._state(rows, first - 1).out[:, None] if first else None
                 for stage, w in zip(self.stages[first:], weights[first:], strict=True):
