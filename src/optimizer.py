@@ -41,6 +41,7 @@ def initial_state() -> dict[str, Any]:
         "seconds": 0.0,  # spent in steps so far
         "polls": 0,  # passes over all directions begun so far, the current one included
         "cursor": 0,  # directions of the current pass that are done
+        "units": 0,  # units polled so far
         "improved": [],  # per group: any success in this pass?
         "stopped_by": None,  # which limit ended the search
     }
@@ -128,19 +129,31 @@ class PatternSearch(torch.optim.Optimizer):
         memory: float = 0.5,
         scale_memory: float | None = 0.9,
         fade: float | None = 10.0,
+        units_per_step: int | None = None,
         seed: int = 0,
     ):
         one_of("poll", poll, ("opportunistic", "complete"))
         for name, value in dict(polls_per_step=polls_per_step, max_evaluations=max_evaluations).items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1, or None (null in YAML) for no limit")
+            least = 0 if name == "polls_per_step" and units_per_step else 1
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}, or None (null in YAML) for no limit")
+        if units_per_step is not None and (units_per_step < 1 or not step_lengths):
+            raise ValueError(
+                f"units_per_step={units_per_step} must be at least 1 and needs step_lengths, the search step that uses "
+                "the slopes of units; or None (null in YAML) to poll no units"
+            )
         if max_seconds is not None and not max_seconds > 0:
             raise ValueError(f"max_seconds={max_seconds} must be above 0, or None (null in YAML) for no limit")
         if any(not 0 < length < math.inf for length in step_lengths):
             raise ValueError(f"step_lengths={list(step_lengths)} must be above 0")
         self.options = dict(poll=poll, polls_per_step=polls_per_step, one_sided=one_sided, seed=seed)
         self.options |= dict(step_lengths=list(step_lengths), memory=memory, scale_memory=scale_memory, fade=fade)
-        self.options |= dict(max_evaluations=max_evaluations, max_seconds=max_seconds, target_loss=target_loss)
+        self.options |= dict(
+            units_per_step=units_per_step,
+            max_evaluations=max_evaluations,
+            max_seconds=max_seconds,
+            target_loss=target_loss,
+        )
         check_memory(self.options)
         group_defaults = dict(radius=radius, contraction=contraction, expansion=expansion)
         super().__init__(params, group_defaults | dict(min_radius=min_radius, max_radius=max_radius))
@@ -200,10 +213,13 @@ class PatternSearch(torch.optim.Optimizer):
             search["polls"] += 1
             search["improved"] = [False] * len(self.param_groups)
             self._order = None
-        end = min(self.n_directions, search["cursor"] + (self.options["polls_per_step"] or self.n_directions))
+        polls = self.options["polls_per_step"]
+        end = min(self.n_directions, search["cursor"] + (self.n_directions if polls is None else polls))
         report.to_poll = end - search["cursor"]
         if self.slopes:
             self.slopes.age()
+        if self.options["units_per_step"]:
+            self._poll_units(candidates)
 
         if self.options["poll"] == "opportunistic":
             self._poll_opportunistic(candidates, end)
@@ -257,6 +273,25 @@ class PatternSearch(torch.optim.Optimizer):
             if _improves(losses[k], best_loss):
                 best_loss, best = float(losses[k]), (losses[k], coordinates[k : k + 1], steps[k : k + 1])
         return best
+
+    def _poll_units(self, candidates: Candidates) -> None:
+        """Poll the next units of a random order of all: each tells the slopes of all its weights."""
+        if not hasattr(candidates, "credit"):
+            raise ValueError(
+                "units_per_step needs a closure that answers `credit`; `credit_polls.CreditPolls` does for a "
+                "DecoderOnlyTransformer (task.fast_polls=true on a CPU); else use units_per_step=None (null in YAML)"
+            )
+        done = self.state["search"]["units"]
+        turn, start = divmod(done, candidates.n_units)
+        generator = torch.Generator().manual_seed(self.options["seed"] * 1_000_003 + turn)
+        order = torch.randperm(candidates.n_units, generator=generator)
+        units = order[start : start + self._affordable(self.options["units_per_step"])]
+        radius = torch.tensor([group["radius"] for group in self.param_groups], dtype=torch.float64)
+        steps = radius[torch.tensor(self._group_of_parameter)[candidates.unit_parameter[units]]]
+        coordinates, slopes = candidates.credit(units, steps, self.options["seed"] * 1_000_003 + done)
+        self.state["search"]["units"] += len(units)
+        self._spend(len(units))
+        self.slopes.learn(coordinates, slopes)
 
     def _search(
         self, candidates: Candidates, best: tuple[Tensor, Tensor, Tensor] | None

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from closure import forward_only
+from fast_polls import make_polls
 from sequence_data import IGNORE
-from structured_polls import make_polls
 
 Batch = dict[str, Tensor]
 

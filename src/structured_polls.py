@@ -20,7 +20,6 @@ The stages that the model is a chain of stand in `structured_stages.py`.
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
@@ -28,12 +27,11 @@ from types import SimpleNamespace as Values
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from closure import Coordinates
 from generic_polls import WILD, GenericPolls, Incumbent, check_block, check_scales
-from machine import available_cores, one_thread
+from machine import one_thread
 from sequence_data import IGNORE
 from structured_stages import Attention, Embedding, FeedForward, Head, Moves, Rank1, Rows
 from transformer import DecoderOnlyTransformer
@@ -189,7 +187,7 @@ class StructuredPolls:
         tensor = end = 0
         for s, enter, names in self.groups:
             ends = list(accumulate(counts[tensor : tensor + len(names)], initial=end))  # of each tensor's candidates
-            tensor, end, size = tensor + len(names), ends[-1], self._chunk(rows, s, enter)
+            tensor, end, size = tensor + len(names), ends[-1], self._chunk(rows, s + (enter == self.stages[s].enter))
             for first in range(ends[0], end, size):
                 some = slice(first, min(first + size, end))
                 cut = [min(max(e, some.start), some.stop) for e in ends]
@@ -200,24 +198,26 @@ class StructuredPolls:
     def _losses(self, task: tuple) -> tuple[Tensor, Tensor]:
         """Of candidates that enter at stage s: their losses (k,), some rows' part, and reach (k,) in the stream."""
         rows, s, enter, moves, _ = task
-        state, rest = self._state(rows, s), self.stages[s + 1 :]
+        state = self._state(rows, s)
         entry = enter(self.stages[s].w, rows, state, moves)
-        if not rest:
+        if isinstance(entry, tuple) and not isinstance(entry, Rank1):  # the head: losses and reach
             return entry
-        if not isinstance(entry, Rank1):
-            reach = (entry - state.out[:, None]).abs_().amax((0, 2, 3))
-            return self._through(rows, rest, entry), reach
-        x = rest[0].forward_rank1(rest[0].w, rows, self._state(rows, s + 1), entry)
-        return self._through(rows, rest[1:], x), entry.scalar.abs().amax((0, 2))
+        rank1 = isinstance(entry, Rank1)
+        reach = entry.scalar.abs().amax((0, 2)) if rank1 else (entry - state.out[:, None]).abs_().amax((0, 2, 3))
+        return self._behind(rows, s, entry), reach
 
-    def _through(self, rows: Rows, stages: list[Any], x: Tensor) -> Tensor:
-        for stage in stages:
+    def _behind(self, rows: Rows, s: int, x: Rank1 | Tensor) -> Tensor:
+        """Losses of candidates whose stream behind stage s is known."""
+        rest = self.stages[s + 1 :]
+        if isinstance(x, Rank1):
+            x = rest[0].forward_rank1(rest[0].w, rows, self._state(rows, s + 1), x)
+            rest = rest[1:]
+        for stage in rest:
             x = stage.forward(stage.w, rows, x)
         return x
 
-    def _chunk(self, rows: Rows, s: int, enter: Callable) -> int:
-        """Candidates at a time that enter at stage s, by the widest activations that they need."""
-        full = s + (enter == self.stages[s].enter)  # the first stage that is computed in full
+    def _chunk(self, rows: Rows, full: int) -> int:
+        """Candidates at a time if stage `full` is the first computed in full, by the widest activations needed."""
         attention, ff, head = range(len(self.stages) - 3, len(self.stages))  # the last ones
         numbers = self.model.blocks[-1].ff.inner.out_features * CHUNK_TOKENS
         if full >= head:  # a few numbers for each class of a token, instead of d_ff
@@ -256,32 +256,3 @@ class StructuredPolls:
         if len(wrong):
             losses[wrong] = plain(wrong)
         return losses
-
-
-def make_polls(
-    module: nn.Module, coordinates: Coordinates, loss: Callable[[Any, Any], Tensor], threads: int | None = None
-) -> StructuredPolls | GenericPolls:
-    """The fastest exact evaluator there is for this module: an object whose `on(batch)` is a closure.
-
-    `StructuredPolls` on `threads` threads (by default one a core) for a `DecoderOnlyTransformer` with the
-    masked cross-entropy as its loss; `GenericPolls` for everything else, which it says once.
-    """
-    if type(module) is DecoderOnlyTransformer and is_masked_cross_entropy(loss, module.head.out_features):
-        return StructuredPolls(module, coordinates, loss, threads or available_cores())
-    warnings.warn(
-        f"{type(module).__name__} with this loss has no structured polls (only DecoderOnlyTransformer with the masked "
-        "cross-entropy has): candidates go through vmap, at about the speed of batched inference",
-        stacklevel=2,
-    )
-    return GenericPolls(module, coordinates, loss)
-
-
-def is_masked_cross_entropy(loss: Callable[[Any, Any], Tensor], n_classes: int) -> bool:
-    """Whether a loss is the mean cross-entropy over the scored tokens, judged by a small example."""
-    logits = torch.linspace(-2, 2, 6 * n_classes).sin().mul(3).view(2, 3, n_classes)
-    y = torch.tensor([[IGNORE, 0, n_classes - 1], [n_classes // 2, IGNORE, IGNORE]])
-    expected = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE)
-    try:
-        return torch.allclose(loss(logits, {"x": torch.zeros_like(y), "y": y}), expected)
-    except (KeyError, TypeError, ValueError, RuntimeError):  # it needs more of a batch than x and y
-        return False

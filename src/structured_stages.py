@@ -8,6 +8,7 @@ folded into the matrix behind it.
 Shapes: B rows of the batch, K candidates, T tokens, S scored positions, H heads, F = d_ff, C classes.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from types import SimpleNamespace as Values
@@ -79,6 +80,7 @@ class Rows:
         first = int(self.at[0, 0])
         self.slice = slice(first, first + n_scored) if bool((self.at == first + steps[:n_scored]).all()) else None
         self.states: list[tuple[int, Values]] = []  # (serial of the stage's weights, values of the incumbent)
+        self.by_token = False  # whether `loss` leaves the losses of the tokens apart
 
     def scored(self, x: Tensor) -> Tensor:
         """Tokens (B, T, ...) or (B, K, T, d) -> only the scored ones, (B, S, ...) or (B, K, S, d)."""
@@ -87,6 +89,12 @@ class Rows:
         at = self.at.view(len(self.at), *[1] * (x.ndim - 3), -1, 1)
         return torch.take_along_dim(x, at, dim=-2)
 
+    def each_token(self) -> "Rows":
+        """The same rows, whose `loss` leaves the losses of the tokens apart."""
+        rows = copy.copy(self)
+        rows.by_token = True
+        return rows
+
     def bytes(self) -> int:
         """Memory taken by what is remembered of the incumbent."""
         values = [v for _, state in self.states for v in vars(state).values()]
@@ -94,11 +102,11 @@ class Rows:
         return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
 
     def loss(self, logits: Tensor) -> Tensor:
-        """Part of these rows in the mean cross-entropy: logits (C, B, K, S) -> (K,)."""
+        """Part of these rows in the mean cross-entropy: logits (C, B, K, S) -> (K,), or (B, K, S) by token."""
         target = self.target[None, :, None].expand(1, *logits.shape[1:])
         # relative to the target's logit: nothing is lost to rounding when a token is all but certain
         losses = (logits - logits.gather(0, target)).exp_().sum(0).log_()  # (B, K, S)
-        return torch.einsum("bks,bs->k", losses, self.weight)
+        return losses * self.weight[:, None] if self.by_token else torch.einsum("bks,bs->k", losses, self.weight)
 
 
 class Stage:
@@ -326,7 +334,10 @@ class Attention(Stage):
 
     def enter_norm(self, w: Values, rows: Rows, state: Values, moves: dict[str, Moves]) -> Tensor:
         """Gain and bias change all that queries, keys and values read."""
-        scalar, j = norm_change(state.n, moves)  # (B, K, T)
+        return self.change_norm(w, rows, state, *norm_change(state.n, moves))
+
+    def change_norm(self, w: Values, rows: Rows, state: Values, scalar: Tensor, j: Tensor) -> Tensor:
+        """The stream if component j (K,) of the norm's output changes by a scalar (B, K, T)."""
         change = Rank1(scalar, w.columns[j])  # in queries, keys and values, (B, K, T, 3d)
         query, key, value = change.added_to(torch.zeros_like(state.n[..., :1])).chunk(3, -1)
         query = self.queries(rows, query) + state.query[:, None]
@@ -335,25 +346,35 @@ class Attention(Stage):
         )
 
     def enter_scores(self, w: Values, rows: Rows, state: Values, moves: dict[str, Moves]) -> Tensor:
-        """A query or key weight changes the scores of its head by a product of a query's and a key's part."""
+        """A query or key weight changes a component of its query or key by what it reads."""
+        inputs, changes = by_column(state.inputs), []  # (B, d, T)
+        for name, m in moves.items():
+            moved = m.step[:, None] * (torch.ones_like(inputs[:, :1]) if name == "query_bias" else inputs[:, m.j])
+            if name != "key":
+                moved = self.queries(rows, moved[..., None])[..., 0]
+            changes.append((name, m.i, moved))  # (B, k, tokens)
+        return self.change_scores(w, rows, state, changes)
+
+    def change_scores(self, w: Values, rows: Rows, state: Values, changes: list[tuple[str, Tensor, Tensor]]) -> Tensor:
+        """The stream if components i (k,) of queries or keys change by scalars (B, k, tokens).
+
+        It changes the scores of its head by a product of a query's and a key's part.
+        """
         d = w.out.shape[0]
         at, steps = self.positions(rows)
-        inputs = by_column(state.inputs)  # (B, d, T)
         heads, lefts, rights = [], [], []
-        for name, m in moves.items():
-            heads.append(m.i // (d // self.n_heads))
+        for name, i, moved in changes:
+            heads.append(i // (d // self.n_heads))
             is_key = name == "key"
-            part = m.step[:, None] * (1.0 if is_key else w.scale)
-            moved = part * (torch.ones_like(inputs[:, :1]) if name == "query_bias" else inputs[:, m.j])  # (B, k, T)
-            if not is_key and self.last:
-                moved = rows.scored(moved[..., None])[..., 0]
+            if not is_key:
+                moved = w.scale * moved
             other = state.turned_query if is_key else state.turned_key
-            pairs = [(moved, other[:, m.i])]  # (B, k, tokens)
+            pairs = [(moved, other[:, i])]  # (B, k, tokens)
             if self.rotary:  # the moved component turns into itself and its partner in the pair
-                frequency = frequencies(d // self.n_heads)[m.i % (d // self.n_heads) // 2]
+                frequency = frequencies(d // self.n_heads)[i % (d // self.n_heads) // 2]
                 angle = (steps if is_key else at)[..., None, :] * frequency[:, None]  # (k, tokens) or (B, k, tokens)
-                sign = 1 - 2 * (m.i % 2)[:, None]
-                pairs = [(moved * angle.cos(), other[:, m.i]), (moved * angle.sin() * sign, other[:, m.i ^ 1])]
+                sign = 1 - 2 * (i % 2)[:, None]
+                pairs = [(moved * angle.cos(), other[:, i]), (moved * angle.sin() * sign, other[:, i ^ 1])]
             moved, other = torch.stack([a for a, _ in pairs], -1), torch.stack([b for _, b in pairs], -1)
             lefts.append(other if is_key else moved)
             rights.append(moved if is_key else other)
@@ -419,7 +440,9 @@ class FeedForward(Stage):
         return Rank1(torch.cat(scalars, 1), w.directions[torch.cat(direction)])
 
     def enter_norm(self, w: Values, rows: Rows, state: Values, moves: dict[str, Moves]) -> Tensor:
-        scalar, j = norm_change(state.n, moves)
+        return self.change_norm(w, rows, state, *norm_change(state.n, moves))
+
+    def change_norm(self, w: Values, rows: Rows, state: Values, scalar: Tensor, j: Tensor) -> Tensor:
         hidden = Rank1(scalar, w.columns[j]).added_to(state.u).relu_()  # (B, K, T, F)
         return F.linear(hidden, w.outer, w.outer_bias).add_(state.x[:, None])
 
@@ -449,7 +472,7 @@ class Head(Stage):
         logits = (w.head @ n.flatten(0, -2).T + w.head_bias[:, None]).unflatten(1, x.shape[:-1])  # (C, B, S)
         sources = torch.cat([one_for(n), n * w.gain + w.bias, n], -1)
         return Values(
-            x=x, logits=logits, out=rows.loss(logits[:, :, None])[0], sources=by_column(sources),  # (B, 1 + 2d, S)
+            x=x, n=n, logits=logits, out=rows.loss(logits[:, :, None])[0], sources=by_column(sources),  # (B, 1 + 2d, S)
             raw=(w.head @ x.flatten(0, -2).T).unflatten(1, x.shape[:-1]),  # (C, B, S) logits before the norm divides
         )  # fmt: skip
 

@@ -11,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import structured_polls
 from closure import Coordinates, OneByOne
+from fast_polls import make_polls
 from generic_polls import GenericPolls
 from optimizer import PatternSearch
 from pattern_search_task import masked_loss
 from sequence_data import IGNORE
-from structured_polls import StructuredPolls, make_polls
+from structured_polls import StructuredPolls
 from transformer import POSITIONS, DecoderOnlyTransformer
 
 MODELS = {
