@@ -44,7 +44,7 @@ class MetricsTable(Logger):
 
 
 def read_runs(*paths: str | Path) -> pd.DataFrame:
-    """The tables of all runs below the paths, with the columns run, task, model, optimizer and seed added.
+    """The tables of all runs below the paths, with the columns run, task, model, optimizer, variant, seed and chance_loss added.
 
     Raises:
         FileNotFoundError: no run lies below the paths.
@@ -85,15 +85,16 @@ def tidy(history: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe(config: Mapping) -> dict[str, Any]:
-    """What figures and tables compare, from a run's config: task, model, optimizer, seed.
+    """What figures and tables compare, from a run's config: task, model, optimizer, variant, seed.
 
     The task is called by its experiment if there is one, else by its family and its group, language or split.
     """
     data, choices = config["datamodule"], config["choices"]
-    variant = next((data[key] for key in ("group", "language", "split") if key in data), "")
+    kind = next((data[key] for key in ("group", "language", "split") if key in data), "")
     return {
-        "task": choices.get("experiment") or f"{choices['task']} {variant}".strip(),
+        "task": choices.get("experiment") or f"{choices['task']} {kind}".strip(),
         "model": choices["model"],
         "optimizer": choices["optimizer"],
+        "variant": choices.get("variant") or "",  # of the optimizer, see configs/variant
         "seed": config["seed"],
     }
