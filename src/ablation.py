@@ -94,7 +94,11 @@ def draw(runs: pd.DataFrame) -> Figure:
             for solved, look in LOOKS.items():
                 chosen = of_task.solved == solved
                 panel.plot(of_task[cost][chosen], height[chosen], color=colour, linestyle="", **look)
-            panel.set(xscale="log", xlabel=title, title=task, yticks=range(len(labels)), yticklabels=labels)
+            if of_task[cost].max() > 10 * of_task[cost].min():
+                panel.set_xscale("log")
+            else:
+                panel.set_xlim(0)
+            panel.set(xlabel=title, title=task, yticks=range(len(labels)), yticklabels=labels)
         row[0].set_ylim(len(labels) - 0.5, -0.5)
     marks = [Line2D([], [], color=colour, linestyle="", **look) for look in LOOKS.values()]
     names = ["solved, a dot a seed", "not solved: it needs more than this"]
