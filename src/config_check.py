@@ -98,12 +98,10 @@ def refuse(problems: list[str]) -> None:
 
 def compose_jobs(config_name: str, overrides: list[str], multirun: bool = False) -> list[DictConfig]:
     """The config of each job of a command, with the keys that Hydra fills in at run time set."""
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    jobs = BasicSweeper.split_arguments(parsed, None)[0] if multirun else [overrides]
     os.environ.setdefault("PATTERN_SEARCH_ROOT", str(CONFIGS.parent))
     configs = []
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        for job in jobs:
+        for job in split_jobs(config_name, overrides) if multirun else [overrides]:
             cfg = compose(config_name, job, return_hydra_config=True)
             choices = cfg.hydra.runtime.choices
             cfg.choices = {key: choices.get(key) for key in cfg.choices}
@@ -113,6 +111,15 @@ def compose_jobs(config_name: str, overrides: list[str], multirun: bool = False)
                 cfg.output_dir = str(CONFIGS.parent / "runs" / "unnamed")
             configs.append(cfg)
     return configs
+
+
+def split_jobs(config_name: str, overrides: list[str]) -> list[list[str]]:
+    """The overrides of each job of a sweep: of the config's `hydra.sweeper.params`, and of the command line."""
+    parse = OverridesParser.create().parse_overrides
+    fixed = [override.input_line for override in parse(overrides) if not override.is_sweep_override()]
+    sweeper = compose(config_name, fixed, return_hydra_config=True).hydra.sweeper
+    params = [f"{key}={values}" for key, values in (sweeper.params or {}).items()]
+    return BasicSweeper.split_arguments(parse([*params, *overrides]), None)[0]  # the command line comes last and wins
 
 
 def explain(error: Exception, config_name: str, overrides: Sequence[str] = ()) -> str:

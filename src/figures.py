@@ -9,56 +9,92 @@ import argparse
 import sys
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from metrics_table import read_runs, read_wandb
 
-PANELS = {
-    "train/loss": "training loss, nats a token",
-    "val/loss": "validation loss, nats a token",
-    "val/exact_match": "validation exact match",
-}
+PANELS = {"loss": "loss, nats a token", "exact_match": "exact match"}
+SPLITS = {"train": dict(alpha=0.5, linewidth=0.8), "val": dict(marker="o", markersize=4, markeredgewidth=0)}
 AXES = {"evaluations": "function evaluations (a gradient step counts as one)", "seconds": "training seconds"}
+LABELS = ("model", "optimizer", "variant")  # what colours tell apart
 
 
 def draw_runs(table: pd.DataFrame) -> Figure:
-    """One panel a metric (rows) and an axis (columns); a line a run, coloured by what differs between the runs.
+    """Loss and exact match, training (thin) and validation (dots), against evaluations and seconds.
+
+    A line a run and split, coloured by what differs between the runs; if nothing does, by the split. Tasks
+    do not share a panel: one row of four for each, with its chance loss; a single task gets two rows of two.
 
     Args:
         table: as `metrics_table.read_runs` returns it.
     """
-    differing = [c for c in ("task", "model", "optimizer") if table[c].nunique() > 1] or ["optimizer"]
-    table = table.assign(label=table[differing].astype(str).agg(" · ".join, axis=1))
-    metrics = [name for name in PANELS if (table.metric == name).any()]
-    if not metrics:
-        raise FileNotFoundError(f"no metrics yet in {', '.join(table.run.unique()) or 'these runs'}")
+    table = table.assign(split=table.metric.str.partition("/")[0], panel=table.metric.str.partition("/")[2])
+    table = table[table.split.isin(SPLITS) & table.panel.isin(PANELS)]
+    if table.empty:
+        raise FileNotFoundError("no metrics yet in these runs")
+    differing = [c for c in LABELS if table[c].nunique() > 1] or ["optimizer"]
+    table = table.assign(label=table[differing].agg(lambda names: " · ".join(filter(None, names)), axis=1))
+    labels, tasks = list(dict.fromkeys(table.label)), list(dict.fromkeys(table.task))
+    by_split = len(labels) == 1
+    colours = dict(zip(SPLITS if by_split else labels, sns.color_palette(n_colors=20), strict=False))
     sns.set_theme(style="whitegrid", context="notebook")
-    ends = table.groupby("run")[list(AXES)].max()
-    far_apart = ends.max() > 30 * ends.min()  # then a linear axis would hide the shorter runs
-    figure = Figure(figsize=(12, 3.4 * len(metrics)), layout="constrained")
-    panels = figure.subplots(len(metrics), len(AXES), squeeze=False, sharex="col", sharey="row")
-    for row, metric in zip(panels, metrics, strict=True):
-        rows = table[table.metric == metric]
-        for panel, (axis, title) in zip(row, AXES.items(), strict=True):
-            look = dict(data=rows, x=axis, y="value", hue="label", units="run", estimator=None, ax=panel)
-            if metric.startswith("train/"):
-                sns.lineplot(**look, alpha=0.6, linewidth=1, legend=False)
-            else:
-                sns.lineplot(**look, marker="o", markersize=4, markeredgewidth=0, legend=False)
-            panel.set(xlabel=title, ylabel=PANELS[metric] if axis == "evaluations" else "")
-            if far_apart[axis]:
-                panel.set_xscale("log")
-            if metric.endswith("exact_match"):
-                panel.set_ylim(-0.02, 1.02)
-    labels = list(dict.fromkeys(table.label))
-    lines = [matplotlib.lines.Line2D([], [], color=colour) for colour in sns.color_palette(n_colors=len(labels))]
-    runs = table.groupby("label").run.nunique()
-    names = [f"{label} ({runs[label]} run{'s' if runs[label] > 1 else ''})" for label in labels]
-    figure.legend(lines, names, loc="outside upper center", ncols=min(len(labels), 3), frameon=False)
+    shape = (2, 2) if len(tasks) == 1 else (len(tasks), 4)
+    figure = Figure(figsize=(5.5 * shape[1], 3.2 * shape[0] + 0.8), layout="constrained")
+    panels = figure.subplots(*shape, squeeze=False).reshape(len(tasks), 4)
+    for row, task in zip(panels, tasks, strict=True):
+        row[2].sharex(row[0])
+        row[3].sharex(row[1])
+        columns = [(panel, axis) for panel in PANELS for axis in AXES]
+        for place, (panel, axis) in zip(row, columns, strict=True):
+            of = table[(table.task == task) & (table.panel == panel)]
+            draw_panel(place, of, axis, hue="split" if by_split else "label", colours=colours)
+            place.set(xlabel=AXES[axis], ylabel=PANELS[panel], title=task if len(tasks) > 1 else "")
+            if panel == "exact_match":
+                place.set_ylim(-0.03, 1.03)
+            elif of.chance_loss.notna().any():
+                place.axhline(of.chance_loss.max(), color="0.4", linestyle="--", linewidth=1)
+    add_legend(figure, table, colours, by_split)
     return figure
+
+
+def draw_panel(place: Axes, rows: pd.DataFrame, axis: str, hue: str, colours: dict) -> None:
+    """A line a run and split."""
+    for split, look in SPLITS.items():
+        of = rows[rows.split == split]
+        if not of.empty:
+            lines = dict(hue=hue, palette={name: colours[name] for name in of[hue].unique()}, legend=False)
+            sns.lineplot(of, x=axis, y="value", units="run", estimator=None, ax=place, **lines, **look)
+    ends = rows.groupby("run")[axis].max()
+    if ends.max() > 30 * ends.min() > 0:  # then a linear axis would hide the shorter runs
+        place.set_xscale("log")
+
+
+def add_legend(figure: Figure, table: pd.DataFrame, colours: dict, by_split: bool) -> None:
+    """The splits, chance where it is known, and the labels with their numbers of runs."""
+    names = {"train": "training batch", "val": "validation"}
+    lines = {names[s]: Line2D([], [], color=colours[s] if by_split else "0.4", **look) for s, look in SPLITS.items()}
+    if table.chance_loss.notna().any():
+        lines["chance"] = Line2D([], [], color="0.4", linestyle="--", linewidth=1)
+    if not by_split:
+        runs = table.groupby("label").run.nunique()
+        for label, count in runs[list(dict.fromkeys(table.label))].items():
+            lines[f"{label} ({count} run{'s' if count > 1 else ''})"] = Line2D([], [], color=colours[label])
+    figure.legend(lines.values(), lines, loc="outside upper center", ncols=min(len(lines), 4), frameon=False)
+
+
+def draw_progress(run_dir: str | Path) -> Path:
+    """Draw a run as `progress.png` in its own directory, as every run does when it ends; returns the file."""
+    table, file = read_runs(run_dir), Path(run_dir) / "progress.png"
+    run = table.iloc[0]
+    figure = draw_runs(table)
+    title = " · ".join(filter(None, [run.optimizer, run.variant, run.task, run.model, f"seed {run.seed}"]))
+    figure.legends[0].set_title(title)
+    figure.savefig(file, dpi=80)
+    return file
 
 
 def draw_accuracy(table: pd.DataFrame) -> Figure:

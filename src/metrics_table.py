@@ -6,6 +6,8 @@ leaves a readable table. `read_runs` reads any number of them, `read_wandb` gets
 """
 
 import csv
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,9 @@ class MetricsTable(Logger):
 
 
 def read_runs(*paths: str | Path) -> pd.DataFrame:
-    """The tables of all runs below the paths, with the columns run, task, model, optimizer and seed added.
+    """The tables of all runs below the paths, with the columns run, chance_loss and those of `describe` added.
+
+    chance_loss is NaN for a run that has not ended yet.
 
     Raises:
         FileNotFoundError: no run lies below the paths.
@@ -56,6 +60,8 @@ def read_runs(*paths: str | Path) -> pd.DataFrame:
             frame = pd.read_csv(table).assign(
                 run=run.name if run.parent.name == "runs" else f"{run.parent.name}/{run.name}"
             )
+            summary = json.loads(file.read_text()) if (file := run / "summary.json").exists() else {}
+            frame["chance_loss"] = summary.get("chance_loss", math.nan)
             tables.append(frame.assign(**describe(OmegaConf.load(run / "config.yaml"))))
     if not tables:
         raise FileNotFoundError(f"no run with metrics.csv and config.yaml below {', '.join(map(str, paths))}")
@@ -70,7 +76,8 @@ def read_wandb(entity: str | None, project: str) -> pd.DataFrame:
     for run in wandb.Api().runs(f"{entity}/{project}" if entity else project):
         history = pd.DataFrame(run.scan_history())
         step = "trainer/global_step" if "trainer/global_step" in history else "global_step"  # renamed in newer releases
-        tables.append(tidy(history.rename(columns={step: "step"})).assign(run=run.name, **describe(run.config)))
+        table = tidy(history.rename(columns={step: "step"})).assign(run=run.name, chance_loss=math.nan)
+        tables.append(table.assign(**describe(run.config)))
     if not tables:
         raise FileNotFoundError(f"the W&B project {project} has no runs")
     return pd.concat(tables, ignore_index=True)
@@ -85,15 +92,16 @@ def tidy(history: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe(config: Mapping) -> dict[str, Any]:
-    """What figures and tables compare, from a run's config: task, model, optimizer, seed.
+    """What figures and tables compare, from a run's config: task, model, optimizer, variant, seed.
 
     The task is called by its experiment if there is one, else by its family and its group, language or split.
     """
     data, choices = config["datamodule"], config["choices"]
-    variant = next((data[key] for key in ("group", "language", "split") if key in data), "")
+    kind = next((data[key] for key in ("group", "language", "split") if key in data), "")
     return {
-        "task": choices.get("experiment") or f"{choices['task']} {variant}".strip(),
+        "task": choices.get("experiment") or f"{choices['task']} {kind}".strip(),
         "model": choices["model"],
         "optimizer": choices["optimizer"],
+        "variant": choices.get("variant") or "",  # of the optimizer, see configs/variant
         "seed": config["seed"],
     }

@@ -90,6 +90,7 @@ class PatternSearchTask(L.LightningModule):
         self.seconds = 0.0  # wall-clock seconds in training steps: no validation, no setup
         self.fast_polls, self._polls = fast_polls, None
         self._scores: dict[str, Scores] = {}
+        self._newest_batch: Batch | None = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.make_optimizer(self.model.parameters())
@@ -144,6 +145,7 @@ class PatternSearchTask(L.LightningModule):
             "train/loss": report.loss_before,  # before the step moved: comparable with a gradient run's
             "train/loss_after": report.loss_after,  # after it, on the same batch
             "train/accepted": float(report.accepted),
+            "train/search_accepted": float(report.search_accepted),  # 1 if the search step won this step, else 0
             "train/evaluations_per_second": report.evaluations / max(report.seconds, 1e-9),
         }
         for i, group in enumerate(self.raw_optimizer.param_groups):
@@ -158,6 +160,7 @@ class PatternSearchTask(L.LightningModule):
         self.log_dict(metrics | axes, on_step=True, on_epoch=False)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self._newest_batch = batch
         self._step_started = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -171,6 +174,11 @@ class PatternSearchTask(L.LightningModule):
             self.seconds = checkpoint["seconds"]
 
     # --- evaluation ---
+
+    def on_validation_epoch_start(self) -> None:
+        if self._newest_batch is not None:  # what was trained last, to compare validation with
+            self._scores["train"] = Scores()
+            self._evaluate("train", self._newest_batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate("val", batch)
@@ -191,6 +199,7 @@ class PatternSearchTask(L.LightningModule):
     def _log_scores(self) -> None:
         for split, scores in self._scores.items():
             metrics = {f"{split}/{name}": value for name, value in scores.compute().items()}
+            metrics.pop("train/loss", None)  # logged in every step, before the step moved
             axes = {"evaluations": float(self.evaluations), "seconds": self.seconds}
             self.log_dict(metrics | axes)
         self._scores.clear()

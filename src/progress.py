@@ -5,8 +5,12 @@ optimizer knows nothing of it and is never slowed down by it.
 """
 
 import logging
+import math
 import threading
 import time
+from collections import deque
+from collections.abc import Sequence
+from statistics import correlation, linear_regression
 from typing import Any
 
 import lightning as L
@@ -14,11 +18,16 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from stagnation import WINDOW, Recent, hints
+
 log = logging.getLogger("progress")
+TREND = 12  # validations that the time to the target is estimated from
 
 
 class SearchProgress(Callback):
-    """Shows loss, accepted moves, radius, evaluations and evaluations/s, accuracy, and the time left.
+    """Shows loss, the times left, evaluations and evaluations/s, accuracy, accepted moves, share of polls, radius.
+
+    After each validation it looks for signs of stagnation, and says each once, and again at twice the evaluations.
 
     Args:
         refresh_per_second: of the live display.
@@ -33,7 +42,14 @@ class SearchProgress(Callback):
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         self._trainer, self._task = trainer, task
         self._started, self._evaluations, self._accepted = time.monotonic(), task.evaluations, 0
-        self._loss = self._exact_match = None
+        self._loss = self._exact_match = self._eta = None
+        self._polling = 0.0  # seconds in the steps of a search
+        self._trend: deque[tuple[float, float]] = deque(maxlen=TREND)  # seconds since the start, loss with a target
+        self._monitor, self._target = target_of(trainer, task)
+        self._recent = Recent(
+            trainer.datamodule.chance_loss, 0, *(deque(maxlen=n) for n in (WINDOW, None, WINDOW, WINDOW))
+        )
+        self._next_hint: dict[str, int] = {}  # evaluations before which a hint is not repeated
         self._stop.clear()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self._thread.start()
@@ -44,9 +60,28 @@ class SearchProgress(Callback):
         report = getattr(task.raw_optimizer, "report", None)
         self._accepted += getattr(report, "accepted", 0)
         self._loss = float(outputs["loss"]) if report is None else report.loss_after
+        self._recent.train_losses.append(self._loss if report is None else report.loss_before)
+        if report is not None:
+            self._polling += report.seconds
+            self._recent.accepted.append(report.accepted > 0)
+            if getattr(task.raw_optimizer, "options", {}).get("step_lengths"):
+                self._recent.search_accepted.append(report.search_accepted)
 
     def on_validation_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         self._exact_match = trainer.callback_metrics.get("val/exact_match")
+        if (loss := trainer.callback_metrics.get("val/loss")) is not None:
+            self._recent.val_losses.append(float(loss))
+        if self._target is not None:
+            loss = self._loss if self._monitor == "train/loss" else trainer.callback_metrics.get(self._monitor)
+            if loss is not None:
+                self._trend.append((time.monotonic() - self._started, float(loss)))
+                self._eta = time_to(self._target, *zip(*self._trend, strict=True))
+        self._recent.evaluations = task.evaluations
+        for name, text in hints(self._recent):
+            if task.evaluations >= self._next_hint.get(name, 0):
+                self._next_hint[name] = 2 * task.evaluations
+                log.info("hint: %s", text)
+                self.console.print(f"hint: {text}", soft_wrap=True, highlight=False, markup=False)
 
     def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         self._finish()
@@ -109,14 +144,46 @@ class SearchProgress(Callback):
         parts = [f"loss {loss:.4f}" if loss is not None else "loss -"]  # what a narrow terminal cuts off comes last
         if isinstance(total, int) and done > 0:
             parts.append(f"left at most {clock(elapsed * max(total - done, 0) / done)}")
+        if self._target is not None:
+            parts.append(f"target in {'-' if self._eta is None else f'about {clock(self._eta)}'}")
         rate = (task.evaluations - self._evaluations) / max(elapsed, 1e-9)
         parts += [f"evaluations {task.evaluations:,} ({rate:,.0f}/s)"]
         if self._exact_match is not None:
             parts.append(f"val exact match {float(self._exact_match):.3f}")
         if report is not None:
+            polling = self._polling + (report.seconds if report.polled < report.to_poll else 0)
             radii = "/".join(f"{group['radius']:.3g}" for group in optimizer.param_groups)
-            parts += [f"accepted {accepted:,}", f"radius {radii}"]
+            parts += [
+                f"accepted {accepted:,}",
+                f"polls {min(polling / max(elapsed, 1e-9), 1):.0%} of time",
+                f"radius {radii}",
+            ]
         return done, total, " · ".join(parts)
+
+
+def target_of(trainer: L.Trainer, task: L.LightningModule) -> tuple[str, float | None]:
+    """The loss that ends training, by name, and the value at which it does: of early stopping, else of the search."""
+    for callback in trainer.early_stopping_callbacks:
+        if callback.stopping_threshold and callback.mode == "min":
+            return callback.monitor, callback.stopping_threshold
+    return "train/loss", getattr(task.raw_optimizer, "options", {}).get("target_loss")
+
+
+def time_to(target: float, seconds: Sequence[float], losses: Sequence[float]) -> float | None:
+    """Seconds from the last loss until the target, if losses go on falling exponentially; None without a clear trend.
+
+    Early on the loss falls slower than it will, so this is rather too long than too short.
+    """
+    if len(losses) < TREND // 2 or not all(0 < loss < math.inf for loss in (target, *losses)):
+        return None
+    if len({*seconds}) == 1 or len({*losses}) == 1:  # no line through them
+        return None
+    logs = [math.log(loss) for loss in losses]
+    trend = linear_regression(seconds, logs)
+    if trend.slope >= 0 or correlation(seconds, logs) > -0.8:
+        return None
+    left = max((math.log(target) - trend.intercept) / trend.slope - seconds[-1], 0.0)
+    return left if left < 50 * (seconds[-1] - seconds[0]) else None
 
 
 def clock(seconds: float) -> str:

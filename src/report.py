@@ -1,5 +1,6 @@
 """What a run says about itself: the header, the summary table, summary.json."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,17 @@ def print_header(console: Console, cfg: DictConfig, task: PatternSearchTask, dat
 
 
 def summarise(
-    cfg: DictConfig, trainer: L.Trainer, task: PatternSearchTask, metrics: dict[str, float], checkpoint: str | None
+    cfg: DictConfig,
+    trainer: L.Trainer,
+    task: PatternSearchTask,
+    datamodule: SequenceDataModule,
+    metrics: dict[str, float],
+    checkpoint: str | None,
 ) -> dict[str, Any]:
     """The content of summary.json."""
     return {
         "test": metrics,
+        "chance_loss": datamodule.chance_loss,
         "evaluations": int(task.evaluations),
         "seconds": round(task.seconds, 3),
         "steps": trainer.global_step,
@@ -57,6 +64,16 @@ def stopped_by(trainer: L.Trainer, task: PatternSearchTask) -> str:
     return "max_time"
 
 
+def draw_progress(run_dir: str | Path) -> None:
+    """Leave progress.png in the run's directory, or a warning: no run fails for its picture."""
+    try:
+        import figures  # only here: its libraries would slow down the start of every run
+
+        figures.draw_progress(run_dir)
+    except Exception as error:
+        logging.getLogger(__name__).warning("progress.png was not drawn: %s: %s", type(error).__name__, error)
+
+
 def print_summary(console: Console, cfg: DictConfig, summary: dict[str, Any], datamodule: SequenceDataModule) -> None:
     """A short table, and what to type next."""
     title = f"{cfg.choices.optimizer} · {cfg.choices.task} · {cfg.choices.model} · seed {cfg.seed}"
@@ -77,8 +94,9 @@ def print_summary(console: Console, cfg: DictConfig, summary: dict[str, Any], da
     if summary["stopped_by"] == "interrupted":
         lines.append(f"Interrupted, so not tested. The newest weights: {shown(summary['checkpoint'] or 'none yet')}")
     lines.append(f"Run:  {run_dir}")
-    if summary["steps"]:
-        lines.append(f"Plot: python {shown(Path(__file__).with_name('figures.py'))} {run_dir}")
+    if (Path(cfg.output_dir) / "progress.png").exists():
+        script, beside = shown(Path(__file__).with_name("figures.py")), shown(Path(cfg.output_dir).parent)
+        lines.append(f"Plot: {run_dir}/progress.png; all runs beside it: python {script} {beside}")
     if (Path(cfg.output_dir) / "wandb").exists():
         offline = cfg.logger.get("offline")
         lines.append(

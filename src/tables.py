@@ -1,4 +1,4 @@
-"""A table of finished runs, in Markdown: a row for the runs of the same task, model, optimizer and settings.
+"""A table of finished runs, in Markdown: a row for the runs of the same task, model, optimizer, variant and settings.
 
 python src/tables.py runs
 python src/tables.py runs --metric test/balanced_accuracy
@@ -18,6 +18,7 @@ from metrics_table import describe
 
 SETTINGS = ("datamodule.", "model.", "task.", "optimizer.", "trainer.")  # nodes of the config that decide a result
 PER_RUN = ("seed", "_target_")  # keys in them that are not settings
+GROUPED = ["task", "model", "optimizer", "variant"]  # what a row of the table has in common
 SOLVED = 0.99  # a run with at least this value of the metric counts as solved
 
 
@@ -40,7 +41,7 @@ def read_summaries(*paths: str | Path) -> pd.DataFrame:
     if not rows:
         raise FileNotFoundError(f"no finished run below {', '.join(map(str, paths))}")
     runs = pd.DataFrame(rows)
-    for _, of in runs.groupby(["task", "model", "optimizer"]):
+    for _, of in runs.groupby(GROUPED):
         keys = sorted({key for i in of.index for key in settings[i]})
         differing = [key for key in keys if len({str(settings[i].get(key)) for i in of.index}) > 1]
         for i in of.index:
@@ -59,7 +60,7 @@ def leaves(node: dict, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def tabulate(runs: pd.DataFrame, metric: str = "test/exact_match") -> str:
-    """Mean and spread over the seeds of every task, model and optimizer, as a Markdown table.
+    """Mean and spread over the seeds of every task, model, optimizer and variant, as a Markdown table.
 
     Args:
         runs: as `read_summaries` returns them.
@@ -73,12 +74,12 @@ def tabulate(runs: pd.DataFrame, metric: str = "test/exact_match") -> str:
         f"{metric.removeprefix('test/')} | steps | seconds (worst) | evaluations |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (task, model, optimizer), of in runs.groupby(["task", "model", "optimizer"], sort=False):
+    for (task, model, optimizer, variant), of in runs.groupby(GROUPED, sort=False):
         value, seconds = of[metric], of["seconds"]
         cells = [
             task,
             model,
-            optimizer,
+            f"{optimizer} {variant}".strip(),
             f"{(value >= SOLVED).sum()} / {len(of)}",
             f"{value.mean():.3f} ({value.min():.3f})",
             f"{of['steps'].median():,.0f}",

@@ -23,7 +23,7 @@ from build import build_datamodule, build_task
 from config_check import DEFAULT_CONFIG, check_command_line
 from machine import prepare_machine
 from metrics_table import MetricsTable
-from report import print_header, print_summary, summarise
+from report import draw_progress, print_header, print_summary, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("PATTERN_SEARCH_ROOT", str(ROOT))  # configs/hydra puts runs below it
@@ -53,8 +53,9 @@ def train(cfg: DictConfig) -> dict:
     interrupted = fit(trainer, task, datamodule)
     checkpoint = newest_weights(run_dir) if interrupted else selected_weights(trainer)
     metrics = {} if interrupted else test(trainer, task, datamodule, checkpoint)
-    summary = summarise(cfg, trainer, task, metrics, checkpoint)
+    summary = summarise(cfg, trainer, task, datamodule, metrics, checkpoint)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    draw_progress(run_dir)
     print_summary(console, cfg, summary, datamodule)
     for logger in loggers:
         logger.finalize("aborted" if interrupted else "success")

@@ -6,6 +6,7 @@ head has only the output classes. A direct search pays one evaluation for every 
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,7 @@ class DecoderOnlyTransformer(nn.Module):
         d_ff: width of the feed-forward layer; 4 * d_model if None.
         positions: "learned" (a table), "sinusoidal" (Vaswani et al. 2017, section 3.5), "rotary"
             (Su et al. 2021, RoFormer) or "none".
+        embedding_std: standard deviation of the initial embeddings.
         dropout: on the output of attention weights, attention and feed-forward. A search polls in
             eval mode, where dropout is off.
 
@@ -100,10 +102,13 @@ class DecoderOnlyTransformer(nn.Module):
         d_ff: int | None = None,
         positions: str = "learned",
         dropout: float = 0.0,
+        embedding_std: float = 0.5,
     ):
         super().__init__()
         d_ff = 4 * d_model if d_ff is None else d_ff
         check_sizes(vocab_size, n_classes, max_len, d_model, n_layers, n_heads, d_ff, positions, dropout)
+        if not 0 < embedding_std < math.inf:
+            raise ValueError(f"model.embedding_std={embedding_std} must be above 0")
         self.max_len, self.positions = max_len, positions
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         if positions == "learned":
@@ -115,7 +120,7 @@ class DecoderOnlyTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(d_model, n_heads, d_ff, dropout, rotary) for _ in range(n_layers))
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, n_classes)
-        self.apply(initialise)
+        self.apply(partial(initialise, embedding_std=embedding_std))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids (B, T) -> the residual stream before the first block (B, T, d)."""
@@ -136,11 +141,11 @@ class DecoderOnlyTransformer(nn.Module):
         return self.head(self.norm(x))  # (B, T, d) -> (B, T, n_classes)
 
 
-def initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module, embedding_std: float) -> None:
     """The one place where weights get their first values, for every optimizer.
 
-    Linear maps are uniform in +-1/sqrt(fan_in) with zero biases. Embeddings are N(0, .5^2): with
-    the usual .02 the tokens hardly differ behind the first blocks, and a search of single
+    Linear maps are uniform in +-1/sqrt(fan_in) with zero biases. Embeddings are
+    N(0, embedding_std^2): with the usual .02 the tokens hardly differ behind the first blocks, and a search of single
     coordinates finds nothing to tell them apart by.
     """
     if isinstance(module, nn.Linear):
@@ -149,7 +154,7 @@ def initialise(module: nn.Module) -> None:
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.5)
+        nn.init.normal_(module.weight, std=embedding_std)
 
 
 def frequencies(width: int) -> Tensor:

@@ -28,12 +28,13 @@ def test_every_option_of_every_group_composes_and_passes(primary, group, option,
         config_check.torch.cuda, "is_available", lambda: True
     )  # trainer=gpu is right where there is one
     override = f"hydra={option}" if group == "hydra" else f"{group}={option}"
-    assert problems(override, config_name=primary) == []
+    of_a_search = group == "variant" or option.startswith("ablation")
+    assert problems(override, *["optimizer=pattern_search"] * of_a_search, config_name=primary) == []
 
 
 def test_every_value_has_a_comment_with_its_meaning():
     def needs_none(line):
-        explained_above = line.startswith(("  task: ", "  model: ", "  optimizer: ", "  experiment: "))
+        explained_above = line.startswith(("  task: ", "  model: ", "  optimizer: ", "  experiment: ", "  variant: "))
         return not line.strip() or line.lstrip().startswith(("#", "_", "-")) or line.endswith(":") or explained_above
 
     bare = [
@@ -116,6 +117,15 @@ def test_every_job_of_a_sweep_is_checked():
     assert [(cfg.choices.optimizer, cfg.seed) for cfg in jobs] == [
         (optimizer, seed) for optimizer in ("pattern_search", "adam") for seed in (0, 1, 2)
     ]
+
+
+def test_the_sweep_that_an_experiment_names_is_composed_and_the_command_line_wins():
+    jobs = compose_jobs("pattern_search_train", ["experiment=ablation_z5", "seed=7"], multirun=True)
+    variants = sorted(path.stem for path in (CONFIGS / "variant").glob("*.yaml"))
+    assert sorted(cfg.choices.variant for cfg in jobs) == variants
+    assert {(cfg.seed, cfg.datamodule.group, cfg.optimizer.max_evaluations) for cfg in jobs} == {(7, "Z5", 135_000)}
+    searches = {str(dict(cfg.optimizer) | {"max_seconds": None}) for cfg in jobs}
+    assert len(searches) == len(variants)  # no two are the same search
 
 
 def test_packages_can_be_allowed():

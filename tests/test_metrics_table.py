@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from figures import AXES, draw_accuracy, draw_runs
 from metrics_table import COLUMNS, MetricsTable, read_runs, read_wandb
+from report import draw_progress
 from tables import read_summaries, tabulate
 
 CONFIG = {
@@ -17,9 +18,11 @@ CONFIG = {
 }
 
 
-def write_run(path, optimizer="pattern_search", value=0.5):
+def write_run(path, optimizer="pattern_search", value=0.5, chance_loss=1.6, **choices):
     path.mkdir(parents=True)
-    OmegaConf.save(CONFIG | {"choices": CONFIG["choices"] | {"optimizer": optimizer}}, path / "config.yaml")
+    choices = CONFIG["choices"] | choices | {"optimizer": optimizer}
+    OmegaConf.save(CONFIG | {"choices": choices}, path / "config.yaml")
+    (path / "summary.json").write_text(json.dumps({"chance_loss": chance_loss, "stopped_by": "interrupted"}))
     table = MetricsTable(path)
     for step in range(3):
         table.log_metrics({"train/loss": value / (step + 1), "evaluations": 10.0 * step, "seconds": 0.5 * step}, step)
@@ -92,13 +95,40 @@ def test_wandb_runs_become_the_same_table(monkeypatch):
 def test_figures_show_every_run_on_both_axes(tmp_path):
     write_run(tmp_path / "a", value=0.7)
     write_run(tmp_path / "b", optimizer="adam")
+    write_run(tmp_path / "c", variant="no_fade")
     table = read_runs(tmp_path)
     figure = draw_runs(table)
-    assert {panel.get_xlabel() for panel in figure.axes} == set(AXES.values())
-    assert len(figure.axes) == 6
-    assert all(len(panel.lines) == 2 for panel in figure.axes)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["pattern_search (1 run)", "adam (1 run)"]
-    assert sum(len(c.get_offsets()) for c in draw_accuracy(table).axes[0].collections) == 4
+    assert [panel.get_xlabel() for panel in figure.axes] == list(AXES.values()) * 2
+    lines_of_runs = 3 * 2  # training and validation
+    assert [len(panel.lines) for panel in figure.axes] == [lines_of_runs + 1, lines_of_runs + 1, 3, 3]  # + chance
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "training batch", "validation", "chance",
+        "pattern_search (1 run)", "adam (1 run)", "pattern_search · no_fade (1 run)",
+    ]  # fmt: skip
+    assert sum(len(c.get_offsets()) for c in draw_accuracy(table).axes[0].collections) == 6
+
+
+def test_tasks_have_rows_of_their_own_with_their_own_chance(tmp_path):
+    write_run(tmp_path / "a", experiment="easy", chance_loss=0.7)
+    write_run(tmp_path / "b", experiment="hard", chance_loss=3.0)
+    panels = draw_runs(read_runs(tmp_path)).axes
+    assert [panel.get_title() for panel in panels] == ["easy"] * 4 + ["hard"] * 4
+    assert [line.get_ydata()[0] for panel in (panels[0], panels[4]) for line in panel.lines[-1:]] == [0.7, 3.0]
+    assert panels[0].get_ylim() != panels[4].get_ylim()
+
+
+def test_a_run_without_a_summary_is_drawn_without_chance(tmp_path):
+    write_run(tmp_path / "a")
+    (tmp_path / "a" / "summary.json").unlink()
+    assert [len(panel.lines) for panel in draw_runs(read_runs(tmp_path)).axes] == [2, 2, 1, 1]
+
+
+def test_no_run_fails_for_its_picture(tmp_path, caplog):
+    write_run(tmp_path / "a")
+    draw_progress(tmp_path / "a")
+    assert (tmp_path / "a" / "progress.png").stat().st_size > 10_000
+    draw_progress(tmp_path / "nothing")
+    assert "progress.png was not drawn: FileNotFoundError" in caplog.text
 
 
 def test_finished_runs_become_a_markdown_table_over_their_seeds(tmp_path):

@@ -102,7 +102,7 @@ def test_one_optimizer_step_a_batch_is_logged_once_with_the_report(model, parity
     task.on_train_batch_end = lambda *a: reports.append((task.raw_optimizer.report, task.evaluations))
     fit(task, parity, MetricsTable(tmp_path), limit_val_batches=0)
     rows = (tmp_path / "metrics.csv").read_text().splitlines()[1:]
-    names = {"loss", "loss_after", "accepted", "evaluations_per_second", "radius"}
+    names = {"loss", "loss_after", "accepted", "search_accepted", "evaluations_per_second", "radius"}
     assert len(rows) == 3 * len(names)
     assert {row.split(",")[3] for row in rows} == {f"train/{name}" for name in names}
     logged = {(int(r.split(",")[0]), r.split(",")[3]): r.split(",") for r in rows}
@@ -110,7 +110,21 @@ def test_one_optimizer_step_a_batch_is_logged_once_with_the_report(model, parity
         assert float(logged[step, "train/loss"][4]) == pytest.approx(report.loss_before)
         assert float(logged[step, "train/loss_after"][4]) == pytest.approx(report.loss_after)
         assert float(logged[step, "train/accepted"][4]) == report.accepted
+        assert float(logged[step, "train/search_accepted"][4]) == report.search_accepted
         assert int(logged[step, "train/loss"][1]) == evaluations
+
+
+def test_each_validation_also_scores_the_newest_training_batch(model, parity, tmp_path):
+    task = StateTrackingTask(model, partial(torch.optim.SGD, lr=0.0))
+    batches = []
+    task.on_train_batch_end = lambda outputs, batch, *_: batches.append(batch)
+    fit(task, parity, MetricsTable(tmp_path))
+    right = (model(batches[-1]["x"]).argmax(-1) == batches[-1]["y"])[batches[-1]["y"] != IGNORE]
+    rows = [row.split(",") for row in (tmp_path / "metrics.csv").read_text().splitlines()]
+    assert [float(row[4]) for row in rows if row[3] == "train/token_accuracy"] == pytest.approx(
+        [right.float().mean().item()]
+    )
+    assert sum(row[3] == "train/loss" for row in rows) == len(batches)
 
 
 def test_a_radius_is_logged_for_every_group(model, parity):

@@ -51,6 +51,13 @@ def test_the_default_model_has_the_size_that_the_readme_names():
     assert sum(p.numel() for p in model.parameters()) == 101_314
 
 
+def test_the_first_embeddings_have_the_spread_that_is_asked_for():
+    model = make(vocab_size=1000, embedding_std=0.1)
+    assert model.token_embedding.weight.std().item() == pytest.approx(0.1, rel=0.05)
+    with pytest.raises(ValueError, match=r"model\.embedding_std=0 must be above 0"):
+        make(embedding_std=0)
+
+
 def test_attention_equals_its_definition():
     torch.manual_seed(0)
     attention, x = Attention(8, 2, 0.0, rotary=False), torch.randn(3, 5, 8)

@@ -1,0 +1,44 @@
+"""Each hint appears where its sign is there, and not next to it; what gets on gets none."""
+
+import pytest
+
+from stagnation import PATIENCE, WINDOW, Recent, hints
+
+FALLING = [0.6 - 0.4 * i / WINDOW for i in range(WINDOW)]
+
+
+def names(**recent):
+    settings = dict(chance_loss=0.693, train_losses=FALLING, accepted=[True] * WINDOW, val_losses=[0.6, 0.5])
+    return [name for name, _ in hints(Recent(**settings | recent))]
+
+
+def share(of):
+    return [i < of * WINDOW for i in range(WINDOW)]
+
+
+@pytest.mark.parametrize(
+    ("recent", "expected"),
+    [
+        ({}, []),
+        ({"search_accepted": share(0.5)}, []),
+        ({"search_accepted": share(0.1)}, ["search step"]),
+        ({"search_accepted": share(0.1), "train_losses": [0.01] * WINDOW}, []),  # almost solved
+        ({"search_accepted": share(0.1)[:50], "train_losses": FALLING[:50]}, []),  # too early to tell
+        ({"accepted": share(0.02)}, ["poll"]),
+        ({"accepted": share(0.1)}, []),
+        ({"train_losses": [0.69] * WINDOW, "evaluations": PATIENCE}, ["chance"]),
+        ({"train_losses": [0.69] * WINDOW, "evaluations": PATIENCE - 1}, []),
+        ({"train_losses": FALLING, "evaluations": PATIENCE}, []),
+        ({"train_losses": [0.1] * WINDOW, "val_losses": [0.7, 0.5, 0.7, 0.7, 0.7]}, ["overfitting"]),
+        ({"train_losses": [0.1] * WINDOW, "val_losses": [0.7, 0.5, 0.7, 0.5, 0.7]}, []),  # not for long
+        ({"train_losses": [0.4] * WINDOW, "val_losses": [0.7, 0.5, 0.7, 0.7, 0.7]}, []),  # training is as bad
+    ],
+)
+def test_each_rule_applies_to_its_sign_only(recent, expected):
+    assert names(**recent) == expected
+
+
+def test_a_hint_names_what_to_change():
+    (text,) = (text for _, text in hints(Recent(0.693, 0, FALLING, [0.5], [True], share(0.1))))
+    assert "10%" in text
+    assert "optimizer.step_lengths" in text
