@@ -2,10 +2,12 @@
 
 `check_command_line` composes every job of a command, a sweep's too, and checks each: every key
 against the signature it will be passed to, every value against its type, and then, by building the
-data, the model and the optimizer, every size against the others. All problems are printed, each
-with the key and what to do, and the program exits with code 2. No directory has been made, no W&B run begun.
+data, the model, the optimizer and the trainer, every value against its range and against the others.
+What is wrong is put back to its default, so that one mistake hides no other. All problems are printed,
+each with the key and what to do, and the program exits with code 2. No directory has been made, no W&B run begun.
 """
 
+import copy
 import importlib
 import inspect
 import json
@@ -13,34 +15,74 @@ import netrc
 import os
 import re
 import sys
+import urllib.error
+import urllib.request
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
-from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, ValidationError, create_model
 
-from build import build_datamodule, build_task
-from did_you_mean import unknown
-from pattern_search_task import derivative_free
+from build import build_datamodule, build_model
+from composition import CONFIGS, DEFAULT_CONFIG, Job, compose_jobs, compose_possible, leaves
+from did_you_mean import nearest, unknown
+from pattern_search_task import PatternSearchTask
+from sequence_data import SequenceDataModule
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-DEFAULT_CONFIG = "pattern_search_train"
+__all__ = ["CONFIGS", "DEFAULT_CONFIG", "check_command_line", "compose_jobs", "find_problems", "refuse"]
+
 BUILT_IN_PACKAGES = {
     "torch",
     "lightning",
     "torchmetrics",
     "wandb",
-    *(p.stem for p in Path(__file__).parent.glob("*.py")),
+    *(p.stem for p in CONFIGS.parent.glob("src/*.py")),
 }
-INJECTED = {"vocab_size", "n_classes", "max_len", "model", "optimizer", "params"}  # filled in by build.py
+FILLED_IN = {  # arguments that the program gives itself
+    "model": ("vocab_size", "n_classes"),
+    "task": ("model", "optimizer"),
+    "optimizer": ("params",),
+    "trainer": ("logger", "callbacks", "default_root_dir"),
+}
+PASSED_ON = {  # where a callable takes further arguments, what it passes them to
+    "lightning.pytorch.loggers.WandbLogger": "wandb.init",
+    "lightning.pytorch.loggers.TensorBoardLogger": "torch.utils.tensorboard.SummaryWriter",
+}
+KINDS = {
+    "task": PatternSearchTask,
+    "datamodule": SequenceDataModule,
+    "model": torch.nn.Module,
+    "optimizer": torch.optim.Optimizer,
+    "trainer": L.Trainer,
+    "logger": Logger,
+    "callbacks": L.Callback,
+}
+READ_THROUGH = ("task.pattern_search_radius", "wandb.entity", "wandb.project")  # read by other keys only, as ${key}
+READ_BY_A_SEARCH = ("task.fast_polls",)
+INSTRUCTIONS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
+
+
+class Wandb(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    entity: str | None
+    project: str
+
+
+class Choices(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    task: str | None
+    model: str | None
+    optimizer: str | None
+    experiment: str | None
 
 
 class Root(BaseModel):
@@ -56,17 +98,10 @@ class Root(BaseModel):
     trainer: dict
     logger: dict
     callbacks: dict
-    wandb: "Wandb"
-    choices: dict[str, str | None]
+    wandb: Wandb
+    choices: Choices
     output_dir: str
     allowed_packages: list[str]
-
-
-class Wandb(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    entity: str | None
-    project: str
 
 
 def check_command_line(arguments: Sequence[str]) -> None:
@@ -78,14 +113,8 @@ def check_command_line(arguments: Sequence[str]) -> None:
     args = get_args_parser().parse_args(arguments)
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         return
-    problems: dict[str, None] = {}  # an ordered set: the jobs of a sweep share most of their problems
-    try:
-        for cfg in compose_jobs(args.config_name or DEFAULT_CONFIG, args.overrides, args.multirun):
-            problems |= dict.fromkeys(find_problems(cfg))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        problems[explain(error, args.config_name or DEFAULT_CONFIG, args.overrides)] = None
-    if problems:
-        refuse(list(problems))
+    if problems := check_command(args.config_name or DEFAULT_CONFIG, args.overrides, args.multirun):
+        refuse(problems)
 
 
 def refuse(problems: list[str]) -> None:
@@ -96,123 +125,330 @@ def refuse(problems: list[str]) -> None:
     sys.exit(2)
 
 
-def compose_jobs(config_name: str, overrides: list[str], multirun: bool = False) -> list[DictConfig]:
-    """The config of each job of a command, with the keys that Hydra fills in at run time set."""
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    jobs = BasicSweeper.split_arguments(parsed, None)[0] if multirun else [overrides]
-    os.environ.setdefault("PATTERN_SEARCH_ROOT", str(CONFIGS.parent))
-    configs = []
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        for job in jobs:
-            cfg = compose(config_name, job, return_hydra_config=True)
-            choices = cfg.hydra.runtime.choices
-            cfg.choices = {key: choices.get(key) for key in cfg.choices}
-            OmegaConf.set_struct(cfg, False)
-            del cfg["hydra"]
-            if OmegaConf.is_interpolation(cfg, "output_dir"):  # known only once a job runs
-                cfg.output_dir = str(CONFIGS.parent / "runs" / "unnamed")
-            configs.append(cfg)
-    return configs
-
-
-def explain(error: Exception, config_name: str, overrides: Sequence[str] = ()) -> str:
-    """Hydra's message in one line, with the nearest known word where a key or an option is unknown."""
-    message = str(error).strip()
-    groups = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name != "hydra")
-    options = {group: sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")) for group in groups}
-    if match := re.search(r"Could not override '([^']+)'", message):
-        chosen = [o for o in overrides if o.partition("=")[0] in groups and "," not in o]
-        known = leaves(OmegaConf.to_container(compose_jobs(config_name, chosen)[0]))
-        return unknown(f"key {match[1]}", match[1], [*known, *groups], list_known=False)
-    if (match := re.search(r"Could not find '([^']+)/([^']+)'", message)) and match[1] in options:
-        return unknown(f"{match[1]}={match[2]}", match[2], options[match[1]])
-    if "Cannot find primary config" in message:
-        return unknown(f"--config-name={config_name}", config_name, sorted(p.stem for p in CONFIGS.glob("*.yaml")))
-    for override in overrides:  # groups that were set to null, or removed
-        group = override.lstrip("~").removesuffix("=null")
-        if group in groups and override != group:
-            return f"{override}: a group cannot be left out; choose one of {', '.join(options[group])}"
-    return message.splitlines()[0] + (": give key=value" if message.startswith("Error parsing override") else "")
-
-
-def leaves(node: Any, path: str = "") -> Iterator[str]:
-    """The paths of all keys of a nested dict."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield f"{path}{key}"
-            yield from leaves(value, f"{path}{key}.")
+def check_command(config_name: str, overrides: Sequence[str], multirun: bool = False) -> list[str]:
+    """All problems of a command, each once: what cannot be composed, what cannot run, what nothing would read."""
+    jobs, problems = compose_possible(config_name, list(overrides), multirun)
+    found = dict.fromkeys(problems)
+    unread: dict[str, list[str | None]] = {}  # for each key that the command gives, by job: why nothing reads it
+    for job in jobs:
+        draft = check(job)
+        found |= dict.fromkeys(draft.problems.values())
+        for key in job.given:
+            unread.setdefault(key, []).append(draft.unread.get(key))
+    return [*found, *(reasons[0] for reasons in unread.values() if all(reasons))]
 
 
 def find_problems(cfg: DictConfig) -> list[str]:
     """What is wrong with one job's config: one message each, with the key and what to do."""
-    try:
-        container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        return [str(error).splitlines()[0]]
-    found = dict(validate(Root, container, ""))
-    for path, node in targets(container):
-        found |= dict(check_node(path, node, container.get("allowed_packages") or []))
-    # a value taken from another key is reported where it was written, unless it only fails where it arrives
-    written = {key: text for key, text in found.items() if not is_interpolation(cfg, key)}
-    problems = list((written or found).values())
-    if not any(text.endswith("cannot be left out") for text in problems):
-        problems += check_machine(container)
-    return problems or check_by_building(cfg, container)
+    return list(check(Job(cfg, cfg, [])).problems.values())
 
 
-def is_interpolation(cfg: DictConfig, key: str) -> bool:
-    node, _, name = key.rpartition(".")
-    parent = OmegaConf.select(cfg, node) if node else cfg
-    return OmegaConf.is_dict(parent) and OmegaConf.is_interpolation(parent, name)
+_checked: dict[str, "Draft"] = {}  # the jobs of a sweep are often the same but for names
 
 
-def targets(node: Any, path: str = "") -> Iterator[tuple[str, dict]]:
-    """Every node that will be instantiated, with its path."""
+def check(job: Job) -> "Draft":
+    """Everything that can be said about one job."""
+    draft = Draft(job)
+    key = json.dumps([draft.raw, draft.defaults], sort_keys=True, default=str)
+    if key not in _checked:
+        check_text(draft)
+        check_machine(draft)
+        check_by_building(draft)
+        _checked[key] = draft
+    return _checked[key]
+
+
+class Draft:
+    """A config under check. What is wrong is noted once and put back to its default, so that the rest can be checked.
+
+    `problems` maps a key to what is wrong with it, `unread` a key to why nothing would read it.
+    """
+
+    def __init__(self, job: Job):
+        self.raw: dict = OmegaConf.to_container(job.cfg)  # interpolations are not resolved
+        self.defaults: dict = OmegaConf.to_container(job.defaults)
+        self.text = json.dumps(self.raw, default=str)  # as it was given
+        self.problems: dict[str, str] = {}
+        self._left_out: set[str] = set()
+        self.unread: dict[str, str] = {}
+
+    @property
+    def cfg(self) -> DictConfig:
+        return OmegaConf.create(self.raw)
+
+    def get(self, path: str) -> Any:
+        """The resolved value of a key, None if there is no such key."""
+        value = OmegaConf.select(self.cfg, path)
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+    def note(self, key: str, problem: str) -> None:
+        self.problems.setdefault(key, problem)
+        self.reset(key)
+
+    def reset(self, key: str) -> bool:
+        """Put a key back to its default, or leave it out so that the callable's default holds; whether it changed."""
+        path, _, name = key.rpartition(".")
+        node, default = dig(self.raw, path), dig(self.defaults, path)
+        if not isinstance(node, dict) or key in self._left_out:
+            return False
+        if isinstance(default, dict) and name in default and node.get(name, ...) != default[name]:
+            node[name] = copy.deepcopy(default[name])
+            return True
+        self._left_out.add(key)
+        node.pop(name, None)
+        for other in list(leaves(self.raw)):
+            if self.written(other) == key:
+                self.reset(other)
+        return True
+
+    def changed(self, nodes: Sequence[str]) -> list[str]:
+        """The keys below the nodes that differ from their defaults."""
+        return [
+            key
+            for key in leaves(self.raw)
+            if key.startswith(tuple(f"{node}." for node in nodes))
+            and not isinstance(dig(self.raw, key), dict)
+            and dig(self.raw, key) != dig(self.defaults, key, ...)
+        ]
+
+    def build(self, nodes: Sequence[str], make: Callable[[DictConfig], Any]) -> Any:
+        """What `make` builds from the nodes; None if it cannot be built whatever is put back to its default."""
+        while all("_target_" in self.raw[node] for node in nodes if node != "callbacks"):  # else it was noted
+            try:
+                return make(self.cfg)
+            except Exception as error:  # whatever a constructor refuses, the user gets the reason and not a traceback
+                message = reason(error)
+            guilty = self._guilty(nodes, make, message)
+            self.problems.setdefault((guilty or nodes)[0], self._with_key(message, guilty, nodes[0]))
+            done = [self.reset(key) for key in guilty]
+            if not any(done):
+                break
+        return None
+
+    def _with_key(self, message: str, guilty: list[str], node: str) -> str:
+        """The message with the whole path of the key and its value in it."""
+        if any(key in message for key in guilty):
+            return message
+        if not guilty:
+            return message if f"{node}." in message else f"{node}: {message}"
+        path, _, name = guilty[0].rpartition(".")
+        if message.startswith(f"{name}="):
+            return f"{path}.{message}"
+        return f"{guilty[0]}={shown(dig(self.raw, guilty[0]))}: {message}"
+
+    def _guilty(self, nodes: Sequence[str], make: Callable[[DictConfig], Any], message: str) -> list[str]:
+        """The keys to which an error is due: those it names, or one without which it does not happen."""
+        below = [k for k in leaves(self.raw) if k.startswith(tuple(f"{n}." for n in nodes))]
+        below = [k for k in below if k.rpartition(".")[2] not in INSTRUCTIONS]
+        for keys in (self.changed(nodes), below):
+            named = [k for k in keys if re.search(rf"(?<!\w){re.escape(k.rpartition('.')[2])}\b", message)]
+            if named:
+                return [self.written(key) for key in named]
+            for key in keys:
+                trial = copy.deepcopy(self)
+                trial.reset(key)
+                try:
+                    make(trial.cfg)
+                except Exception as error:
+                    if keys is below or reason(error) == message:
+                        continue
+                return [self.written(key)]
+        return []
+
+    def written(self, key: str) -> str:
+        """Where the value of a key is written: there, or at the key that it is taken from."""
+        source = re.fullmatch(r"\$\{([\w.]+)\}", str(dig(self.raw, key)))
+        return source[1] if source else key
+
+
+def dig(node: Any, path: str, missing: Any = None) -> Any:
+    """The value at a dotted path of nested dicts."""
+    for name in path.split(".") if path else ():
+        if not isinstance(node, dict) or name not in node:
+            return missing
+        node = node[name]
+    return node
+
+
+def shown(value: Any) -> str:
+    """A value as it is written on a command line."""
+    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if value.__hash__ else str(value)
+
+
+def reason(error: BaseException) -> str:
+    """Why something cannot be built, in one line: Hydra wraps what a constructor raised."""
+    while error.__cause__ is not None and type(error).__module__.startswith("hydra"):
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 400 else f"{text[:400]} ..."
+
+
+# --- the text of the config: interpolations, keys, types ---
+
+
+def check_text(draft: Draft) -> None:
+    """All that can be said without building anything."""
+    check_nodes(draft)
+    check_interpolations(draft)
+    check_root(draft)
+    for path in list(targets(draft.raw)):
+        check_node(draft, path)
+
+
+def check_nodes(draft: Draft) -> None:
+    """The nodes that everything else lies in must be there."""
+    for name in (*KINDS, "wandb", "choices"):
+        node = draft.raw.get(name, ...)
+        if not isinstance(node, dict):
+            missing = f"{name} is missing, and cannot be left out"
+            draft.note(name, missing if node is ... else f"{name}={shown(node)}: expected keys below it, not a value")
+            if not isinstance(draft.raw.get(name), dict):
+                draft.raw[name] = {}
+
+
+def check_interpolations(draft: Draft) -> None:
+    """Values that point to keys which do not exist, and values that must be given."""
+    cfg, known, found = draft.cfg, list(leaves(draft.raw)), {}
+    for key in known:
+        path, _, name = key.rpartition(".")
+        if isinstance(dig(draft.raw, key), dict):
+            continue
+        try:
+            value = (OmegaConf.select(cfg, path) if path else cfg)[name]
+            if OmegaConf.is_config(value):
+                OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            source = draft.written(key)
+            if source.partition(".")[0] in draft.problems or source in Root.model_fields:  # reported as missing itself
+                draft.reset(key)
+                continue
+            found[key] = f"{key}={shown(dig(draft.raw, key))}: {' '.join(str(error).splitlines()[0].split())}"
+            if match := re.search(r"Interpolation key '([^']+)' not found", str(error)):
+                near = nearest(match[1], known)
+                found[key] += f"; did you mean ${{{near}}}?" if near else ""
+    report(draft, found)
+
+
+def report(draft: Draft, found: dict[str, str]) -> None:
+    """Note problems; a value taken from another key is reported where it was written, if it is wrong there too."""
+    written = {key: draft.written(key) for key in found}
+    for key, problem in found.items():
+        if written[key] == key or written[key] not in found:
+            draft.note(key, problem)
+
+
+def check_root(draft: Draft) -> None:
+    """The keys that are passed to no callable."""
+    report(draft, dict(validate(Root, OmegaConf.to_container(draft.cfg, resolve=True), "")))
+    for name in KINDS:
+        node = draft.raw[name]
+        if name == "callbacks":
+            for callback, options in list(node.items()):
+                if not isinstance(options, dict) or not options:
+                    draft.note(f"callbacks.{callback}", f"callbacks.{callback}={shown(options)}: expected a _target_")
+                elif "_target_" not in options:
+                    missing_target(draft, f"callbacks.{callback}")
+        elif "_target_" not in node and (node or name != "logger") and name not in draft.problems:
+            missing_target(draft, name)
+
+
+def missing_target(draft: Draft, path: str) -> None:
+    near = nearest("_target_", dig(draft.raw, path))
+    hint = f"; did you mean it by {path}.{near}?" if near else ", the class to build"
+    draft.note(f"{path}._target_", f"{path}._target_ is missing{hint}")
+
+
+def targets(node: Any, path: str = "") -> Iterator[str]:
+    """The path of every node that will be instantiated."""
     if isinstance(node, dict):
         if "_target_" in node:
-            yield path, node
+            yield path
         for key, value in node.items():
             yield from targets(value, f"{path}.{key}" if path else key)
 
 
-def check_node(path: str, node: dict, allowed_packages: list[str]) -> Iterator[tuple[str, str]]:
-    """Problems of one `_target_` node: its target, its keys and the types of its values."""
-    package = str(node["_target_"]).partition(".")[0]
-    allowed = BUILT_IN_PACKAGES | set(allowed_packages)
+def check_node(draft: Draft, path: str) -> None:
+    """One `_target_` node: its target, its keys and the types of its values."""
+    target = find_target(draft, path)
+    if target is None:
+        draft.reset(f"{path}._target_")
+        target = find_target(draft, path)
+        if target is None:
+            return
+    node = draft.get(path)
+    if not isinstance(node.get("_partial_", False), bool):
+        draft.note(f"{path}._partial_", f"{path}._partial_={node['_partial_']}: expected true or false")
+    filled_in = FILLED_IN.get(path, ())
+    for name in node.keys() & set(filled_in):
+        draft.note(f"{path}.{name}", f"{path}.{name} is filled in by the program and cannot be set")
+    arguments = {key: value for key, value in draft.get(path).items() if key not in INSTRUCTIONS}
+    model = arguments_model(target, filled_in, PASSED_ON.get(node["_target_"]) if extra(target, arguments) else None)
+    report(draft, dict(validate(model, arguments, path)))
+
+
+def find_target(draft: Draft, path: str) -> Callable | None:
+    """The class that a node names; None, with a problem noted, if it is not allowed, not there or of another kind."""
+    name = draft.get(f"{path}._target_")
+    if name is None:
+        return None
+    key, text = f"{path}._target_", f"{path}._target_={name}"
+    package = str(name).partition(".")[0]
+    allowed = BUILT_IN_PACKAGES | set(draft.get("allowed_packages") or [])
     if package not in allowed:
-        text = f"{path}._target_={node['_target_']}: package {package} is not allowed; add it to allowed_packages"
-        yield f"{path}._target_", text
-        return
-    module, _, name = str(node["_target_"]).rpartition(".")
+        near = nearest(package, allowed)
+        hint = f"; did you mean {near}?" if near else "; add it to allowed_packages"
+        draft.problems.setdefault(key, f"{text}: package {package} is not allowed{hint}")
+        return None
+    module, _, attribute = str(name).rpartition(".")
     try:
-        target = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        yield f"{path}._target_", f"{path}._target_={node['_target_']} cannot be imported: {error}"
-        return
-    yield from validate(arguments_model(target), {k: v for k, v in node.items() if not is_instruction(k)}, path)
+        target = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        draft.problems.setdefault(key, f"{text} cannot be imported: {error}")
+        return None
+    kind = KINDS.get(path.partition(".")[0])
+    if not callable(target) or (isinstance(target, type) and kind and not issubclass(target, kind) and at_top(path)):
+        draft.problems.setdefault(key, f"{text} is not a {kind.__name__ if kind else 'callable'}")
+        return None
+    return target
 
 
-def is_instruction(key: str) -> bool:
-    return key in ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
+def at_top(path: str) -> bool:
+    return path.count(".") == path.startswith("callbacks.")
 
 
-def arguments_model(target: Callable) -> type[BaseModel]:
-    """A pydantic model of a callable's arguments: names, types, and whether further ones are taken."""
+def extra(target: Callable, arguments: dict) -> bool:
+    """Whether some arguments are not in the signature of the target."""
+    try:
+        return bool(arguments.keys() - inspect.signature(target).parameters.keys())
+    except ValueError:  # some classes written in C have no signature
+        return False
+
+
+def arguments_model(target: Callable, filled_in: Sequence[str] = (), passed_on: str | None = None) -> type[BaseModel]:
+    """A pydantic model of a callable's arguments: names, types, and whether further ones are taken.
+
+    Args:
+        target: the callable.
+        filled_in: arguments that the config does not give.
+        passed_on: a callable to which further arguments are passed on, by its dotted name.
+    """
     try:
         parameters = inspect.signature(target).parameters
-    except ValueError:  # some classes written in C have no signature
+    except ValueError:
         return create_model("Arguments", __config__=ConfigDict(extra="allow"))
-    fields, extra = {}, "forbid"
+    fields, further = {}, "forbid"
     for name, parameter in parameters.items():
-        if parameter.kind == parameter.VAR_KEYWORD:
-            extra = "allow"
-        elif parameter.kind != parameter.VAR_POSITIONAL and not name.startswith("_"):
+        if parameter.kind == parameter.VAR_KEYWORD and passed_on:
+            module, _, attribute = passed_on.rpartition(".")
+            accepted = arguments_model(getattr(importlib.import_module(module), attribute)).model_fields
+            fields = {n: (field.annotation, None) for n, field in accepted.items()} | fields
+        elif parameter.kind == parameter.VAR_KEYWORD:
+            further = "allow"
+        elif parameter.kind != parameter.VAR_POSITIONAL and not name.startswith("_") and name not in filled_in:
+            required = parameter.default is parameter.empty and name != "max_len"  # build.py knows the longest input
             hint = type_of(parameter, target)
-            if name in INJECTED:
-                fields[name] = (hint | None, None)
-            else:
-                fields[name] = (hint, ... if parameter.default is parameter.empty else None)
-    return create_model("Arguments", __config__=ConfigDict(extra=extra, arbitrary_types_allowed=True), **fields)
+            fields[name] = (hint if name != "max_len" else hint | None, ... if required else None)
+    return create_model("Arguments", __config__=ConfigDict(extra=further, arbitrary_types_allowed=True), **fields)
 
 
 def type_of(parameter: inspect.Parameter, target: Callable) -> Any:
@@ -240,33 +476,46 @@ def validate(model: type[BaseModel], values: dict, path: str) -> Iterator[tuple[
     except ValidationError as error:
         for problem in error.errors():
             name = str(problem["loc"][0])
-            key = f"{path}.{name}" if path else name
             if name in nested:
                 continue
+            inner = [str(part) for part in problem["loc"][1:] if isinstance(values.get(name), dict)]
+            key = ".".join([*([path] if path else []), name, *inner])
             if problem["type"] == "extra_forbidden":
-                where = ".".join([path, *map(str, problem["loc"])]).lstrip(".")
-                known = [f"{path}.{field}".lstrip(".") for field in model.model_fields]
-                yield key, unknown(f"key {where}", where, known, list_known=False)
-            elif problem["type"] == "missing" and len(problem["loc"]) == 1:
+                fields = (model.model_fields[name].annotation if inner else model).model_fields
+                parent = key.rpartition(".")[0]
+                known = [f"{parent}.{field}".lstrip(".") for field in fields]
+                yield key, unknown(f"key {key}", key, known, list_known=False)
+            elif problem["type"] == "missing":
                 yield key, f"{key} is missing, and cannot be left out"
-            elif name in model.model_fields:
+            else:
                 annotation = model.model_fields[name].annotation
+                if inner and isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                    annotation = annotation.model_fields[inner[0]].annotation
                 wanted = annotation.__name__ if isinstance(annotation, type) else str(annotation)
                 wanted = re.sub(r"NoneType|None", "null", re.sub(r"typing\.|[a-z_.]+\.(?=[A-Z])", "", wanted))
                 rule = problem["msg"].removeprefix("Input should be ")
-                yield key, f"{key}={values[name]}: expected {wanted}" + (f", {rule}" if "than" in rule else "")
+                value = shown(dig(values, ".".join([name, *inner])))
+                yield key, f"{key}={value}: expected {wanted}" + (f", {rule}" if "than" in rule else "")
 
 
-def check_machine(container: dict) -> Iterator[str]:
-    """What the config asks of the machine or of Lightning, and cannot get."""
-    trainer, logger = container["trainer"], container["logger"]
-    if trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
-        yield f"trainer.accelerator={trainer['accelerator']}: this machine has no CUDA GPU; use trainer.accelerator=cpu"
-    if logger.get("offline") is False and not wandb_key():
-        yield (
-            "logger.offline=False: no W&B account is set up on this machine; run `wandb login`, or set "
-            "WANDB_API_KEY, or use logger.offline=True and upload later"
-        )
+# --- the machine ---
+
+
+def check_machine(draft: Draft) -> None:
+    """What the config asks of the machine and cannot get."""
+    accelerator = draft.get("trainer.accelerator")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        text = f"trainer.accelerator={accelerator}: this machine has no CUDA GPU; use trainer.accelerator=cpu"
+        draft.note("trainer.accelerator", text)
+        draft.raw["trainer"]["accelerator"] = "cpu"
+    if draft.get("logger.offline") is not False:
+        return
+    later = "or use logger.offline=True and upload later"
+    if not wandb_key():
+        account = "no W&B account is set up on this machine; run `wandb login`, or set WANDB_API_KEY, "
+        draft.note("logger.offline", f"logger.offline=False: {account}{later}")
+    elif problem := wandb_out_of_reach():
+        draft.note("logger.offline", f"logger.offline=False: {problem}; connect this machine, {later}")
 
 
 def wandb_key() -> str | None:
@@ -279,28 +528,125 @@ def wandb_key() -> str | None:
     return os.environ.get("WANDB_API_KEY") or (login and login[2])
 
 
-_built: dict[str, list[str]] = {}  # the jobs of a sweep often share their data and model
-
-
-def check_by_building(cfg: DictConfig, container: dict) -> list[str]:
-    """Build data, model and optimizer: their constructors refuse what does not fit together."""
-    parts = {name: container[name] for name in ("datamodule", "model", "task", "optimizer", "trainer")}
-    key = json.dumps(parts, sort_keys=True, default=str)
-    if key not in _built:
-        _built[key] = list(_build(cfg))
-    return _built[key]
-
-
-def _build(cfg: DictConfig) -> Iterator[str]:
-    part = ""
+def wandb_out_of_reach(seconds: float = 5) -> str | None:
+    """Why the W&B server does not answer; None if it does, whatever it answers."""
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     try:
-        task = build_task(cfg, build_datamodule(cfg))
-        part = "optimizer: "  # torch's optimizers do not name the config's key
-        task.configure_optimizers()
-        if derivative_free(task.make_optimizer) and "mixed" in str(cfg.trainer.get("precision")):
-            yield f"trainer.precision={cfg.trainer.precision} hides the closure from a search; use 32-true or 64-true"
-    except Exception as error:  # whatever a constructor refuses, the user gets the reason and not a traceback
-        cause = error
-        while cause.__cause__ is not None and type(cause).__module__.startswith("hydra"):
-            cause = cause.__cause__  # Hydra wraps what a constructor raised
-        yield f"{part}{cause}"
+        urllib.request.urlopen(server, timeout=seconds).close()
+    except urllib.error.HTTPError:
+        return None
+    except (OSError, ValueError) as error:
+        return f"W&B cannot be reached at {server} ({getattr(error, 'reason', error)})"
+    return None
+
+
+# --- the objects: their constructors refuse what is out of range or does not fit together ---
+
+_data: tuple[str, SequenceDataModule] | None = None  # the latest: the jobs of a sweep and all parts of a check share it
+
+
+def data_of(cfg: DictConfig) -> SequenceDataModule:
+    """The data of a config; made once."""
+    global _data
+    key = json.dumps(OmegaConf.to_container(cfg.datamodule, resolve=True), sort_keys=True, default=str)
+    if _data is None or _data[0] != key:
+        _data = (key, build_datamodule(cfg))
+    return _data[1]
+
+
+def model_of(cfg: DictConfig) -> torch.nn.Module:
+    """The model without memory for its weights, or if it cannot be built so, with."""
+    try:
+        with torch.device("meta"):
+            return build_model(cfg, data_of(cfg))
+    except NotImplementedError:
+        return build_model(cfg, data_of(cfg))
+
+
+def check_by_building(draft: Draft) -> None:
+    """Build the data, the model, the task with its optimizer, and the trainer with its callbacks."""
+    data = draft.build(["datamodule"], data_of)
+    model = draft.build(["model", "datamodule"], model_of) if data is not None else None
+    task = None
+    if model is not None:
+        check_memory(draft, model)
+
+        def task_of(cfg: DictConfig) -> PatternSearchTask:
+            task = instantiate(cfg.task, model=model, optimizer=instantiate(cfg.optimizer))
+            if not isinstance(task.configure_optimizers(), torch.optim.Optimizer):
+                raise TypeError(f"optimizer._target_={cfg.optimizer._target_} makes no torch.optim.Optimizer")
+            return task
+
+        task = draft.build(["optimizer", "task"], task_of)
+    trainer = draft.build(["trainer", "callbacks"], trainer_of)
+    if task is not None:
+        check_read(draft, data, searches=not task.automatic_optimization)
+        check_monitors(draft, data, task)
+        if trainer is not None:
+            check_together(draft, data, trainer, searches=not task.automatic_optimization)
+
+
+def trainer_of(cfg: DictConfig) -> L.Trainer:
+    """The trainer with its callbacks; what Lightning says about it is said once it is used."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
+        return instantiate(cfg.trainer, logger=False, callbacks=callbacks)
+
+
+def check_memory(draft: Draft, model: torch.nn.Module) -> None:
+    """Refuse a model whose weights alone do not fit."""
+    weights = sum(p.numel() for p in model.parameters())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * weights > memory:
+        sizes = [key for key in draft.changed(["model", "datamodule"]) if isinstance(dig(draft.raw, key), int)]
+        given = ", ".join(f"{key}={dig(draft.raw, key)}" for key in sizes)
+        text = f"{given}: a model of {weights:,} weights does not fit in {memory / 2**30:.0f} GiB of memory"
+        draft.problems.setdefault((sizes or ["model"])[0], text)
+
+
+def check_together(draft: Draft, data: SequenceDataModule, trainer: L.Trainer, searches: bool) -> None:
+    """What each part accepts and all together cannot run."""
+    if searches and "mixed" in str(draft.get("trainer.precision")):
+        precision = draft.get("trainer.precision")
+        text = f"trainer.precision={precision} hides the closure from a search; use 32-true or 64-true"
+        draft.note("trainer.precision", text)
+    if trainer.world_size != 1:
+        text = f"trainer.devices={draft.get('trainer.devices')}: a run uses one process; use trainer.devices=1"
+        draft.note("trainer.devices", text)
+
+
+def check_monitors(draft: Draft, data: SequenceDataModule, task: PatternSearchTask) -> None:
+    """Callbacks that wait for a metric which is never logged."""
+    if {"training_step", "validation_step"} & vars(type(task)).keys():
+        return  # it may log what it likes
+    scores, y = task.scores_class(), data.splits["val"].y[:100]
+    scores.update(torch.zeros(*y.shape, data.n_classes), y)
+    known = [f"val/{name}" for name in scores.compute()] + ["train/loss", "evaluations", "seconds", "epoch", "step"]
+    if not task.automatic_optimization:
+        known += [f"train/{name}" for name in ("loss_after", "accepted", "evaluations_per_second", "radius")]
+    for name in draft.raw["callbacks"]:
+        monitor = draft.get(f"callbacks.{name}.monitor")
+        if monitor is not None and monitor not in known:
+            key = f"callbacks.{name}.monitor"
+            draft.note(key, unknown(f"{key}={monitor}", str(monitor), known))
+
+
+def check_read(draft: Draft, data: SequenceDataModule, searches: bool) -> None:
+    """Note the keys that nothing reads beside the choices that were made."""
+    choices = draft.raw.get("choices", {})
+    for key in READ_THROUGH:
+        if f"${{{key}}}" not in draft.text:
+            given = f"{key}={shown(dig(draft.raw, key))}"
+            reader = "the logger" if key.startswith("wandb") else f"optimizer={choices.get('optimizer')}"
+            draft.unread[key] = f"{given} has no effect: {reader} does not read it; leave it out"
+    for name in data.unread:
+        given = f"datamodule.{name}={shown(draft.get(f'datamodule.{name}'))}"
+        draft.unread[f"datamodule.{name}"] = f"{given} has no effect beside the other options of the data; leave it out"
+    if not searches:
+        for key in READ_BY_A_SEARCH:
+            given = f"{key}={shown(dig(draft.raw, key))}"
+            draft.unread[key] = f"{given} has no effect: only a search reads it; leave it out"
+    elif draft.get("model.dropout"):
+        given = f"model.dropout={draft.get('model.dropout')}"
+        draft.unread["model.dropout"] = f"{given} has no effect: it is off while a search polls; leave it out"

@@ -87,6 +87,7 @@ class MembershipDataModule(SequenceDataModule):
         self.set_sizes = (set_size,) if isinstance(set_size, int) else tuple(set_size)
         self.test_set_sizes, self.test_lengths = tuple(test_set_sizes), tuple(test_lengths)
         self.classes = CLASSES
+        self.unread = ("length", "test_lengths") if language == "sets" else ("universe", "set_size", "test_set_sizes")
         if language == "sets":
             self._check_sets()
             self.tokens = (*map(str, range(universe)), "SEP")

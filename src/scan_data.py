@@ -184,6 +184,7 @@ class ScanDataModule(SequenceDataModule):
         occurring = {word for examples in self.examples.values() for command, _ in examples for word in command.split()}
         self.tokens = (*(word for word in WORDS if word in occurring), *ACTIONS, "SEP")
         self.classes = (*ACTIONS, "EOS")
+        self.unread = () if split in PRIMITIVES and data_dir is None else ("oversample",)
         self.output_tokens = [self.tokens.index(action) for action in ACTIONS]  # by class; EOS is never read
 
     def prompt(self, command: str) -> list[int]:

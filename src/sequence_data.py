@@ -198,6 +198,7 @@ class SequenceDataModule(L.LightningDataModule, ABC):
 
     tokens: tuple[str, ...]
     classes: tuple[str, ...]
+    unread: tuple[str, ...] = ()  # names of arguments that have no effect beside the other ones
 
     def __init__(self, batch_size: int, n_samples: int, seed: int):
         super().__init__()
