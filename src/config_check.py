@@ -191,7 +191,7 @@ class Draft:
         node, default = dig(self.raw, path), dig(self.defaults, path)
         if not isinstance(node, dict) or key in self._left_out:
             return False
-        if isinstance(default, dict) and name in default and node.get(name, ...) != default[name]:
+        if isinstance(default, dict) and name in default and repr(node.get(name, ...)) != repr(default[name]):
             node[name] = copy.deepcopy(default[name])
             return True
         self._left_out.add(key)
@@ -208,7 +208,7 @@ class Draft:
             for key in leaves(self.raw)
             if key.startswith(tuple(f"{node}." for node in nodes))
             and not isinstance(dig(self.raw, key), dict)
-            and dig(self.raw, key) != dig(self.defaults, key, ...)
+            and repr(dig(self.raw, key)) != repr(dig(self.defaults, key, ...))  # 1 is not True, and NaN is NaN
         ]
 
     def build(self, nodes: Sequence[str], make: Callable[[DictConfig], Any]) -> Any:
@@ -353,7 +353,7 @@ def check_root(draft: Draft) -> None:
 
 
 def missing_target(draft: Draft, path: str) -> None:
-    near = nearest("_target_", dig(draft.raw, path))
+    near = nearest("_target_", [key for key in dig(draft.raw, path) if key not in INSTRUCTIONS])
     hint = f"; did you mean it by {path}.{near}?" if near else ", the class to build"
     draft.note(f"{path}._target_", f"{path}._target_ is missing{hint}")
 
@@ -390,6 +390,7 @@ def find_target(draft: Draft, path: str) -> Callable | None:
     """The class that a node names; None, with a problem noted, if it is not allowed, not there or of another kind."""
     name = draft.get(f"{path}._target_")
     if name is None:
+        missing_target(draft, path)
         return None
     key, text = f"{path}._target_", f"{path}._target_={name}"
     package = str(name).partition(".")[0]
