@@ -124,6 +124,17 @@ def _failure(
     return False
 
 
+def _broken_files() -> list[str]:
+    """The files of configs/ that cannot be read, with the reason."""
+    broken = []
+    for path in sorted(CONFIGS.rglob("*.yaml")):
+        try:
+            OmegaConf.load(path)
+        except Exception as error:  # of PyYAML or OmegaConf
+            broken.append(f"configs/{path.relative_to(CONFIGS)}: {' '.join(str(error).split())}")
+    return broken
+
+
 def _key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
 
@@ -144,6 +155,8 @@ def _explain(error: Exception, config_name: str, override: str, right: Sequence[
         return unknown(f"--config-name={config_name}", config_name, sorted(p.stem for p in CONFIGS.glob("*.yaml")))
     if "Ambiguous value" in message:
         return f"{override}: several values are a sweep, which needs -m; a list is written in brackets"
+    if broken := _broken_files():
+        return "; ".join(broken)
     if not override:
         return f"configs/{config_name}.yaml cannot be composed: {' '.join(lines)}"
     key, value = _key(override), override.partition("=")[2]

@@ -197,7 +197,8 @@ class Draft:
         self._left_out.add(key)
         node.pop(name, None)
         for other in list(leaves(self.raw)):
-            if self.written(other) == key:
+            value = dig(self.raw, other)
+            if not isinstance(value, dict) and f"${{{key}}}" in str(value):
                 self.reset(other)
         return True
 
@@ -272,7 +273,7 @@ def dig(node: Any, path: str, missing: Any = None) -> Any:
 
 def shown(value: Any) -> str:
     """A value as it is written on a command line."""
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if value.__hash__ else str(value)
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 
 
 def reason(error: BaseException) -> str:
@@ -612,6 +613,23 @@ def check_together(draft: Draft, data: SequenceDataModule, trainer: L.Trainer, s
         precision = draft.get("trainer.precision")
         text = f"trainer.precision={precision} hides the closure from a search; use 32-true or 64-true"
         draft.note("trainer.precision", text)
+    if searches:
+        for name, neutral in {"gradient_clip_val": (None, 0), "accumulate_grad_batches": (None, 1)}.items():
+            if (value := draft.get(f"trainer.{name}")) not in neutral:
+                draft.note(f"trainer.{name}", f"trainer.{name}={shown(value)} is for gradients, and a search has none")
+    loaders = {"train": [data.train_dataloader()], "val": [data.val_dataloader()], "test": data.test_dataloader()}
+    for name, parts in loaders.items():
+        key, limit = f"trainer.limit_{name}_batches", getattr(trainer, f"limit_{name}_batches")
+        batches = min(map(len, parts))
+        if isinstance(limit, float) and limit > 0 and int(batches * limit) == 0:
+            draft.note(key, f"{key}={limit} of {batches} batches is none; use a number of batches, or 1.0 for all")
+        elif name == "train":
+            n_train = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+            every, key = draft.get("trainer.val_check_interval"), "trainer.val_check_interval"
+            by_epoch = trainer.check_val_every_n_epoch is not None
+            if isinstance(every, int) and every > n_train > 0 and by_epoch:
+                text = f"{key}={every} is more than the {n_train} batches of an epoch"
+                draft.note(key, f"{text}; set trainer.check_val_every_n_epoch=null to count across epochs")
     if trainer.world_size != 1:
         text = f"trainer.devices={draft.get('trainer.devices')}: a run uses one process; use trainer.devices=1"
         draft.note("trainer.devices", text)

@@ -119,12 +119,11 @@ class Fuzz:
         return Case([*command, f"++{key}={self.rng.choice(VALUES)}"], names=(key,), key=key)
 
     def lines(self, command: list[str]) -> tuple[str, list[str], int]:
-        chosen = dict(o.split("=") for o in command)
+        raw = OmegaConf.to_container(composition.compose_jobs("pattern_search_train", command)[0])
+        chosen = dict(o.split("=") for o in command) | {"task": raw["choices"]["task"]}
+        chosen["datamodule"] = chosen["task"]
         used = [f"{group}/{option}.yaml" for group, option in chosen.items()] + ["pattern_search_train.yaml"]
-        used += [
-            "trainer/default.yaml",
-            "datamodule/state_tracking.yaml" if chosen.get("task") is None else "model/tiny.yaml",
-        ]
+        used.append("trainer/default.yaml")
         file = self.rng.choice([f for f in used if f != "logger/none.yaml"])
         lines = self.files[file].splitlines()
         with_key = [i for i, line in enumerate(lines) if ":" in line and not line.lstrip().startswith("#")]
