@@ -19,6 +19,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from machine import share_cores
@@ -97,14 +98,14 @@ def draw(jobs: pd.DataFrame, metric: str) -> Table:
     """The table as it is printed."""
     words = [override.split() for override in jobs["override"]]
     shared = [word for word in words[0] if all(word in other for other in words)] if len(words) > 1 else []
-    table = Table("job", "override", "status", title=" ".join(["sweep of", str(len(jobs)), "jobs", *shared]))
+    table = Table("job", "override", "status", title=escape(" ".join([f"sweep of {len(jobs)} jobs", *shared])))
     for column in (metric, "seconds"):
         table.add_column(column, justify="right")
     for job in jobs.itertuples(index=False):
         value, seconds = job[3], job[4]
         numbers = ("" if pd.isna(value) else f"{value:.4f}", "" if pd.isna(seconds) else f"{seconds:.1f}")
         own = " ".join(word for word in job.override.split() if word not in shared)
-        table.add_row(job.job, own, job.status, *numbers, style=STYLES.get(job.status))
+        table.add_row(job.job, escape(own), job.status, *numbers, style=STYLES.get(job.status))
     return table
 
 

@@ -43,6 +43,7 @@ def train(cfg: DictConfig) -> dict:
     loggers = [MetricsTable(run_dir)]
     if "_target_" in cfg.logger:
         loggers.append(instantiate(cfg.logger))
+        getattr(loggers[-1], "_wandb_init", {}).pop("anonymous", None)  # Lightning passes it, and wandb warns of it
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
     trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, default_root_dir=str(run_dir))
     for logger in loggers:
@@ -94,10 +95,6 @@ def test(
 def main(cfg: DictConfig) -> float:
     silence_libraries()  # here too: a job of the joblib launcher runs in a process of its own
     mode, exit_code = os.environ.get("WANDB_MODE"), 1
-    if "Wandb" in cfg.logger.get("_target_", ""):
-        import wandb  # slow, and not needed by other loggers
-
-        wandb.setup()  # reads WANDB_SILENT: otherwise wandb warns of an argument that Lightning passes
     try:
         summary = train(cfg)
         exit_code = 0

@@ -40,7 +40,7 @@ SECONDS = 30  # a case may take
 MEMORY = 20 * 2**30  # bytes of address space
 VALUES = ["-1", "0", "1", "2", "3", "7", "1.5", "1e-9", "1e9", "1000000", "-0.5", "true", "false", "null", "abc", "''"]
 VALUES += ["[]", "[1,2]", "[a]", "{}", "{a:1}", "${nothing}", "${seed}", "???", ".inf", ".nan", "'3'", "1,2", "min"]
-SHORT = ["trainer.max_steps=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1"]
+SHORT = ["trainer.max_steps=1", "trainer.limit_val_batches=1"]
 SHORT += ["trainer.limit_test_batches=1", "callbacks.progress.log_every_seconds=1000"]
 TRAINER = sorted(set(inspect.signature(L.Trainer).parameters) - {"self"})
 FILLED = [
