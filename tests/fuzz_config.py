@@ -143,9 +143,11 @@ class Fuzz:
     def change_line(self, command: list[str]) -> Case:
         file, lines, i = self.lines(command)
         before, _, after = lines[i].partition(":")
-        value = self.rng.choice([*VALUES, "{", "- a", "${", "&x", "*y"])
+        values = [value for value in VALUES if value != "???"]  # where files merge, it leaves the other value
+        value = self.rng.choice([*values, "{", "- a", "${", "&x", "*y"])
         lines[i] = f"{before}: {value}" + ("" if after.strip() else " # a node was here")
-        names = (before.strip(" -").rpartition("/")[2], file.partition(".")[0], value)
+        place = file.partition(".")[0]
+        names = (before.strip(" -").rpartition("/")[2], place, place.replace("/", "="), value)
         return Case(command, file, "\n".join(lines), names, before.strip())
 
 
@@ -162,6 +164,7 @@ def judge(case: Case, configs: Path, out: Path) -> tuple[str, str]:
         if case.misspelt:
             return "wrong", "a misspelt name was accepted"
         short = [o for o in SHORT if o.split("=")[0] != case.key and case.key != "trainer"]
+        short += ["optimizer.max_evaluations=300"] * ("optimizer=pattern_search" in " ".join(case.overrides))
         short = [o for o in short if not (o.startswith("callbacks") and "callbacks=none" in case.overrides)]
         logger = ["logger=none"] if "logger=wandb" in case.overrides and not case.key.startswith("logger.") else []
         rest = [o for o in case.overrides if not (logger and o == "logger=wandb")]
