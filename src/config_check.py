@@ -220,6 +220,8 @@ class Draft:
             except Exception as error:  # whatever a constructor refuses, the user gets the reason and not a traceback
                 message = reason(error)
             guilty = self._guilty(nodes, make, message)
+            if self.problems.keys() & set(self._named(message, nodes)):
+                break  # it comes of putting a value back
             self.problems.setdefault((guilty or nodes)[0], self._with_key(message, guilty, nodes[0]))
             done = [self.reset(key) for key in guilty]
             if not any(done):
@@ -242,8 +244,7 @@ class Draft:
         below = [k for k in leaves(self.raw) if k.startswith(tuple(f"{n}." for n in nodes))]
         below = [k for k in below if k.rpartition(".")[2] not in INSTRUCTIONS]
         for keys in (self.changed(nodes), below):
-            named = [k for k in keys if re.search(rf"(?<!\w){re.escape(k.rpartition('.')[2])}\b", message)]
-            if named:
+            if named := [key for key in self._named(message, nodes) if key in keys]:
                 return [self.written(key) for key in named]
             for key in keys:
                 trial = copy.deepcopy(self)
@@ -255,6 +256,17 @@ class Draft:
                         continue
                 return [self.written(key)]
         return []
+
+    def _named(self, message: str, nodes: Sequence[str]) -> list[str]:
+        """The keys below the nodes that a message names, or whose value, such as a path, it cites."""
+        names = []
+        for key in leaves(self.raw):
+            value = dig(self.raw, key)
+            by_name = re.search(rf"(?<!\w){re.escape(key.rpartition('.')[2])}\b", message)
+            by_value = isinstance(value, str) and "/" in value and value in message
+            if key.startswith(tuple(f"{node}." for node in nodes)) and (by_name or by_value):
+                names.append(key)
+        return names
 
     def written(self, key: str) -> str:
         """Where the value of a key is written: there, or at the key that it is taken from."""
@@ -377,8 +389,12 @@ def check_node(draft: Draft, path: str) -> None:
         if target is None:
             return
     node = draft.get(path)
-    if not isinstance(node.get("_partial_", False), bool):
-        draft.note(f"{path}._partial_", f"{path}._partial_={node['_partial_']}: expected true or false")
+    partial = node.get("_partial_", False)
+    if partial is not (path == "optimizer"):  # only the optimizer waits for something: the weights
+        rule = "must be true: the weights are passed later" if path == "optimizer" else "must be false, or left out"
+        draft.note(f"{path}._partial_", f"{path}._partial_={shown(partial)}: {rule}")
+        if path == "optimizer":
+            draft.raw[path]["_partial_"] = True
     filled_in = FILLED_IN.get(path, ())
     for name in node.keys() & set(filled_in):
         draft.note(f"{path}.{name}", f"{path}.{name} is filled in by the program and cannot be set")
@@ -631,8 +647,8 @@ def check_together(draft: Draft, data: SequenceDataModule, trainer: L.Trainer, s
                 text = f"{key}={every} is more than the {n_train} batches of an epoch"
                 draft.note(key, f"{text}; set trainer.check_val_every_n_epoch=null to count across epochs")
     if trainer.world_size != 1:
-        text = f"trainer.devices={draft.get('trainer.devices')}: a run uses one process; use trainer.devices=1"
-        draft.note("trainer.devices", text)
+        key = "trainer.num_nodes" if trainer.num_nodes > 1 else "trainer.devices"
+        draft.note(key, f"{key}={draft.get(key)}: a run uses one process; use {key}=1")
 
 
 def check_monitors(draft: Draft, data: SequenceDataModule, task: PatternSearchTask) -> None:

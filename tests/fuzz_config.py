@@ -38,7 +38,7 @@ from train import train
 
 SECONDS = 30  # a case may take
 MEMORY = 20 * 2**30  # bytes of address space
-VALUES = ["-1", "0", "1", "2", "3", "7", "1.5", "1e-9", "1e9", "1000000", "-0.5", "true", "false", "null", "abc", "''"]
+VALUES = ["-1", "0", "1", "2", "3", "7", "1.5", "1e-9", "1e9", "100000", "-0.5", "true", "false", "null", "abc", "''"]
 VALUES += ["[]", "[1,2]", "[a]", "{}", "{a:1}", "${nothing}", "${seed}", "???", ".inf", ".nan", "'3'", "1,2", "min"]
 SHORT = ["trainer.max_steps=1", "trainer.limit_val_batches=1"]
 SHORT += ["trainer.limit_test_batches=1", "callbacks.progress.log_every_seconds=1000"]
@@ -108,7 +108,8 @@ class Fuzz:
         option = self.misspell(self.rng.choice(self.groups[group]))
         rest = [o for o in command if not o.startswith(f"{group}=")]
         known = option in self.groups[group]
-        return Case([*rest, f"{group}={option}"], names=(f"{group}={option}",), key=group, misspelt=not known)
+        names = (f"{group}={option}", "") if known else (f"{group}={option}",)  # a known one may not fit: any reason
+        return Case([*rest, f"{group}={option}"], names=names, key=group, misspelt=not known)
 
     def drop(self, command: list[str]) -> Case:
         key = self.rng.choice([*self.keys(command), *self.groups])
@@ -199,6 +200,7 @@ ORIGINAL = composition.CONFIGS
 
 
 def main() -> None:
+    """Run the cases that the command line asks for; exits with code 1 if one is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
@@ -209,29 +211,38 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     os.environ["COLUMNS"] = "200"
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    signal.signal(signal.SIGALRM, too_long)
-    fuzz, counts = Fuzz(args.seed), Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        configs = Path(folder) / "configs"
-        shutil.copytree(ORIGINAL, configs)
-        composition.CONFIGS = configs
-        for number in range(args.cases):
-            case = fuzz.case()
-            if number < args.first:
-                continue
-            verdict, said = judge(case, configs, Path(folder) / "out")
-            counts[verdict] += 1
-            if args.show or verdict in ("traceback", "wrong"):
-                what = " ".join(case.overrides) + (f" with {case.file}" if case.file else "")
-                print(f"[{number}] {verdict}: {what}\n    mutated: {case.names}\n    {said}", flush=True)
-                if case.file and verdict in ("traceback", "wrong"):
-                    old, new = fuzz.files[case.file].splitlines(), case.text.splitlines()
-                    print(*(f"    line: {b!r}" for a, b in zip(old, new, strict=True) if a != b), sep="\n", flush=True)
+    counts = run(range(args.first, args.cases), args.seed, args.show)
     print(
         f"{sum(counts.values())} cases: {counts['refused']} refused, {counts['ran']} ran, "
         f"{counts['traceback']} tracebacks, {counts['wrong']} wrong"
     )
     sys.exit(1 if counts["traceback"] + counts["wrong"] else 0)
+
+
+def run(numbers: range, seed: int, show: bool = False) -> Counter:
+    """Run some cases of a seed, print those that are wrong (or all), and count the verdicts."""
+    signal.signal(signal.SIGALRM, too_long)
+    fuzz, counts = Fuzz(seed), Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        configs = Path(folder) / "configs"
+        shutil.copytree(ORIGINAL, configs)
+        composition.CONFIGS, here = configs, os.getcwd()
+        os.chdir(folder)  # relative paths among the values go there
+        for number in range(numbers.stop):
+            case = fuzz.case()
+            if number < numbers.start:
+                continue
+            verdict, said = judge(case, configs, Path(folder) / "out")
+            counts[verdict] += 1
+            if show or verdict in ("traceback", "wrong"):
+                what = " ".join(case.overrides) + (f" with {case.file}" if case.file else "")
+                print(f"[{number}] {verdict}: {what}\n    mutated: {case.names}\n    {said}", flush=True)
+                if case.file and verdict in ("traceback", "wrong"):
+                    old, new = fuzz.files[case.file].splitlines(), case.text.splitlines()
+                    print(*(f"    line: {b!r}" for a, b in zip(old, new, strict=True) if a != b), sep="\n", flush=True)
+        os.chdir(here)
+    composition.CONFIGS = ORIGINAL
+    return counts
 
 
 if __name__ == "__main__":

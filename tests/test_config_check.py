@@ -2,6 +2,7 @@
 
 import shutil
 
+import fuzz_config
 import pytest
 import torch
 
@@ -175,3 +176,12 @@ def test_packages_can_be_allowed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     overrides = ["allowed_packages=[fake_callbacks]", "+callbacks.mine._target_=fake_callbacks.Mine"]
     assert problems(*overrides) == []
+
+
+def test_random_mistakes_run_or_are_refused_by_name(monkeypatch):
+    """A few cases of tests/fuzz_config.py, which runs any number of them."""
+    monkeypatch.setattr(composition, "CONFIGS", CONFIGS)
+    counts = fuzz_config.run(range(25), seed=7)
+    assert counts["refused"] + counts["ran"] == 25
+    assert counts["refused"] > 5
+    assert counts["ran"] > 1
