@@ -660,11 +660,20 @@ def check_monitors(draft: Draft, data: SequenceDataModule, task: PatternSearchTa
     known = [f"val/{name}" for name in scores.compute()] + ["train/loss", "evaluations", "seconds", "epoch", "step"]
     if not task.automatic_optimization:
         known += [f"train/{name}" for name in ("loss_after", "accepted", "evaluations_per_second", "radius")]
-    for name in draft.raw["callbacks"]:
+    for name, options in draft.raw["callbacks"].items():
         monitor = draft.get(f"callbacks.{name}.monitor")
         if monitor is not None and monitor not in known:
             key = f"callbacks.{name}.monitor"
             draft.note(key, unknown(f"{key}={monitor}", str(monitor), known))
+        at_epoch_end = options.get("check_on_train_epoch_end")
+        if (
+            str(options["_target_"]).endswith(".EarlyStopping")
+            and str(monitor).startswith("val/")
+            and at_epoch_end != 0
+        ):
+            key = f"callbacks.{name}.check_on_train_epoch_end"
+            text = f"{key}={shown(at_epoch_end)} looks before the validation has run; use {key}=false"
+            draft.problems.setdefault(key, text)
 
 
 def check_read(draft: Draft, data: SequenceDataModule, searches: bool) -> None:
