@@ -7,7 +7,6 @@ What is wrong is put back to its default, so that one mistake hides no other. Al
 each with the key and what to do, and the program exits with code 2. No directory has been made, no W&B run begun.
 """
 
-import copy
 import importlib
 import inspect
 import json
@@ -17,22 +16,21 @@ import re
 import sys
 import urllib.error
 import urllib.request
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from hydra._internal.utils import get_args_parser
-from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, ValidationError, create_model
 
-from build import build_datamodule, build_model
+from build_check import check_by_building
 from composition import CONFIGS, DEFAULT_CONFIG, Job, compose_jobs, compose_possible, leaves
 from did_you_mean import nearest, unknown
+from draft import INSTRUCTIONS, Draft, dig, shown
 from pattern_search_task import PatternSearchTask
 from sequence_data import SequenceDataModule
 
@@ -64,9 +62,6 @@ KINDS = {
     "logger": Logger,
     "callbacks": L.Callback,
 }
-READ_THROUGH = ("task.pattern_search_radius", "wandb.entity", "wandb.project")  # read by other keys only, as ${key}
-READ_BY_A_SEARCH = ("task.fast_polls",)
-INSTRUCTIONS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 
 
 class Wandb(BaseModel):
@@ -143,10 +138,10 @@ def find_problems(cfg: DictConfig) -> list[str]:
     return list(check(Job(cfg, cfg, [])).problems.values())
 
 
-_checked: dict[str, "Draft"] = {}  # the jobs of a sweep are often the same but for names
+_checked: dict[str, Draft] = {}  # the jobs of a sweep are often the same but for names
 
 
-def check(job: Job) -> "Draft":
+def check(job: Job) -> Draft:
     """Everything that can be said about one job."""
     draft = Draft(job)
     key = json.dumps([draft.raw, draft.defaults], sort_keys=True, default=str)
@@ -156,144 +151,6 @@ def check(job: Job) -> "Draft":
         check_by_building(draft)
         _checked[key] = draft
     return _checked[key]
-
-
-class Draft:
-    """A config under check. What is wrong is noted once and put back to its default, so that the rest can be checked.
-
-    `problems` maps a key to what is wrong with it, `unread` a key to why nothing would read it.
-    """
-
-    def __init__(self, job: Job):
-        self.raw: dict = OmegaConf.to_container(job.cfg)  # interpolations are not resolved
-        self.defaults: dict = OmegaConf.to_container(job.defaults)
-        self.text = json.dumps(self.raw, default=str)  # as it was given
-        self.problems: dict[str, str] = {}
-        self._left_out: set[str] = set()
-        self.unread: dict[str, str] = {}
-
-    @property
-    def cfg(self) -> DictConfig:
-        return OmegaConf.create(self.raw)
-
-    def get(self, path: str) -> Any:
-        """The resolved value of a key, None if there is no such key."""
-        value = OmegaConf.select(self.cfg, path)
-        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-
-    def note(self, key: str, problem: str) -> None:
-        self.problems.setdefault(key, problem)
-        self.reset(key)
-
-    def reset(self, key: str) -> bool:
-        """Put a key back to its default, or leave it out so that the callable's default holds; whether it changed."""
-        path, _, name = key.rpartition(".")
-        node, default = dig(self.raw, path), dig(self.defaults, path)
-        if not isinstance(node, dict) or key in self._left_out:
-            return False
-        if isinstance(default, dict) and name in default and repr(node.get(name, ...)) != repr(default[name]):
-            node[name] = copy.deepcopy(default[name])
-            return True
-        self._left_out.add(key)
-        node.pop(name, None)
-        for other in list(leaves(self.raw)):
-            value = dig(self.raw, other)
-            if not isinstance(value, dict) and f"${{{key}}}" in str(value):
-                self.reset(other)
-        return True
-
-    def changed(self, nodes: Sequence[str]) -> list[str]:
-        """The keys below the nodes that differ from their defaults."""
-        return [
-            key
-            for key in leaves(self.raw)
-            if key.startswith(tuple(f"{node}." for node in nodes))
-            and not isinstance(dig(self.raw, key), dict)
-            and repr(dig(self.raw, key)) != repr(dig(self.defaults, key, ...))  # 1 is not True, and NaN is NaN
-        ]
-
-    def build(self, nodes: Sequence[str], make: Callable[[DictConfig], Any]) -> Any:
-        """What `make` builds from the nodes; None if it cannot be built whatever is put back to its default."""
-        while all("_target_" in self.raw[node] for node in nodes if node != "callbacks"):  # else it was noted
-            try:
-                return make(self.cfg)
-            except Exception as error:  # whatever a constructor refuses, the user gets the reason and not a traceback
-                message = reason(error)
-            guilty = self._guilty(nodes, make, message)
-            if self.problems.keys() & set(self._named(message, nodes)):
-                break  # it comes of putting a value back
-            self.problems.setdefault((guilty or nodes)[0], self._with_key(message, guilty, nodes[0]))
-            done = [self.reset(key) for key in guilty]
-            if not any(done):
-                break
-        return None
-
-    def _with_key(self, message: str, guilty: list[str], node: str) -> str:
-        """The message with the whole path of the key and its value in it."""
-        if any(key in message for key in guilty):
-            return message
-        if not guilty:
-            return message if f"{node}." in message else f"{node}: {message}"
-        path, _, name = guilty[0].rpartition(".")
-        if message.startswith(f"{name}="):
-            return f"{path}.{message}"
-        return f"{guilty[0]}={shown(dig(self.raw, guilty[0]))}: {message}"
-
-    def _guilty(self, nodes: Sequence[str], make: Callable[[DictConfig], Any], message: str) -> list[str]:
-        """The keys to which an error is due: those it names, or one without which it does not happen."""
-        below = [k for k in leaves(self.raw) if k.startswith(tuple(f"{n}." for n in nodes))]
-        below = [k for k in below if k.rpartition(".")[2] not in INSTRUCTIONS]
-        for keys in (self.changed(nodes), below):
-            if named := [key for key in self._named(message, nodes) if key in keys]:
-                return [self.written(key) for key in named]
-            for key in keys:
-                trial = copy.deepcopy(self)
-                trial.reset(key)
-                try:
-                    make(trial.cfg)
-                except Exception as error:
-                    if keys is below or reason(error) == message:
-                        continue
-                return [self.written(key)]
-        return []
-
-    def _named(self, message: str, nodes: Sequence[str]) -> list[str]:
-        """The keys below the nodes that a message names, or whose value, such as a path, it cites."""
-        names = []
-        for key in leaves(self.raw):
-            value = dig(self.raw, key)
-            by_name = re.search(rf"(?<!\w){re.escape(key.rpartition('.')[2])}\b", message)
-            by_value = isinstance(value, str) and "/" in value and value in message
-            if key.startswith(tuple(f"{node}." for node in nodes)) and (by_name or by_value):
-                names.append(key)
-        return names
-
-    def written(self, key: str) -> str:
-        """Where the value of a key is written: there, or at the key that it is taken from."""
-        source = re.fullmatch(r"\$\{([\w.]+)\}", str(dig(self.raw, key)))
-        return source[1] if source else key
-
-
-def dig(node: Any, path: str, missing: Any = None) -> Any:
-    """The value at a dotted path of nested dicts."""
-    for name in path.split(".") if path else ():
-        if not isinstance(node, dict) or name not in node:
-            return missing
-        node = node[name]
-    return node
-
-
-def shown(value: Any) -> str:
-    """A value as it is written on a command line."""
-    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
-
-
-def reason(error: BaseException) -> str:
-    """Why something cannot be built, in one line: Hydra wraps what a constructor raised."""
-    while error.__cause__ is not None and type(error).__module__.startswith("hydra"):
-        error = error.__cause__
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 400 else f"{text[:400]} ..."
 
 
 # --- the text of the config: interpolations, keys, types ---
@@ -359,15 +216,19 @@ def check_root(draft: Draft) -> None:
             for callback, options in list(node.items()):
                 if not isinstance(options, dict) or not options:
                     draft.note(f"callbacks.{callback}", f"callbacks.{callback}={shown(options)}: expected a _target_")
+                    if not draft.raw["callbacks"].get(callback):
+                        draft.raw["callbacks"].pop(callback, None)
                 elif "_target_" not in options:
                     missing_target(draft, f"callbacks.{callback}")
+                    draft.raw["callbacks"].pop(callback)
         elif "_target_" not in node and (node or name != "logger") and name not in draft.problems:
             missing_target(draft, name)
 
 
 def missing_target(draft: Draft, path: str) -> None:
     near = nearest("_target_", [key for key in dig(draft.raw, path) if key not in INSTRUCTIONS])
-    hint = f"; did you mean it by {path}.{near}?" if near else ", the class to build"
+    given = ", ".join(dig(draft.raw, path))
+    hint = f"; did you mean it by {path}.{near}?" if near else f", the class to build (given: {given or 'nothing'})"
     draft.note(f"{path}._target_", f"{path}._target_ is missing{hint}")
 
 
@@ -387,6 +248,8 @@ def check_node(draft: Draft, path: str) -> None:
         draft.reset(f"{path}._target_")
         target = find_target(draft, path)
         if target is None:
+            if path.startswith("callbacks."):  # the others can be built without it
+                draft.raw["callbacks"].pop(path.split(".")[1], None)
             return
     node = draft.get(path)
     partial = node.get("_partial_", False)
@@ -556,141 +419,3 @@ def wandb_out_of_reach(seconds: float = 5) -> str | None:
     except (OSError, ValueError) as error:
         return f"W&B cannot be reached at {server} ({getattr(error, 'reason', error)})"
     return None
-
-
-# --- the objects: their constructors refuse what is out of range or does not fit together ---
-
-_data: tuple[str, SequenceDataModule] | None = None  # the latest: the jobs of a sweep and all parts of a check share it
-
-
-def data_of(cfg: DictConfig) -> SequenceDataModule:
-    """The data of a config; made once."""
-    global _data
-    key = json.dumps(OmegaConf.to_container(cfg.datamodule, resolve=True), sort_keys=True, default=str)
-    if _data is None or _data[0] != key:
-        _data = (key, build_datamodule(cfg))
-    return _data[1]
-
-
-def model_of(cfg: DictConfig) -> torch.nn.Module:
-    """The model without memory for its weights, or if it cannot be built so, with."""
-    try:
-        with torch.device("meta"):
-            return build_model(cfg, data_of(cfg))
-    except NotImplementedError:
-        return build_model(cfg, data_of(cfg))
-
-
-def check_by_building(draft: Draft) -> None:
-    """Build the data, the model, the task with its optimizer, and the trainer with its callbacks."""
-    data = draft.build(["datamodule"], data_of)
-    model = draft.build(["model", "datamodule"], model_of) if data is not None else None
-    task = None
-    if model is not None:
-        check_memory(draft, model)
-
-        def task_of(cfg: DictConfig) -> PatternSearchTask:
-            task = instantiate(cfg.task, model=model, optimizer=instantiate(cfg.optimizer))
-            if not isinstance(task.configure_optimizers(), torch.optim.Optimizer):
-                raise TypeError(f"optimizer._target_={cfg.optimizer._target_} makes no torch.optim.Optimizer")
-            return task
-
-        task = draft.build(["optimizer", "task"], task_of)
-    trainer = draft.build(["trainer", "callbacks"], trainer_of)
-    if task is not None:
-        check_read(draft, data, searches=not task.automatic_optimization)
-        check_monitors(draft, data, task)
-        if trainer is not None:
-            check_together(draft, data, trainer, searches=not task.automatic_optimization)
-
-
-def trainer_of(cfg: DictConfig) -> L.Trainer:
-    """The trainer with its callbacks; what Lightning says about it is said once it is used."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
-        return instantiate(cfg.trainer, logger=False, callbacks=callbacks)
-
-
-def check_memory(draft: Draft, model: torch.nn.Module) -> None:
-    """Refuse a model whose weights alone do not fit."""
-    weights = sum(p.numel() for p in model.parameters())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if 4 * weights > memory:
-        sizes = [key for key in draft.changed(["model", "datamodule"]) if isinstance(dig(draft.raw, key), int)]
-        given = ", ".join(f"{key}={dig(draft.raw, key)}" for key in sizes)
-        text = f"{given}: a model of {weights:,} weights does not fit in {memory / 2**30:.0f} GiB of memory"
-        draft.problems.setdefault((sizes or ["model"])[0], text)
-
-
-def check_together(draft: Draft, data: SequenceDataModule, trainer: L.Trainer, searches: bool) -> None:
-    """What each part accepts and all together cannot run."""
-    if searches and "mixed" in str(draft.get("trainer.precision")):
-        precision = draft.get("trainer.precision")
-        text = f"trainer.precision={precision} hides the closure from a search; use 32-true or 64-true"
-        draft.note("trainer.precision", text)
-    if searches:
-        for name, neutral in {"gradient_clip_val": (None, 0), "accumulate_grad_batches": (None, 1)}.items():
-            if (value := draft.get(f"trainer.{name}")) not in neutral:
-                draft.note(f"trainer.{name}", f"trainer.{name}={shown(value)} is for gradients, and a search has none")
-    loaders = {"train": [data.train_dataloader()], "val": [data.val_dataloader()], "test": data.test_dataloader()}
-    for name, parts in loaders.items():
-        key, limit = f"trainer.limit_{name}_batches", getattr(trainer, f"limit_{name}_batches")
-        batches = min(map(len, parts))
-        if isinstance(limit, float) and limit > 0 and int(batches * limit) == 0:
-            draft.note(key, f"{key}={limit} of {batches} batches is none; use a number of batches, or 1.0 for all")
-        elif name == "train":
-            n_train = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
-            every, key = draft.get("trainer.val_check_interval"), "trainer.val_check_interval"
-            by_epoch = trainer.check_val_every_n_epoch is not None
-            if isinstance(every, int) and every > n_train > 0 and by_epoch:
-                text = f"{key}={every} is more than the {n_train} batches of an epoch"
-                draft.note(key, f"{text}; set trainer.check_val_every_n_epoch=null to count across epochs")
-    if trainer.world_size != 1:
-        key = "trainer.num_nodes" if trainer.num_nodes > 1 else "trainer.devices"
-        draft.note(key, f"{key}={draft.get(key)}: a run uses one process; use {key}=1")
-
-
-def check_monitors(draft: Draft, data: SequenceDataModule, task: PatternSearchTask) -> None:
-    """Callbacks that wait for a metric which is never logged."""
-    if {"training_step", "validation_step"} & vars(type(task)).keys():
-        return  # it may log what it likes
-    scores, y = task.scores_class(), data.splits["val"].y[:100]
-    scores.update(torch.zeros(*y.shape, data.n_classes), y)
-    known = [f"val/{name}" for name in scores.compute()] + ["train/loss", "evaluations", "seconds", "epoch", "step"]
-    if not task.automatic_optimization:
-        known += [f"train/{name}" for name in ("loss_after", "accepted", "evaluations_per_second", "radius")]
-    for name, options in draft.raw["callbacks"].items():
-        monitor = draft.get(f"callbacks.{name}.monitor")
-        if monitor is not None and monitor not in known:
-            key = f"callbacks.{name}.monitor"
-            draft.note(key, unknown(f"{key}={monitor}", str(monitor), known))
-        at_epoch_end = options.get("check_on_train_epoch_end")
-        if (
-            str(options["_target_"]).endswith(".EarlyStopping")
-            and str(monitor).startswith("val/")
-            and at_epoch_end != 0
-        ):
-            key = f"callbacks.{name}.check_on_train_epoch_end"
-            text = f"{key}={shown(at_epoch_end)} looks before the validation has run; use {key}=false"
-            draft.problems.setdefault(key, text)
-
-
-def check_read(draft: Draft, data: SequenceDataModule, searches: bool) -> None:
-    """Note the keys that nothing reads beside the choices that were made."""
-    choices = draft.raw.get("choices", {})
-    for key in READ_THROUGH:
-        if f"${{{key}}}" not in draft.text:
-            given = f"{key}={shown(dig(draft.raw, key))}"
-            reader = "the logger" if key.startswith("wandb") else f"optimizer={choices.get('optimizer')}"
-            draft.unread[key] = f"{given} has no effect: {reader} does not read it; leave it out"
-    for name in data.unread:
-        given = f"datamodule.{name}={shown(draft.get(f'datamodule.{name}'))}"
-        draft.unread[f"datamodule.{name}"] = f"{given} has no effect beside the other options of the data; leave it out"
-    if not searches:
-        for key in READ_BY_A_SEARCH:
-            given = f"{key}={shown(dig(draft.raw, key))}"
-            draft.unread[key] = f"{given} has no effect: only a search reads it; leave it out"
-    elif draft.get("model.dropout"):
-        given = f"model.dropout={draft.get('model.dropout')}"
-        draft.unread["model.dropout"] = f"{given} has no effect: it is off while a search polls; leave it out"

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from build import build_datamodule
 from composition import DEFAULT_CONFIG, compose_possible
-from config_check import Draft, check_text, refuse
+from config_check import check_text, refuse
+from draft import Draft
 from sequence_data import IGNORE, SequenceDataModule
 
 N_EXAMPLES = 2  # of each split
