@@ -2,8 +2,9 @@
 
 `check_command_line` composes every job of a command, a sweep's too, and checks each: every key
 against the signature it will be passed to, every value against its type, and then, by building the
-data, the model and the optimizer, every size against the others. All problems are printed, each
-with the key and what to do, and the program exits with code 2. No directory has been made, no W&B run begun.
+data, the model, the optimizer and the trainer, every value against its range and against the others.
+What is wrong is put back to its default, so that one mistake hides no other. All problems are printed,
+each with the key and what to do, and the program exits with code 2. No directory has been made, no W&B run begun.
 """
 
 import importlib
@@ -13,34 +14,70 @@ import netrc
 import os
 import re
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
-from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, ValidationError, create_model
 
-from build import build_datamodule, build_task
-from did_you_mean import unknown
-from pattern_search_task import derivative_free
+from build_check import check_by_building
+from composition import CONFIGS, DEFAULT_CONFIG, Job, compose_jobs, compose_possible, leaves
+from did_you_mean import nearest, unknown
+from draft import INSTRUCTIONS, Draft, dig, shown
+from pattern_search_task import PatternSearchTask
+from sequence_data import SequenceDataModule
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-DEFAULT_CONFIG = "pattern_search_train"
+__all__ = ["CONFIGS", "DEFAULT_CONFIG", "check_command_line", "compose_jobs", "find_problems", "refuse"]
+
 BUILT_IN_PACKAGES = {
     "torch",
     "lightning",
     "torchmetrics",
     "wandb",
-    *(p.stem for p in Path(__file__).parent.glob("*.py")),
+    *(p.stem for p in CONFIGS.parent.glob("src/*.py")),
 }
-INJECTED = {"vocab_size", "n_classes", "max_len", "model", "optimizer", "params"}  # filled in by build.py
+FILLED_IN = {  # arguments that the program gives itself
+    "model": ("vocab_size", "n_classes"),
+    "task": ("model", "optimizer"),
+    "optimizer": ("params",),
+    "trainer": ("logger", "callbacks", "default_root_dir"),
+}
+PASSED_ON = {  # where a callable takes further arguments, what it passes them to
+    "lightning.pytorch.loggers.WandbLogger": "wandb.init",
+    "lightning.pytorch.loggers.TensorBoardLogger": "torch.utils.tensorboard.SummaryWriter",
+}
+KINDS = {
+    "task": PatternSearchTask,
+    "datamodule": SequenceDataModule,
+    "model": torch.nn.Module,
+    "optimizer": torch.optim.Optimizer,
+    "trainer": L.Trainer,
+    "logger": Logger,
+    "callbacks": L.Callback,
+}
+
+
+class Wandb(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    entity: str | None
+    project: str
+
+
+class Choices(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    task: str | None
+    model: str | None
+    optimizer: str | None
+    experiment: str | None
 
 
 class Root(BaseModel):
@@ -56,17 +93,10 @@ class Root(BaseModel):
     trainer: dict
     logger: dict
     callbacks: dict
-    wandb: "Wandb"
-    choices: dict[str, str | None]
+    wandb: Wandb
+    choices: Choices
     output_dir: str
     allowed_packages: list[str]
-
-
-class Wandb(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    entity: str | None
-    project: str
 
 
 def check_command_line(arguments: Sequence[str]) -> None:
@@ -78,14 +108,8 @@ def check_command_line(arguments: Sequence[str]) -> None:
     args = get_args_parser().parse_args(arguments)
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         return
-    problems: dict[str, None] = {}  # an ordered set: the jobs of a sweep share most of their problems
-    try:
-        for cfg in compose_jobs(args.config_name or DEFAULT_CONFIG, args.overrides, args.multirun):
-            problems |= dict.fromkeys(find_problems(cfg))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        problems[explain(error, args.config_name or DEFAULT_CONFIG, args.overrides)] = None
-    if problems:
-        refuse(list(problems))
+    if problems := check_command(args.config_name or DEFAULT_CONFIG, args.overrides, args.multirun):
+        refuse(problems)
 
 
 def refuse(problems: list[str]) -> None:
@@ -96,130 +120,216 @@ def refuse(problems: list[str]) -> None:
     sys.exit(2)
 
 
-def compose_jobs(config_name: str, overrides: list[str], multirun: bool = False) -> list[DictConfig]:
-    """The config of each job of a command, with the keys that Hydra fills in at run time set."""
-    os.environ.setdefault("PATTERN_SEARCH_ROOT", str(CONFIGS.parent))
-    configs = []
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        for job in split_jobs(config_name, overrides) if multirun else [overrides]:
-            cfg = compose(config_name, job, return_hydra_config=True)
-            choices = cfg.hydra.runtime.choices
-            cfg.choices = {key: choices.get(key) for key in cfg.choices}
-            OmegaConf.set_struct(cfg, False)
-            del cfg["hydra"]
-            if OmegaConf.is_interpolation(cfg, "output_dir"):  # known only once a job runs
-                cfg.output_dir = str(CONFIGS.parent / "runs" / "unnamed")
-            configs.append(cfg)
-    return configs
-
-
-def split_jobs(config_name: str, overrides: list[str]) -> list[list[str]]:
-    """The overrides of each job of a sweep: of the config's `hydra.sweeper.params`, and of the command line."""
-    parse = OverridesParser.create().parse_overrides
-    fixed = [override.input_line for override in parse(overrides) if not override.is_sweep_override()]
-    sweeper = compose(config_name, fixed, return_hydra_config=True).hydra.sweeper
-    params = [f"{key}={values}" for key, values in (sweeper.params or {}).items()]
-    return BasicSweeper.split_arguments(parse([*params, *overrides]), None)[0]  # the command line comes last and wins
-
-
-def explain(error: Exception, config_name: str, overrides: Sequence[str] = ()) -> str:
-    """Hydra's message in one line, with the nearest known word where a key or an option is unknown."""
-    message = str(error).strip()
-    groups = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name != "hydra")
-    options = {group: sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")) for group in groups}
-    if match := re.search(r"Could not override '([^']+)'", message):
-        chosen = [o for o in overrides if o.partition("=")[0] in groups and "," not in o]
-        known = leaves(OmegaConf.to_container(compose_jobs(config_name, chosen)[0]))
-        return unknown(f"key {match[1]}", match[1], [*known, *groups], list_known=False)
-    if (match := re.search(r"Could not find '([^']+)/([^']+)'", message)) and match[1] in options:
-        return unknown(f"{match[1]}={match[2]}", match[2], options[match[1]])
-    if "Cannot find primary config" in message:
-        return unknown(f"--config-name={config_name}", config_name, sorted(p.stem for p in CONFIGS.glob("*.yaml")))
-    for override in overrides:  # groups that were set to null, or removed
-        group = override.lstrip("~").removesuffix("=null")
-        if group in groups and override != group:
-            return f"{override}: a group cannot be left out; choose one of {', '.join(options[group])}"
-    return message.splitlines()[0] + (": give key=value" if message.startswith("Error parsing override") else "")
-
-
-def leaves(node: Any, path: str = "") -> Iterator[str]:
-    """The paths of all keys of a nested dict."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield f"{path}{key}"
-            yield from leaves(value, f"{path}{key}.")
+def check_command(config_name: str, overrides: Sequence[str], multirun: bool = False) -> list[str]:
+    """All problems of a command, each once: what cannot be composed, what cannot run, what nothing would read."""
+    jobs, problems = compose_possible(config_name, list(overrides), multirun)
+    found = dict.fromkeys(problems)
+    unread: dict[str, list[str | None]] = {}  # for each key that the command gives, by job: why nothing reads it
+    for job in jobs:
+        draft = check(job)
+        found |= dict.fromkeys(draft.problems.values())
+        for key in job.given:
+            unread.setdefault(key, []).append(draft.unread.get(key))
+    return [*found, *(reasons[0] for reasons in unread.values() if all(reasons))]
 
 
 def find_problems(cfg: DictConfig) -> list[str]:
     """What is wrong with one job's config: one message each, with the key and what to do."""
-    try:
-        container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        return [str(error).splitlines()[0]]
-    found = dict(validate(Root, container, ""))
-    for path, node in targets(container):
-        found |= dict(check_node(path, node, container.get("allowed_packages") or []))
-    # a value taken from another key is reported where it was written, unless it only fails where it arrives
-    written = {key: text for key, text in found.items() if not is_interpolation(cfg, key)}
-    problems = list((written or found).values())
-    if not any(text.endswith("cannot be left out") for text in problems):
-        problems += check_machine(container)
-    return problems or check_by_building(cfg, container)
+    return list(check(Job(cfg, cfg, [])).problems.values())
 
 
-def is_interpolation(cfg: DictConfig, key: str) -> bool:
-    node, _, name = key.rpartition(".")
-    parent = OmegaConf.select(cfg, node) if node else cfg
-    return OmegaConf.is_dict(parent) and OmegaConf.is_interpolation(parent, name)
+_checked: dict[str, Draft] = {}  # the jobs of a sweep are often the same but for names
 
 
-def targets(node: Any, path: str = "") -> Iterator[tuple[str, dict]]:
-    """Every node that will be instantiated, with its path."""
+def check(job: Job) -> Draft:
+    """Everything that can be said about one job."""
+    draft = Draft(job)
+    key = json.dumps([draft.raw, draft.defaults], sort_keys=True, default=str)
+    if key not in _checked:
+        check_text(draft)
+        check_machine(draft)
+        check_by_building(draft)
+        _checked[key] = draft
+    return _checked[key]
+
+
+# --- the text of the config: interpolations, keys, types ---
+
+
+def check_text(draft: Draft) -> None:
+    """All that can be said without building anything."""
+    check_nodes(draft)
+    check_interpolations(draft)
+    check_root(draft)
+    for path in list(targets(draft.raw)):
+        check_node(draft, path)
+
+
+def check_nodes(draft: Draft) -> None:
+    """The nodes that everything else lies in must be there."""
+    for name in (*KINDS, "wandb", "choices"):
+        node = draft.raw.get(name, ...)
+        if not isinstance(node, dict):
+            missing = f"{name} is missing, and cannot be left out"
+            draft.note(name, missing if node is ... else f"{name}={shown(node)}: expected keys below it, not a value")
+            if not isinstance(draft.raw.get(name), dict):
+                draft.raw[name] = {}
+
+
+def check_interpolations(draft: Draft) -> None:
+    """Values that point to keys which do not exist, and values that must be given."""
+    cfg, known, found = draft.cfg, list(leaves(draft.raw)), {}
+    for key in known:
+        path, _, name = key.rpartition(".")
+        if isinstance(dig(draft.raw, key), dict):
+            continue
+        try:
+            value = (OmegaConf.select(cfg, path) if path else cfg)[name]
+            if OmegaConf.is_config(value):
+                OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            source = draft.written(key)
+            if source.partition(".")[0] in draft.problems or source in Root.model_fields:  # reported as missing itself
+                draft.reset(key)
+                continue
+            found[key] = f"{key}={shown(dig(draft.raw, key))}: {' '.join(str(error).splitlines()[0].split())}"
+            if match := re.search(r"Interpolation key '([^']+)' not found", str(error)):
+                near = nearest(match[1], known)
+                found[key] += f"; did you mean ${{{near}}}?" if near else ""
+    report(draft, found)
+
+
+def report(draft: Draft, found: dict[str, str]) -> None:
+    """Note problems; a value taken from another key is reported where it was written, if it is wrong there too."""
+    written = {key: draft.written(key) for key in found}
+    for key, problem in found.items():
+        if written[key] == key or written[key] not in found:
+            draft.note(key, problem)
+
+
+def check_root(draft: Draft) -> None:
+    """The keys that are passed to no callable."""
+    report(draft, dict(validate(Root, OmegaConf.to_container(draft.cfg, resolve=True), "")))
+    for name in KINDS:
+        node = draft.raw[name]
+        if name == "callbacks":
+            for callback, options in list(node.items()):
+                if not isinstance(options, dict) or not options:
+                    draft.note(f"callbacks.{callback}", f"callbacks.{callback}={shown(options)}: expected a _target_")
+                    if not draft.raw["callbacks"].get(callback):
+                        draft.raw["callbacks"].pop(callback, None)
+                elif "_target_" not in options:
+                    missing_target(draft, f"callbacks.{callback}")
+                    draft.raw["callbacks"].pop(callback)
+        elif "_target_" not in node and (node or name != "logger") and name not in draft.problems:
+            missing_target(draft, name)
+
+
+def missing_target(draft: Draft, path: str) -> None:
+    near = nearest("_target_", [key for key in dig(draft.raw, path) if key not in INSTRUCTIONS])
+    given = ", ".join(dig(draft.raw, path))
+    hint = f"; did you mean it by {path}.{near}?" if near else f", the class to build (given: {given or 'nothing'})"
+    draft.note(f"{path}._target_", f"{path}._target_ is missing{hint}")
+
+
+def targets(node: Any, path: str = "") -> Iterator[str]:
+    """The path of every node that will be instantiated."""
     if isinstance(node, dict):
         if "_target_" in node:
-            yield path, node
+            yield path
         for key, value in node.items():
             yield from targets(value, f"{path}.{key}" if path else key)
 
 
-def check_node(path: str, node: dict, allowed_packages: list[str]) -> Iterator[tuple[str, str]]:
-    """Problems of one `_target_` node: its target, its keys and the types of its values."""
-    package = str(node["_target_"]).partition(".")[0]
-    allowed = BUILT_IN_PACKAGES | set(allowed_packages)
+def check_node(draft: Draft, path: str) -> None:
+    """One `_target_` node: its target, its keys and the types of its values."""
+    target = find_target(draft, path)
+    if target is None:
+        draft.reset(f"{path}._target_")
+        target = find_target(draft, path)
+        if target is None:
+            if path.startswith("callbacks."):  # the others can be built without it
+                draft.raw["callbacks"].pop(path.split(".")[1], None)
+            return
+    node = draft.get(path)
+    partial = node.get("_partial_", False)
+    if partial is not (path == "optimizer"):  # only the optimizer waits for something: the weights
+        rule = "must be true: the weights are passed later" if path == "optimizer" else "must be false, or left out"
+        draft.note(f"{path}._partial_", f"{path}._partial_={shown(partial)}: {rule}")
+        if path == "optimizer":
+            draft.raw[path]["_partial_"] = True
+    filled_in = FILLED_IN.get(path, ())
+    for name in node.keys() & set(filled_in):
+        draft.note(f"{path}.{name}", f"{path}.{name} is filled in by the program and cannot be set")
+    arguments = {key: value for key, value in draft.get(path).items() if key not in INSTRUCTIONS}
+    model = arguments_model(target, filled_in, PASSED_ON.get(node["_target_"]) if extra(target, arguments) else None)
+    report(draft, dict(validate(model, arguments, path)))
+
+
+def find_target(draft: Draft, path: str) -> Callable | None:
+    """The class that a node names; None, with a problem noted, if it is not allowed, not there or of another kind."""
+    name = draft.get(f"{path}._target_")
+    if name is None:
+        missing_target(draft, path)
+        return None
+    key, text = f"{path}._target_", f"{path}._target_={name}"
+    package = str(name).partition(".")[0]
+    allowed = BUILT_IN_PACKAGES | set(draft.get("allowed_packages") or [])
     if package not in allowed:
-        text = f"{path}._target_={node['_target_']}: package {package} is not allowed; add it to allowed_packages"
-        yield f"{path}._target_", text
-        return
-    module, _, name = str(node["_target_"]).rpartition(".")
+        near = nearest(package, allowed)
+        hint = f"; did you mean {near}?" if near else "; add it to allowed_packages"
+        draft.problems.setdefault(key, f"{text}: package {package} is not allowed{hint}")
+        return None
+    module, _, attribute = str(name).rpartition(".")
     try:
-        target = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        yield f"{path}._target_", f"{path}._target_={node['_target_']} cannot be imported: {error}"
-        return
-    yield from validate(arguments_model(target), {k: v for k, v in node.items() if not is_instruction(k)}, path)
+        target = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        draft.problems.setdefault(key, f"{text} cannot be imported: {error}")
+        return None
+    kind = KINDS.get(path.partition(".")[0])
+    if not callable(target) or (isinstance(target, type) and kind and not issubclass(target, kind) and at_top(path)):
+        draft.problems.setdefault(key, f"{text} is not a {kind.__name__ if kind else 'callable'}")
+        return None
+    return target
 
 
-def is_instruction(key: str) -> bool:
-    return key in ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
+def at_top(path: str) -> bool:
+    return path.count(".") == path.startswith("callbacks.")
 
 
-def arguments_model(target: Callable) -> type[BaseModel]:
-    """A pydantic model of a callable's arguments: names, types, and whether further ones are taken."""
+def extra(target: Callable, arguments: dict) -> bool:
+    """Whether some arguments are not in the signature of the target."""
+    try:
+        return bool(arguments.keys() - inspect.signature(target).parameters.keys())
+    except ValueError:  # some classes written in C have no signature
+        return False
+
+
+def arguments_model(target: Callable, filled_in: Sequence[str] = (), passed_on: str | None = None) -> type[BaseModel]:
+    """A pydantic model of a callable's arguments: names, types, and whether further ones are taken.
+
+    Args:
+        target: the callable.
+        filled_in: arguments that the config does not give.
+        passed_on: a callable to which further arguments are passed on, by its dotted name.
+    """
     try:
         parameters = inspect.signature(target).parameters
-    except ValueError:  # some classes written in C have no signature
+    except ValueError:
         return create_model("Arguments", __config__=ConfigDict(extra="allow"))
-    fields, extra = {}, "forbid"
+    fields, further = {}, "forbid"
     for name, parameter in parameters.items():
-        if parameter.kind == parameter.VAR_KEYWORD:
-            extra = "allow"
-        elif parameter.kind != parameter.VAR_POSITIONAL and not name.startswith("_"):
+        if parameter.kind == parameter.VAR_KEYWORD and passed_on:
+            module, _, attribute = passed_on.rpartition(".")
+            accepted = arguments_model(getattr(importlib.import_module(module), attribute)).model_fields
+            fields = {n: (field.annotation, None) for n, field in accepted.items()} | fields
+        elif parameter.kind == parameter.VAR_KEYWORD:
+            further = "allow"
+        elif parameter.kind != parameter.VAR_POSITIONAL and not name.startswith("_") and name not in filled_in:
+            required = parameter.default is parameter.empty and name != "max_len"  # build.py knows the longest input
             hint = type_of(parameter, target)
-            if name in INJECTED:
-                fields[name] = (hint | None, None)
-            else:
-                fields[name] = (hint, ... if parameter.default is parameter.empty else None)
-    return create_model("Arguments", __config__=ConfigDict(extra=extra, arbitrary_types_allowed=True), **fields)
+            fields[name] = (hint if name != "max_len" else hint | None, ... if required else None)
+    return create_model("Arguments", __config__=ConfigDict(extra=further, arbitrary_types_allowed=True), **fields)
 
 
 def type_of(parameter: inspect.Parameter, target: Callable) -> Any:
@@ -247,33 +357,46 @@ def validate(model: type[BaseModel], values: dict, path: str) -> Iterator[tuple[
     except ValidationError as error:
         for problem in error.errors():
             name = str(problem["loc"][0])
-            key = f"{path}.{name}" if path else name
             if name in nested:
                 continue
+            inner = [str(part) for part in problem["loc"][1:] if isinstance(values.get(name), dict)]
+            key = ".".join([*([path] if path else []), name, *inner])
             if problem["type"] == "extra_forbidden":
-                where = ".".join([path, *map(str, problem["loc"])]).lstrip(".")
-                known = [f"{path}.{field}".lstrip(".") for field in model.model_fields]
-                yield key, unknown(f"key {where}", where, known, list_known=False)
-            elif problem["type"] == "missing" and len(problem["loc"]) == 1:
+                fields = (model.model_fields[name].annotation if inner else model).model_fields
+                parent = key.rpartition(".")[0]
+                known = [f"{parent}.{field}".lstrip(".") for field in fields]
+                yield key, unknown(f"key {key}", key, known, list_known=False)
+            elif problem["type"] == "missing":
                 yield key, f"{key} is missing, and cannot be left out"
-            elif name in model.model_fields:
+            else:
                 annotation = model.model_fields[name].annotation
+                if inner and isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                    annotation = annotation.model_fields[inner[0]].annotation
                 wanted = annotation.__name__ if isinstance(annotation, type) else str(annotation)
                 wanted = re.sub(r"NoneType|None", "null", re.sub(r"typing\.|[a-z_.]+\.(?=[A-Z])", "", wanted))
                 rule = problem["msg"].removeprefix("Input should be ")
-                yield key, f"{key}={values[name]}: expected {wanted}" + (f", {rule}" if "than" in rule else "")
+                value = shown(dig(values, ".".join([name, *inner])))
+                yield key, f"{key}={value}: expected {wanted}" + (f", {rule}" if "than" in rule else "")
 
 
-def check_machine(container: dict) -> Iterator[str]:
-    """What the config asks of the machine or of Lightning, and cannot get."""
-    trainer, logger = container["trainer"], container["logger"]
-    if trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
-        yield f"trainer.accelerator={trainer['accelerator']}: this machine has no CUDA GPU; use trainer.accelerator=cpu"
-    if logger.get("offline") is False and not wandb_key():
-        yield (
-            "logger.offline=False: no W&B account is set up on this machine; run `wandb login`, or set "
-            "WANDB_API_KEY, or use logger.offline=True and upload later"
-        )
+# --- the machine ---
+
+
+def check_machine(draft: Draft) -> None:
+    """What the config asks of the machine and cannot get."""
+    accelerator = draft.get("trainer.accelerator")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        text = f"trainer.accelerator={accelerator}: this machine has no CUDA GPU; use trainer.accelerator=cpu"
+        draft.note("trainer.accelerator", text)
+        draft.raw["trainer"]["accelerator"] = "cpu"
+    if draft.get("logger.offline") is not False:
+        return
+    later = "or use logger.offline=True and upload later"
+    if not wandb_key():
+        account = "no W&B account is set up on this machine; run `wandb login`, or set WANDB_API_KEY, "
+        draft.note("logger.offline", f"logger.offline=False: {account}{later}")
+    elif problem := wandb_out_of_reach():
+        draft.note("logger.offline", f"logger.offline=False: {problem}; connect this machine, {later}")
 
 
 def wandb_key() -> str | None:
@@ -286,28 +409,13 @@ def wandb_key() -> str | None:
     return os.environ.get("WANDB_API_KEY") or (login and login[2])
 
 
-_built: dict[str, list[str]] = {}  # the jobs of a sweep often share their data and model
-
-
-def check_by_building(cfg: DictConfig, container: dict) -> list[str]:
-    """Build data, model and optimizer: their constructors refuse what does not fit together."""
-    parts = {name: container[name] for name in ("datamodule", "model", "task", "optimizer", "trainer")}
-    key = json.dumps(parts, sort_keys=True, default=str)
-    if key not in _built:
-        _built[key] = list(_build(cfg))
-    return _built[key]
-
-
-def _build(cfg: DictConfig) -> Iterator[str]:
-    part = ""
+def wandb_out_of_reach(seconds: float = 5) -> str | None:
+    """Why the W&B server does not answer; None if it does, whatever it answers."""
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     try:
-        task = build_task(cfg, build_datamodule(cfg))
-        part = "optimizer: "  # torch's optimizers do not name the config's key
-        task.configure_optimizers()
-        if derivative_free(task.make_optimizer) and "mixed" in str(cfg.trainer.get("precision")):
-            yield f"trainer.precision={cfg.trainer.precision} hides the closure from a search; use 32-true or 64-true"
-    except Exception as error:  # whatever a constructor refuses, the user gets the reason and not a traceback
-        cause = error
-        while cause.__cause__ is not None and type(cause).__module__.startswith("hydra"):
-            cause = cause.__cause__  # Hydra wraps what a constructor raised
-        yield f"{part}{cause}"
+        urllib.request.urlopen(server, timeout=seconds).close()
+    except urllib.error.HTTPError:
+        return None
+    except (OSError, ValueError) as error:
+        return f"W&B cannot be reached at {server} ({getattr(error, 'reason', error)})"
+    return None

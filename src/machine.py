@@ -54,7 +54,17 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+_processes = 1  # that share the cores
+
+
+def share_cores(processes: int) -> None:
+    """Leave cores to as many processes like this one; -1 for one process a core."""
+    global _processes
+    _processes = processes if processes > 0 else sys.maxsize
+
+
 def available_cores() -> int:
-    """Cores that this process may use, which on a shared machine are fewer than it has."""
+    """Cores for this process: its share of those it may use, which on a shared machine are fewer than it has."""
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, cores // _processes)

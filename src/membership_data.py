@@ -14,7 +14,7 @@ import numpy as np
 
 from did_you_mean import one_of
 from formal_languages import ALPHABETS, LANGUAGES, ONE_MEMBER_A_LENGTH, contains, draw_strings, is_member
-from sequence_data import SequenceDataModule, Sequences, lay_out, split_by_hash
+from sequence_data import MAX_LENGTH, SequenceDataModule, Sequences, lay_out, split_by_hash
 
 __all__ = ["LANGUAGES", "MembershipDataModule", "draw_sets", "is_member"]
 
@@ -87,6 +87,7 @@ class MembershipDataModule(SequenceDataModule):
         self.set_sizes = (set_size,) if isinstance(set_size, int) else tuple(set_size)
         self.test_set_sizes, self.test_lengths = tuple(test_set_sizes), tuple(test_lengths)
         self.classes = CLASSES
+        self.unread = ("length", "test_lengths") if language == "sets" else ("universe", "set_size", "test_set_sizes")
         if language == "sets":
             self._check_sets()
             self.tokens = (*map(str, range(universe)), "SEP")
@@ -104,6 +105,8 @@ class MembershipDataModule(SequenceDataModule):
 
     def _check_sets(self) -> None:
         sizes = (*self.set_sizes, *self.test_set_sizes)
+        if self.universe > MAX_LENGTH:
+            raise ValueError(f"datamodule.universe={self.universe} is too large; at most {MAX_LENGTH:,} elements")
         if not self.set_sizes or any(not 1 <= m < self.universe for m in sizes):
             raise ValueError(
                 f"datamodule.set_size={list(self.set_sizes)}, test_set_sizes={list(self.test_set_sizes)}: a size must "
@@ -114,10 +117,10 @@ class MembershipDataModule(SequenceDataModule):
 
     def _check_lengths(self) -> None:
         ends = [self.length, *self.test_lengths]
-        if self.length < 1 or any(b <= a for a, b in itertools.pairwise(ends)):
+        if self.length < 1 or ends[-1] > MAX_LENGTH or any(b <= a for a, b in itertools.pairwise(ends)):
             raise ValueError(
                 f"datamodule.length={self.length}, test_lengths={list(self.test_lengths)}: "
-                "lengths start at 1 and each bin must end behind the one before"
+                f"lengths start at 1, end at {MAX_LENGTH:,}, and each bin must end behind the one before"
             )
 
     def make_splits(self) -> dict[str, Sequences]:

@@ -19,6 +19,7 @@ from sequence_data import SequenceDataModule, Sequences, lay_out
 __all__ = ["RULE_SPLITS", "ScanDataModule", "corpus", "interpret", "read_file", "split_by_rule"]
 
 Example = tuple[str, list[str]]  # a command and its actions
+OFFICIAL = "https://github.com/brendenlake/SCAN"
 MAX_VAL = 1000  # validation holds a tenth of the training commands, and at most so many
 
 # Splits that hold out a primitive: all commands with the phrase are the test, but the phrase alone is trained on,
@@ -71,7 +72,7 @@ def read_file(path: Path) -> list[Example]:
     """The examples of an official file, one "IN: <command> OUT: <actions>" a line.
 
     Raises:
-        ValueError: a line is not of this form, or has an unknown word; file, line and text are named.
+        ValueError: there is none, or a line is not of this form, or has an unknown word; file, line and text are named.
     """
     examples = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -80,8 +81,10 @@ def read_file(path: Path) -> list[Example]:
         unknown = sorted({*command} - {*WORDS}) + sorted({*actions} - {*ACTIONS})
         if not match or unknown:
             why = f"unknown words: {', '.join(unknown)}" if match else 'expected "IN: <command> OUT: <actions>"'
-            raise ValueError(f"{path}, line {number}: {line!r}: {why}")
+            raise ValueError(f"{path}, line {number}: {line!r}: {why}; take the file as it is from {OFFICIAL}")
         examples.append((" ".join(command), actions))
+    if not examples:
+        raise ValueError(f"{path} is empty; take the file as it is from {OFFICIAL}")
     return examples
 
 
@@ -96,7 +99,9 @@ def read_split(data_dir: str, split: str) -> dict[str, list[Example]]:
     known = [name for name in names if f"tasks_test_{name}.txt" in found]
     if not known:
         raise ValueError(
-            f"datamodule.data_dir={data_dir} holds no tasks_train_<split>.txt with its tasks_test_<split>.txt"
+            f"datamodule.data_dir={data_dir} {'holds no' if Path(data_dir).is_dir() else 'is not a folder with'} "
+            f"tasks_train_<split>.txt with its tasks_test_<split>.txt; clone {OFFICIAL} there, or use "
+            "datamodule.data_dir=null, which makes the same splits from the grammar"
         )
     one_of("datamodule.split", split, known)
     return {side: read_file(found[f"tasks_{side}_{split}.txt"]) for side in ("train", "test")}
@@ -184,6 +189,7 @@ class ScanDataModule(SequenceDataModule):
         occurring = {word for examples in self.examples.values() for command, _ in examples for word in command.split()}
         self.tokens = (*(word for word in WORDS if word in occurring), *ACTIONS, "SEP")
         self.classes = (*ACTIONS, "EOS")
+        self.unread = () if split in PRIMITIVES and data_dir is None else ("oversample",)
         self.output_tokens = [self.tokens.index(action) for action in ACTIONS]  # by class; EOS is never read
 
     def prompt(self, command: str) -> list[int]:

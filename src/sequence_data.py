@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100  # the target of a position that is not scored; the default ignore_index of torch's cross_entropy
+MAX_LENGTH = 4096  # elements or symbols of a sequence: attention needs memory for the square of it
 MAX_ENUMERATED = 2**16  # spaces up to this size are enumerated, shuffled and cut; larger ones are split by hash
 
 
@@ -198,6 +199,7 @@ class SequenceDataModule(L.LightningDataModule, ABC):
 
     tokens: tuple[str, ...]
     classes: tuple[str, ...]
+    unread: tuple[str, ...] = ()  # names of arguments that have no effect beside the other ones
 
     def __init__(self, batch_size: int, n_samples: int, seed: int):
         super().__init__()

@@ -8,14 +8,13 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
 from build import build_datamodule
-from config_check import DEFAULT_CONFIG, check_node, compose_jobs, explain, refuse
+from composition import DEFAULT_CONFIG, compose_possible
+from config_check import check_text, refuse
+from draft import Draft
 from sequence_data import IGNORE, SequenceDataModule
 
 N_EXAMPLES = 2  # of each split
@@ -23,17 +22,15 @@ N_EXAMPLES = 2  # of each split
 
 def load_datamodule(overrides: list[str]) -> SequenceDataModule:
     """The data that a command line selects; prints what is wrong with it and exits with code 2 if it selects none."""
-    try:
-        cfg = compose_jobs(DEFAULT_CONFIG, overrides)[0]
-        node = OmegaConf.to_container(cfg.datamodule, resolve=True)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        refuse([explain(error, DEFAULT_CONFIG, overrides)])
-    if problems := dict(check_node("datamodule", node, list(cfg.allowed_packages))):
-        refuse(list(problems.values()))
-    try:
-        return build_datamodule(cfg)
-    except Exception as error:  # Hydra wraps what a constructor raised
-        refuse([str(error.__cause__ or error)])
+    jobs, problems = compose_possible(DEFAULT_CONFIG, overrides)
+    for job in jobs:
+        draft = Draft(job)
+        check_text(draft)
+        datamodule = draft.build(["datamodule"], build_datamodule)
+        problems += draft.problems.values()
+    if problems:
+        refuse(problems)
+    return datamodule
 
 
 def align(datamodule: SequenceDataModule, split: str, row: int, width: int) -> Iterator[str]:

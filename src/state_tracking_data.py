@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from did_you_mean import one_of
-from sequence_data import SequenceDataModule, Sequences, lay_out, split_strings
+from sequence_data import MAX_LENGTH, SequenceDataModule, Sequences, lay_out, split_strings
 
 KNOWN_GROUPS = ("parity", "Z2", "Z3", "Z5", "Z60", "S3", "S5", "A5", "A4xZ5")
 MAX_ORDER = 5040  # the product table of S7 has 25 million entries; larger groups are refused
@@ -126,8 +126,9 @@ class StateTrackingDataModule(SequenceDataModule):
     ):
         super().__init__(batch_size, n_samples, seed)
         one_of("datamodule.format", format, ("seq", "tag"))
-        if length < 1 or any(n < 1 for n in test_lengths):
-            raise ValueError(f"datamodule.length={length}, test_lengths={list(test_lengths)}: lengths start at 1")
+        if any(not 1 <= n <= MAX_LENGTH for n in (length, *test_lengths)):
+            given = f"datamodule.length={length}, test_lengths={list(test_lengths)}"
+            raise ValueError(f"{given}: lengths start at 1, and end at {MAX_LENGTH:,}")
         if length in test_lengths:  # strings of another length cannot be among the training strings
             raise ValueError(f"datamodule.test_lengths: length {length} is the training length and has its test split")
         self.group = Group.named("Z2" if group == "parity" else group)

@@ -28,7 +28,6 @@ from report import draw_progress, print_header, print_summary, summarise
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("PATTERN_SEARCH_ROOT", str(ROOT))  # configs/hydra puts runs below it
 os.environ.setdefault("WANDB_SILENT", "true")  # the summary says where the run lies and how to upload it
-warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning 2.6 uses a name that torch 2.13 renames
 
 
 def train(cfg: DictConfig) -> dict:
@@ -44,6 +43,7 @@ def train(cfg: DictConfig) -> dict:
     loggers = [MetricsTable(run_dir)]
     if "_target_" in cfg.logger:
         loggers.append(instantiate(cfg.logger))
+        getattr(loggers[-1], "_wandb_init", {}).pop("anonymous", None)  # Lightning passes it, and wandb warns of it
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
     trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, default_root_dir=str(run_dir))
     for logger in loggers:
@@ -94,25 +94,33 @@ def test(
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name=DEFAULT_CONFIG)
 def main(cfg: DictConfig) -> float:
-    mode = os.environ.get("WANDB_MODE")
+    silence_libraries()  # here too: a job of the joblib launcher runs in a process of its own
+    mode, exit_code = os.environ.get("WANDB_MODE"), 1
     try:
         summary = train(cfg)
+        exit_code = 0
     finally:
-        finish_wandb(mode)
+        finish_wandb(mode, exit_code)
     return summary["test"].get("test/loss", float("nan"))
 
 
-def finish_wandb(mode: str | None) -> None:
+def finish_wandb(mode: str | None, exit_code: int) -> None:
     """End the W&B run of this job, so that the next job of a sweep gets its own, and its own mode."""
     if wandb := sys.modules.get("wandb"):
-        wandb.finish()
+        wandb.finish(exit_code=exit_code)
     os.environ.pop("WANDB_MODE", None)  # WandbLogger(offline=True) sets it for the whole process
     if mode is not None:
         os.environ["WANDB_MODE"] = mode
 
 
+def silence_libraries() -> None:
+    """What the header and the summary say better, and warnings that are not for the user."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning 2.6 uses a name torch 2.13 renames
+
+
 if __name__ == "__main__":
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the header and the summary say the rest
+    silence_libraries()
     try:
         check_command_line(sys.argv[1:])
         main()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from did_you_mean import one_of
 
+MAX_LAYERS = 1000
 POSITIONS = ("learned", "sinusoidal", "rotary", "none")
 
 
@@ -186,6 +187,8 @@ def check_sizes(vocab_size, n_classes, max_len, d_model, n_layers, n_heads, d_ff
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"model.{name}={size} must be at least 1")
+    if n_layers > MAX_LAYERS:
+        raise ValueError(f"model.n_layers={n_layers} is too many; at most {MAX_LAYERS:,}")
     if d_model % n_heads:
         near = next(h for h in range(n_heads, 0, -1) if d_model % h == 0)
         fits = max(1, round(d_model / n_heads)) * n_heads

@@ -1,10 +1,15 @@
 """Every option of every group composes and passes the check; what is wrong is named, with what to do."""
 
-import pytest
-from hydra.errors import HydraException
+import shutil
 
+import fuzz_config
+import pytest
+import torch
+
+import composition
 import config_check
-from config_check import CONFIGS, compose_jobs, explain, find_problems
+from composition import CONFIGS, compose_jobs
+from config_check import check_command
 
 PRIMARIES = ["pattern_search_train", "train"]
 OPTIONS = sorted(
@@ -14,22 +19,18 @@ OPTIONS = sorted(
 
 def problems(*overrides, config_name="pattern_search_train"):
     """What the check says about a command, one string a problem."""
-    try:
-        found = [p for cfg in compose_jobs(config_name, list(overrides)) for p in find_problems(cfg)]
-    except (HydraException, ValueError) as error:
-        return [explain(error, config_name, overrides)]
-    return found
+    return check_command(config_name, overrides)
 
 
 @pytest.mark.parametrize("primary", PRIMARIES)
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_every_option_of_every_group_composes_and_passes(primary, group, option, monkeypatch):
-    monkeypatch.setattr(
-        config_check.torch.cuda, "is_available", lambda: True
-    )  # trainer=gpu is right where there is one
-    override = f"hydra={option}" if group == "hydra" else f"{group}={option}"
+def test_every_option_of_every_group_composes_and_passes(primary, group, option):
     of_a_search = group == "variant" or option.startswith("ablation")
-    assert problems(override, *["optimizer=pattern_search"] * of_a_search, config_name=primary) == []
+    found = problems(f"{group}={option}", *["optimizer=pattern_search"] * of_a_search, config_name=primary)
+    if option == "gpu" and not torch.cuda.is_available():
+        assert found == ["trainer.accelerator=gpu: this machine has no CUDA GPU; use trainer.accelerator=cpu"]
+    else:
+        assert found == []
 
 
 def test_every_value_has_a_comment_with_its_meaning():
@@ -59,7 +60,7 @@ def test_every_value_has_a_comment_with_its_meaning():
         (["~model"], "model is missing, and cannot be left out"),
         (["~trainer"], "trainer is missing, and cannot be left out"),
         (["optimizer=adam", "optimizer.radius=0.1"], "key optimizer.radius is not known; did you mean optimizer.lr?"),
-        (["optimizer=adam", "optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
+        (["optimizer=adam", "optimizer.lr=-1"], "optimizer.lr=-1: Invalid learning rate: -1"),
         (["foo"], "Error parsing override 'foo': give key=value"),
         (["modle=tiny"], "key modle is not known; did you mean model?"),
         (["model.d_model=wide"], "model.d_model=wide: expected int"),
@@ -86,7 +87,30 @@ def test_every_value_has_a_comment_with_its_meaning():
         (["seed=zero"], "seed=zero: expected int"),
         (["callbacks.progress._target_=progress.Progres"], "cannot be imported"),
         (["callbacks.progress._target_=os.system"], "package os is not allowed; add it to allowed_packages"),
-        (["datamodule.seed=${sed}"], "sed"),
+        (["datamodule.seed=${sed}"], "Interpolation key 'sed' not found; did you mean ${seed}?"),
+        (["model.d_model=???"], "model.d_model=???: Missing mandatory value"),
+        (["seed=1,2"], "several values are a sweep, which needs -m"),
+        (["task.pattern_search_radius=-1"], "task.pattern_search_radius=-1: radius=-1 must be above 0"),
+        (["optimizer.memory=2"], "optimizer.memory=2 must lie in [0, 1)"),
+        (["callbacks.early_stopping.monitor=val/los"], "did you mean val/loss?"),
+        (["callbacks.best.mode=mini"], "callbacks.best.mode=mini: `mode` can be"),
+        (["+callbacks.mine._target_=torch.nn.Linear"], "callbacks.mine._target_=torch.nn.Linear is not a Callback"),
+        (["optimizer._target_=torch.optim.Adamm"], "optimizer._target_=torch.optim.Adamm cannot be imported"),
+        (["+trainer.logger=false"], "trainer.logger is filled in by the program"),
+        (["+model.vocab_size=3"], "model.vocab_size is filled in by the program"),
+        (["+logger.projct=x"], "key logger.projct is not known; did you mean logger.project?"),
+        (["trainer.devices=2"], "trainer.devices=2: a run uses one process"),
+        (["model.d_model=1000000"], "model.d_model=1000000: a model of"),
+        (["wandb=mine"], "wandb=mine: expected keys below it"),
+        (["hydra.run.dirr=x"], "did you mean hydra.run.dir?"),
+        # settings that nothing would read
+        (["optimizer=adam", "task.pattern_search_radius=.3"], "optimizer=adam does not read it"),
+        (["optimizer=adam", "task.fast_polls=false"], "only a search reads it"),
+        (["optimizer.radius=.3", "task.pattern_search_radius=.3"], "task.pattern_search_radius=0.3 has no effect"),
+        (["model.dropout=.1"], "it is off while a search polls"),
+        (["logger=csv", "wandb.project=mine"], "wandb.project=mine has no effect"),
+        (["task=membership", "datamodule.length=20"], "datamodule.length=20 has no effect"),
+        (["task=scan", "datamodule.oversample=false"], "datamodule.oversample=false has no effect"),
     ],
 )
 def test_what_is_wrong_is_named_with_what_to_do(overrides, message, monkeypatch):
@@ -98,18 +122,47 @@ def test_what_is_wrong_is_named_with_what_to_do(overrides, message, monkeypatch)
 
 
 def test_all_problems_are_found_at_once():
-    found = problems("model.d_model=wide", "seed=-1", "+datamodule.lenght=3")
-    assert len(found) == 3
+    """A group, a key, a type, a range, two sizes that do not fit, and an optimizer's own rule."""
+    found = problems("model=tny", "optimizer.fadee=3", "datamodule.batch_size=abc", "task.pattern_search_radius=-1")
+    assert found == [
+        "model=tny is not known; did you mean tiny? Known: large, medium, small, tiny",
+        "key optimizer.fadee is not known; did you mean optimizer.fade?",
+        "datamodule.batch_size=abc: expected int",
+        "task.pattern_search_radius=-1: radius=-1 must be above 0 and finite",
+    ]
+    found = problems(
+        "model.d_model=66", "model.dropout=2", "datamodule.length=0", "optimizer.polls_per_step=0", "seed=-1"
+    )
+    assert len(found) == 5
 
 
-def test_a_misspelt_key_in_a_yaml_file_is_found(tmp_path, monkeypatch):
-    import shutil
-
+@pytest.mark.parametrize(
+    ("file", "right", "wrong", "message"),
+    [
+        ("model/tiny.yaml", "n_layers:", "n_leyers:", "key model.n_leyers is not known; did you mean model.n_layers?"),
+        ("model/tiny.yaml", "n_layers: 1", "n_layers: 0", "model.n_layers=0 must be at least 1"),
+        ("model/tiny.yaml", "_target_", "_targt_", "did you mean it by model._targt_?"),
+        ("experiment/z5.yaml", "override /model", "override /modle", "modle"),
+        ("experiment/z5.yaml", "datamodule:", "datamodle:", "key datamodle is not known; did you mean datamodule?"),
+        ("experiment/z5.yaml", "model: tiny", "model: tinny", "model=tinny is not known; did you mean tiny?"),
+        ("pattern_search_train.yaml", "seed: 0", "sed: 0", "key sed is not known; did you mean seed?"),
+        ("pattern_search_train.yaml", "radius: 0.05", "radius: -1", "task.pattern_search_radius=-1: radius=-1 must"),
+        ("optimizer/pattern_search.yaml", "${seed}", "${sead}", "did you mean ${seed}?"),
+    ],
+)
+def test_mistakes_in_yaml_files_are_found(file, right, wrong, message, tmp_path, monkeypatch):
     shutil.copytree(CONFIGS, tmp_path / "configs")
-    file = tmp_path / "configs" / "model" / "tiny.yaml"
-    file.write_text(file.read_text().replace("n_layers:", "n_leyers:"))
-    monkeypatch.setattr(config_check, "CONFIGS", tmp_path / "configs")
-    assert problems("model=tiny") == ["key model.n_leyers is not known; did you mean model.n_layers?"]
+    path = tmp_path / "configs" / file
+    assert right in path.read_text()
+    path.write_text(path.read_text().replace(right, wrong))
+    monkeypatch.setattr(composition, "CONFIGS", tmp_path / "configs")
+    found = problems("experiment=z5")
+    assert any(message in problem for problem in found), found
+
+
+def test_a_setting_that_some_job_of_a_sweep_reads_has_an_effect():
+    overrides = ["optimizer=pattern_search,adam", "task.pattern_search_radius=.2"]
+    assert check_command("pattern_search_train", overrides, multirun=True) == []
 
 
 def test_every_job_of_a_sweep_is_checked():
@@ -128,6 +181,17 @@ def test_the_sweep_that_an_experiment_names_is_composed_and_the_command_line_win
     assert len(searches) == len(variants)  # no two are the same search
 
 
-def test_packages_can_be_allowed():
-    overrides = ["allowed_packages=[collections]", "+callbacks.mine._target_=collections.OrderedDict"]
+def test_packages_can_be_allowed(tmp_path, monkeypatch):
+    (tmp_path / "fake_callbacks.py").write_text("import lightning\nclass Mine(lightning.Callback): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    overrides = ["allowed_packages=[fake_callbacks]", "+callbacks.mine._target_=fake_callbacks.Mine"]
     assert problems(*overrides) == []
+
+
+def test_random_mistakes_run_or_are_refused_by_name(monkeypatch):
+    """A few cases of tests/fuzz_config.py, which runs any number of them."""
+    monkeypatch.setattr(composition, "CONFIGS", CONFIGS)
+    counts = fuzz_config.run(range(25), seed=7)
+    assert counts["refused"] + counts["ran"] == 25
+    assert counts["refused"] > 5
+    assert counts["ran"] > 1
