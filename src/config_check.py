@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, Validation
 from build import build_datamodule, build_task
 from did_you_mean import unknown
 from pattern_search_task import derivative_free
+from resume import hydra_arguments, plan
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DEFAULT_CONFIG = "pattern_search_train"
@@ -57,6 +58,8 @@ class Root(BaseModel):
     logger: dict
     callbacks: dict
     wandb: "Wandb"
+    resume: str | None
+    checkpoint: "Checkpoint"
     choices: dict[str, str | None]
     output_dir: str
     allowed_packages: list[str]
@@ -69,23 +72,35 @@ class Wandb(BaseModel):
     project: str
 
 
-def check_command_line(arguments: Sequence[str]) -> None:
-    """Print every problem of a command and exit with code 2, or return if there is none.
+class Checkpoint(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    every_seconds: float | None = Field(ge=0)
+    every_steps: int | None = Field(ge=1)
+
+
+def check_command_line(arguments: Sequence[str]) -> list[str]:
+    """Print every problem of a command and exit with code 2, or return the arguments to run with if there is none.
 
     Args:
-        arguments: the command line without the program's name.
+        arguments: the command line without the program's name. What is returned is the same, but for the directory
+            of a run that resumes another one.
     """
     args = get_args_parser().parse_args(arguments)
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
-        return
+        return list(arguments)
     problems: dict[str, None] = {}  # an ordered set: the jobs of a sweep share most of their problems
     try:
         for cfg in compose_jobs(args.config_name or DEFAULT_CONFIG, args.overrides, args.multirun):
-            problems |= dict.fromkeys(find_problems(cfg))
+            found = find_problems(cfg)
+            if not found:
+                run_dir, found = plan(cfg, args.overrides, args.multirun)
+            problems |= dict.fromkeys(found)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         problems[explain(error, args.config_name or DEFAULT_CONFIG, args.overrides)] = None
     if problems:
         refuse(list(problems))
+    return hydra_arguments(run_dir, arguments) if cfg.resume and not args.multirun else list(arguments)
 
 
 def refuse(problems: list[str]) -> None:
@@ -103,16 +118,24 @@ def compose_jobs(config_name: str, overrides: list[str], multirun: bool = False)
     os.environ.setdefault("PATTERN_SEARCH_ROOT", str(CONFIGS.parent))
     configs = []
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        for job in jobs:
+        for number, job in enumerate(jobs):
             cfg = compose(config_name, job, return_hydra_config=True)
             choices = cfg.hydra.runtime.choices
             cfg.choices = {key: choices.get(key) for key in cfg.choices}
             OmegaConf.set_struct(cfg, False)
+            if OmegaConf.is_interpolation(cfg, "output_dir"):
+                cfg.output_dir = str(job_directory(cfg.hydra, number if multirun else None))
             del cfg["hydra"]
-            if OmegaConf.is_interpolation(cfg, "output_dir"):  # known only once a job runs
-                cfg.output_dir = str(CONFIGS.parent / "runs" / "unnamed")
             configs.append(cfg)
     return configs
+
+
+def job_directory(hydra: DictConfig, number: int | None) -> Path:
+    """Where Hydra will run a job; `number` is that of a job of a sweep."""
+    if number is None:
+        return Path(hydra.run.dir).absolute()
+    hydra.job.num = number
+    return Path(hydra.sweep.dir, hydra.sweep.subdir).absolute()
 
 
 def explain(error: Exception, config_name: str, overrides: Sequence[str] = ()) -> str:

@@ -3,12 +3,18 @@
 python src/train.py                                  pattern search on parity, the default
 python src/train.py --config-name=train              the same by gradients
 python src/train.py task=scan model=tiny seed=1      anything in configs/ can be set
+python src/train.py resume=auto                      go on with the run that was stopped
 python src/train.py --help                           all options
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # nothing has begun: Ctrl-C during the slow imports and the check of the command
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import json
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -20,10 +26,14 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from build import build_datamodule, build_task
-from config_check import DEFAULT_CONFIG, check_command_line
+from checkpoints import AtomicCheckpointIO, Checkpoints, replacing
+from config_check import DEFAULT_CONFIG, check_command_line, refuse
+from interrupts import Interrupted, Interrupts
 from machine import prepare_machine
 from metrics_table import MetricsTable
-from report import print_header, print_summary, summarise
+from report import print_header, print_summary, shown, summarise
+from resume import RESUMABLE, begin, finished, limits, resume_command
+from run_directory import RunDirectoryError, locked, record_start
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("PATTERN_SEARCH_ROOT", str(ROOT))  # configs/hydra puts runs below it
@@ -32,12 +42,27 @@ warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning
 
 
 def train(cfg: DictConfig) -> dict:
-    """Build, fit, test and summarise one run; returns the summary that is saved as summary.json."""
-    run_dir, console = Path(cfg.output_dir), Console()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+    """One run, new or resumed: build, fit, test; returns the summary that is saved as summary.json.
 
+    Raises:
+        RunDirectoryError: the directory is in use, or holds a run that this config does not go on with.
+        SystemExit: the run was interrupted (130, or 143 for SIGTERM), or could not write (1).
+    """
+    run_dir, console = Path(cfg.output_dir), Console()
+    with locked(run_dir):
+        if summary := finished(cfg):
+            console.print(f"{shown(run_dir)} is finished already.", soft_wrap=True, highlight=False)
+            print_summary(console, cfg, summary, build_datamodule(cfg))
+            return summary
+        return run(cfg, run_dir, console, checkpoint=begin(cfg, console))
+
+
+def run(cfg: DictConfig, run_dir: Path, console: Console, checkpoint: Path | None) -> dict:
+    """The run itself, from a checkpoint if there is one."""
     prepare_machine()
+    with replacing(run_dir / "config.yaml") as file:
+        file.write(OmegaConf.to_yaml(cfg, resolve=True).encode())
+    record_start(run_dir)
     L.seed_everything(cfg.seed, verbose=False)
     datamodule = build_datamodule(cfg)
     task = build_task(cfg, datamodule)
@@ -45,42 +70,62 @@ def train(cfg: DictConfig) -> dict:
     if "_target_" in cfg.logger:
         loggers.append(instantiate(cfg.logger))
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
-    trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, default_root_dir=str(run_dir))
+    interrupts = Interrupts()
+    callbacks.append(Checkpoints(run_dir, limits(cfg), interrupts, **cfg.checkpoint))
+    directory = dict(default_root_dir=str(run_dir), plugins=[AtomicCheckpointIO()])
+    trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, **directory)
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
 
     print_header(console, cfg, task, datamodule)
-    interrupted = fit(trainer, task, datamodule)
-    checkpoint = newest_weights(run_dir) if interrupted else selected_weights(trainer)
-    metrics = {} if interrupted else test(trainer, task, datamodule, checkpoint)
-    summary = summarise(cfg, trainer, task, metrics, checkpoint)
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    fit(trainer, task, datamodule, checkpoint, run_dir)
+    interrupted = bool(interrupts.received)
+    weights = None if interrupted else selected_weights(trainer)
+    weights = weights or newest_weights(run_dir)
+    metrics = {} if interrupted else test(trainer, task, datamodule, weights)
+    summary = summarise(cfg, trainer, task, metrics, weights) | ({"stopped_by": "interrupted"} if interrupted else {})
+    with replacing(run_dir / "summary.json") as file:
+        file.write(json.dumps(summary, indent=2).encode() + b"\n")
     print_summary(console, cfg, summary, datamodule)
     for logger in loggers:
         logger.finalize("aborted" if interrupted else "success")
     if interrupted:
-        sys.exit(130)
+        console.print(f"Go on with: {resume_command(run_dir)}", soft_wrap=True, highlight=False)
+        sys.exit(interrupts.exit_code)
     return summary
 
 
-def fit(trainer: L.Trainer, task: L.LightningModule, datamodule: L.LightningDataModule) -> bool:
-    """Train; returns whether the user interrupted it. Lightning turns Ctrl-C into an exit with code 1."""
+def fit(
+    trainer: L.Trainer,
+    task: L.LightningModule,
+    datamodule: L.LightningDataModule,
+    checkpoint: Path | None,
+    run_dir: Path,
+) -> None:
+    """Train until a limit is reached or a signal comes."""
     try:
-        trainer.fit(task, datamodule=datamodule)
-    except SystemExit:
+        trainer.fit(task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    except Interrupted:
+        pass
+    except SystemExit:  # Lightning's answer to a second Ctrl-C
         if not trainer.interrupted:
             raise
-    return trainer.interrupted
+    except OSError as error:  # most often a full disk; the checkpoints on it are whole
+        logging.getLogger(__name__).info("stopped", exc_info=True)
+        print(f"Stopped: {error}\nOnce that is mended, go on with: {resume_command(run_dir)}", file=sys.stderr)
+        sys.exit(1)
 
 
 def selected_weights(trainer: L.Trainer) -> str | None:
-    """The checkpoint that the first checkpoint callback kept: the best on validation. None if none is kept."""
-    return next((c.best_model_path for c in trainer.checkpoint_callbacks if c.best_model_path), None)
+    """The checkpoint that is best on validation, or None if no callback selects one."""
+    best = (getattr(callback, "best_model_path", "") for callback in trainer.checkpoint_callbacks)
+    return next(filter(None, best), None)
 
 
 def newest_weights(run_dir: Path) -> str | None:
-    checkpoints = sorted(run_dir.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
-    return str(checkpoints[-1]) if checkpoints else None
+    """The newest checkpoint to go on from, which is the end of the run if it ended."""
+    paths = (run_dir / "checkpoints" / name for name in RESUMABLE)
+    return next((str(path) for path in paths if path.exists()), None)
 
 
 def test(
@@ -96,6 +141,8 @@ def main(cfg: DictConfig) -> float:
     mode = os.environ.get("WANDB_MODE")
     try:
         summary = train(cfg)
+    except RunDirectoryError as problem:
+        refuse([str(problem)])
     finally:
         finish_wandb(mode)
     return summary["test"].get("test/loss", float("nan"))
@@ -112,8 +159,9 @@ def finish_wandb(mode: str | None) -> None:
 
 if __name__ == "__main__":
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the header and the summary say the rest
+    sys.argv[1:] = check_command_line(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        check_command_line(sys.argv[1:])
         main()
-    except KeyboardInterrupt:  # before training began: nothing to save
+    except KeyboardInterrupt:  # before or after training: nothing to save
         sys.exit(130)
