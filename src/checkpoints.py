@@ -103,7 +103,7 @@ class Checkpoints(Checkpoint):
         run_dir: str | Path,
         limits: dict[str, Any],
         interrupts: Interrupts,
-        every_seconds: float | None = 30,
+        every_seconds: float | None = 15,
         every_steps: int | None = None,
     ):
         self.run_dir, self.limits, self.interrupts = Path(run_dir), limits, interrupts

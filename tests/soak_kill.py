@@ -3,10 +3,12 @@
 python tests/soak_kill.py --kills 200              ends with exit code 1 if a run differs
 python tests/soak_kill.py --kills 200 --seed 1     other delays
 
-Every run is a fork of this process, which has imported all it needs: a start costs no imports.
+Every run is a fork of this process, which has imported all it needs: a start costs no imports. Half of the kills come
+after a random delay, half at a random call of one of SEAMS, just before or just after it.
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -21,12 +23,15 @@ from typing import Any
 
 import pandas as pd
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from config_check import compose_jobs
 from machine import prepare_machine
+from metrics_table import MetricsTable
+from pattern_search_task import PatternSearchTask
 from train import train
 
 SHORT = "model=tiny logger=none callbacks.progress.log_every_seconds=0.1 checkpoint.every_seconds=null "
@@ -42,18 +47,53 @@ CASES = {
     "adam with dropout": "optimizer=adam model.dropout=0.2 trainer.max_epochs=8 checkpoint.every_steps=1",
     "adam, solved": "optimizer=adam trainer.max_epochs=20 callbacks.early_stopping.stopping_threshold=0.68 "
     "checkpoint.every_steps=4",
-    "adam, accumulating": "optimizer=adam trainer.accumulate_grad_batches=2 trainer.max_epochs=8 "
+    "adam, accumulating": "optimizer=adam +trainer.accumulate_grad_batches=2 trainer.max_epochs=8 "
     "trainer.val_check_interval=0.5 model.dropout=0.1 checkpoint.every_steps=1",
     "sgd on scan": "task=scan datamodule.split=scan_s optimizer=sgd trainer.max_epochs=20 checkpoint.every_steps=5",
     "sgd, few batches": "task=membership optimizer=sgd trainer.max_epochs=6 trainer.limit_train_batches=7 "
     "model.dropout=0.1 checkpoint.every_steps=3",
 }
+SEAMS = [  # where a kill could do harm: in writing a checkpoint or a row, in a validation, an epoch's end, the test
+    (os, "replace"),
+    (os, "fsync"),
+    (torch, "save"),
+    (MetricsTable, "log_metrics"),
+    (ModelCheckpoint, "on_train_epoch_end"),
+    (ModelCheckpoint, "on_validation_end"),
+    (PatternSearchTask, "training_step"),
+    (PatternSearchTask, "validation_step"),
+    (PatternSearchTask, "test_step"),
+]
 
 
-def start(cfg: DictConfig) -> int:
-    """Run `cfg` in a fork; returns its process id."""
+def kill_at(rng: random.Random) -> None:
+    """Have this process kill itself at a random call of one of SEAMS."""
+    owner, name = rng.choice(SEAMS)
+    original, calls, before = (
+        getattr(owner, name),
+        iter(range(int(10 ** rng.uniform(0, 1.5)), 0, -1)),
+        rng.random() < 0.5,
+    )
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        due = next(calls, 0) == 1
+        if due and before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if due:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, wrapper)
+
+
+def start(cfg: DictConfig, at_seam: random.Random | None = None) -> int:
+    """Run `cfg` in a fork, that kills itself at a seam if it gets a generator for it; returns its process id."""
     if pid := os.fork():
         return pid
+    if at_seam is not None:
+        kill_at(at_seam)
     log = os.open(Path(cfg.output_dir).with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -70,15 +110,17 @@ def start(cfg: DictConfig) -> int:
         os._exit(code)
 
 
-def finish(pid: int, within: float | None = None) -> bool:
-    """Wait for a process, and kill it after `within` seconds; returns whether it finished by itself."""
-    deadline = time.monotonic() + (within if within is not None else 3600)
+def finish(pid: int, within: float = 3600) -> bool:
+    """Wait for a process, and kill it after `within` seconds; returns whether it ended unkilled."""
+    deadline = time.monotonic() + within
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            if status:
-                raise RuntimeError(f"process {pid} failed with status {status}")
-            return True
+            if status not in (0, signal.SIGKILL):
+                raise RuntimeError(
+                    f"a run failed with status {status}; its output lies in {tempfile.gettempdir()}/soak-*/"
+                )
+            return status == 0
         time.sleep(0.002)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -129,7 +171,7 @@ def main() -> int:
     rng, began = random.Random(args.seed), time.monotonic()
     home = Path(tempfile.mkdtemp(prefix="soak-"))
     configs = {}
-    kills = restarts = different = rounds = 0
+    kills = at_seams = different = rounds = 0
     twins: dict[str, tuple[dict[str, Any], float]] = {}
     cases = list(CASES)
     rng.shuffle(cases)
@@ -148,16 +190,22 @@ def main() -> int:
         cfg = configs[case].copy()
         cfg.output_dir, cfg.resume = str(home / "killed"), "auto"
         killed_here = 0
-        while not finish(start(cfg), within=rng.uniform(0, 1.2 * seconds) if kills < args.kills else None):
-            kills, killed_here, restarts = kills + 1, killed_here + 1, restarts + 1
+        while True:
+            at_seam = random.Random(rng.random()) if kills < args.kills and rng.random() < 0.5 else None
+            delay = rng.uniform(0, 1.2 * seconds) if kills < args.kills and at_seam is None else 3600
+            if finish(start(cfg, at_seam), delay):
+                break
+            kills, killed_here, at_seams = kills + 1, killed_here + 1, at_seams + (at_seam is not None)
         found = list(differences(expected, results(home / "killed")))
         different += bool(found)
         print(f"{case}: {killed_here} kills, {'DIFFERENT' if found else 'the same'}", flush=True)
         for line in found[:10]:
             print(f"  {line}")
         shutil.rmtree(home / "killed")
-    print(f"{kills} kills, {restarts} restarts, {rounds} runs of {len(twins)} cases, {different} differences")
-    print(f"{time.monotonic() - began:.0f} s, seed {args.seed}")
+    print(
+        f"{kills} kills ({at_seams} at seams), {kills} restarts, {rounds} runs of {len(twins)} cases, "
+        f"{different} differences; {time.monotonic() - began:.0f} s, seed {args.seed}"
+    )
     shutil.rmtree(home)
     return 1 if different else 0
 
