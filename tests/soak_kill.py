@@ -131,7 +131,9 @@ def results(run_dir: Path) -> dict[str, Any]:
     """All that a run comes to, but for what the clock says and where it lies."""
     table = pd.read_csv(run_dir / "metrics.csv")
     summary = json.loads((run_dir / "summary.json").read_text())
-    found = {"metrics.csv": table[~table.metric.str.endswith("per_second")].drop(columns="seconds").to_csv()}
+    found = {
+        "metrics.csv": table[~table.metric.str.endswith("per_second")].drop(columns="seconds").to_csv().splitlines()
+    }
     for name in ("best", "last"):
         checkpoint = torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True)
         kept = ("state_dict", "optimizer_states", "global_step", "epoch", "callbacks", "loops")
@@ -154,7 +156,9 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[str]:
     elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a.nan_to_num(), b.nan_to_num()):
             yield where
-    elif isinstance(a, str) and isinstance(b, str) and "/" in a + b:
+    elif (
+        isinstance(a, str) and isinstance(b, str) and a.startswith("/") and b.startswith("/")
+    ):  # in the run's directory
         if Path(a).name != Path(b).name:
             yield f"{where}: {a} against {b}"
     elif a != b and not (a != a and b != b):
