@@ -182,6 +182,9 @@ class Checkpoints(Checkpoint):
         trainer.fit_loop.restarting = False
         trainer.callback_metrics.update({name: torch.tensor(x) for name, x in self._restored["metrics"].items()})
         set_generator_states(self._restored["generators"])
+        if self._restored["ended"] is not None:  # and now its limits are larger
+            for optimizer in trainer.optimizers:
+                getattr(optimizer, "look_at_limits", lambda: None)()
         self._restored = None
 
 

@@ -274,6 +274,13 @@ def validate(model: type[BaseModel], values: dict, path: str) -> Iterator[tuple[
                 yield key, f"{key} is missing, and cannot be left out"
             elif name in model.model_fields:
                 annotation = model.model_fields[name].annotation
+                if (
+                    isinstance(values[name], dict)
+                    and isinstance(annotation, type)
+                    and issubclass(annotation, BaseModel)
+                ):
+                    yield from validate(annotation, values[name], key)
+                    continue
                 wanted = annotation.__name__ if isinstance(annotation, type) else str(annotation)
                 wanted = re.sub(r"NoneType|None", "null", re.sub(r"typing\.|[a-z_.]+\.(?=[A-Z])", "", wanted))
                 rule = problem["msg"].removeprefix("Input should be ")

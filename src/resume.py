@@ -158,6 +158,7 @@ def _misfits(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
         yield f"{shown(run_dir)} holds a run already; resume=auto goes on with it, or choose another directory"
         return
     for key, (old, new) in differences(_config(run_dir), cfg).items():
+        old, new = ("null" if value is None else value for value in (old, new))
         yield f"{key} is {new} here and was {old} in {shown(run_dir)}; a run goes on only as it began"
     path = Path(cfg.resume)
     if path.is_file() and (path.parent.name, path.name) not in (("checkpoints", name) for name in RESUMABLE):

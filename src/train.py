@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("PATTERN_SEARCH_ROOT", str(ROOT))  # configs/hydra puts runs below it
 os.environ.setdefault("WANDB_SILENT", "true")  # the summary says where the run lies and how to upload it
 warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning 2.6 uses a name that torch 2.13 renames
+warnings.filterwarnings("ignore", message="Checkpoint directory .* is not empty")  # that of a resumed run never is
 
 
 def train(cfg: DictConfig) -> dict:
