@@ -23,6 +23,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from interrupts import Interrupts
 from metrics_table import MetricsTable
 
+RESUMABLE = ("last.ckpt", "previous.ckpt")  # in checkpoints/, newest first
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
@@ -44,6 +46,12 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         raise
     os.replace(unfinished, path)
     sync_directory(path.parent)
+
+
+def write(path: str | Path, text: str) -> None:
+    """Write a file as a whole, or not at all."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def sync_directory(directory: Path) -> None:
@@ -73,6 +81,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # of many kinds, according to where the file is cut
         raise ValueError(f"{path} is damaged: {error}") from error
     raise ValueError(f"{path} is damaged: the checksum of {damaged} is wrong")
+
+
+def selected_weights(trainer: L.Trainer) -> str | None:
+    """The checkpoint that the first checkpoint callback kept: the best on validation, or the newest if none is."""
+    return next((c.best_model_path for c in trainer.checkpoint_callbacks if c.best_model_path), None)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -113,7 +126,12 @@ class Checkpoints(Checkpoint):
 
     @property
     def last(self) -> Path:
-        return self.run_dir / "checkpoints" / "last.ckpt"
+        return self.run_dir / "checkpoints" / RESUMABLE[0]
+
+    @property
+    def best_model_path(self) -> str | None:
+        """The newest checkpoint, the best one if nothing is monitored. (The name is that of Lightning's callback.)"""
+        return str(self.last) if self.last.exists() else None
 
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         self.interrupts.listen()
@@ -153,7 +171,7 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(newest)
         self._to_add = None
         if self.last.exists():
-            os.replace(self.last, self.last.with_name("previous.ckpt"))
+            os.replace(self.last, self.last.with_name(RESUMABLE[1]))
         os.replace(newest, self.last)
         sync_directory(self.last.parent)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step

@@ -3,7 +3,11 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
+
+import lightning as L
 
 
 class Interrupted(BaseException):  # no error, like KeyboardInterrupt
@@ -38,3 +42,16 @@ class Interrupts:
         """Raises Interrupted if a signal came."""
         if self.received:
             raise Interrupted
+
+
+@contextmanager
+def undisguised(trainer: L.Trainer) -> Iterator[None]:
+    """What Lightning's trainer does, with KeyboardInterrupt as it is: Lightning turns it into an exit with code 1."""
+    try:
+        yield
+    except Interrupted:
+        pass
+    except SystemExit:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise

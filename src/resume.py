@@ -5,10 +5,13 @@ finished when it has a summary.json that does not say "interrupted".
 """
 
 import json
+import logging
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from yaml import YAMLError
 
-from checkpoints import read_checkpoint
+from checkpoints import RESUMABLE, read_checkpoint
+from interrupts import Interrupts
 from report import shown
 from run_directory import RunDirectoryError, owner, unusable
 
-RESUMABLE = ("last.ckpt", "previous.ckpt")  # in checkpoints/, newest first
 # where a run ends, not where it goes: may be changed when it goes on
 LIMITS = (
     "trainer.max_epochs",
@@ -213,6 +216,24 @@ def _newest_readable(cfg: DictConfig, run_dir: Path, console: Console) -> tuple[
     if damaged:
         raise RunDirectoryError("; ".join(damaged))
     return None, {}
+
+
+@contextmanager
+def resumable(run_dir: Path, interrupts: Interrupts) -> Iterator[None]:
+    """Whatever stops the run, say how to go on with it, and exit: 130 or 143 after a signal, 1 if it cannot write."""
+    try:
+        yield
+        if not interrupts.received:
+            return
+        code = interrupts.exit_code
+    except KeyboardInterrupt:
+        code = interrupts.exit_code
+    except OSError as error:  # most often a full disk; the checkpoints on it are whole
+        logging.getLogger(__name__).info("stopped", exc_info=True)
+        print(f"Stopped: {error}", file=sys.stderr)
+        code = 1
+    print(f"Go on with: {resume_command(run_dir)}", flush=True)
+    sys.exit(code)
 
 
 def resume_command(run_dir: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from checkpoints import replacing
+from checkpoints import write
 
 PACKAGES = ("torch", "lightning", "hydra-core", "numpy")
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,9 +67,7 @@ def unusable(run_dir: Path) -> str | None:
 
 def record_start(run_dir: Path) -> None:
     """Append what this process runs with to environment.json, a list with one entry for every start of the run."""
-    path = run_dir / "environment.json"
-    with replacing(path) as file:
-        file.write(json.dumps([*starts(run_dir), environment()], indent=2).encode() + b"\n")
+    write(run_dir / "environment.json", json.dumps([*starts(run_dir), environment()], indent=2) + "\n")
 
 
 def starts(run_dir: Path) -> list[dict[str, Any]]:

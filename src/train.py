@@ -26,13 +26,13 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from build import build_datamodule, build_task
-from checkpoints import AtomicCheckpointIO, Checkpoints, replacing
+from checkpoints import AtomicCheckpointIO, Checkpoints, selected_weights, write
 from config_check import DEFAULT_CONFIG, check_command_line, refuse
-from interrupts import Interrupted, Interrupts
+from interrupts import Interrupts, undisguised
 from machine import prepare_machine
 from metrics_table import MetricsTable
 from report import print_header, print_summary, shown, summarise
-from resume import RESUMABLE, begin, finished, limits, resume_command
+from resume import begin, finished, limits, resumable
 from run_directory import RunDirectoryError, locked, record_start
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,26 +43,26 @@ warnings.filterwarnings("ignore", message="Checkpoint directory .* is not empty"
 
 
 def train(cfg: DictConfig) -> dict:
-    """One run, new or resumed: build, fit, test; returns the summary that is saved as summary.json.
+    """One run, new or resumed; returns the summary that is saved as summary.json.
 
     Raises:
         RunDirectoryError: the directory is in use, or holds a run that this config does not go on with.
         SystemExit: the run was interrupted (130, or 143 for SIGTERM), or could not write (1).
     """
-    run_dir, console = Path(cfg.output_dir), Console()
-    with locked(run_dir):
+    run_dir, console, interrupts = Path(cfg.output_dir), Console(), Interrupts()
+    with locked(run_dir), resumable(run_dir, interrupts):
         if summary := finished(cfg):
             console.print(f"{shown(run_dir)} is finished already.", soft_wrap=True, highlight=False)
             print_summary(console, cfg, summary, build_datamodule(cfg))
             return summary
-        return run(cfg, run_dir, console, checkpoint=begin(cfg, console))
+        return run(cfg, console, interrupts, begin(cfg, console))
 
 
-def run(cfg: DictConfig, run_dir: Path, console: Console, checkpoint: Path | None) -> dict:
-    """The run itself, from a checkpoint if there is one."""
+def run(cfg: DictConfig, console: Console, interrupts: Interrupts, checkpoint: Path | None) -> dict:
+    """Build, fit, test and summarise, from a checkpoint if there is one."""
+    run_dir = Path(cfg.output_dir)
+    write(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     prepare_machine()
-    with replacing(run_dir / "config.yaml") as file:
-        file.write(OmegaConf.to_yaml(cfg, resolve=True).encode())
     record_start(run_dir)
     L.seed_everything(cfg.seed, verbose=False)
     datamodule = build_datamodule(cfg)
@@ -71,69 +71,32 @@ def run(cfg: DictConfig, run_dir: Path, console: Console, checkpoint: Path | Non
     if "_target_" in cfg.logger:
         loggers.append(instantiate(cfg.logger))
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
-    interrupts = Interrupts()
     callbacks.append(Checkpoints(run_dir, limits(cfg), interrupts, **cfg.checkpoint))
-    directory = dict(default_root_dir=str(run_dir), plugins=[AtomicCheckpointIO()])
-    trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, **directory)
+    files = dict(default_root_dir=str(run_dir), plugins=[AtomicCheckpointIO()])
+    trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, **files)
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
 
     print_header(console, cfg, task, datamodule)
-    fit(trainer, task, datamodule, checkpoint, run_dir)
+    with undisguised(trainer):
+        trainer.fit(task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     interrupted = bool(interrupts.received)
-    weights = None if interrupted else selected_weights(trainer)
-    weights = weights or newest_weights(run_dir)
+    weights = callbacks[-1].best_model_path if interrupted else selected_weights(trainer)
     metrics = {} if interrupted else test(trainer, task, datamodule, weights)
     summary = summarise(cfg, trainer, task, metrics, weights) | ({"stopped_by": "interrupted"} if interrupted else {})
-    with replacing(run_dir / "summary.json") as file:
-        file.write(json.dumps(summary, indent=2).encode() + b"\n")
+    write(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     print_summary(console, cfg, summary, datamodule)
     for logger in loggers:
         logger.finalize("aborted" if interrupted else "success")
-    if interrupted:
-        console.print(f"Go on with: {resume_command(run_dir)}", soft_wrap=True, highlight=False)
-        sys.exit(interrupts.exit_code)
     return summary
-
-
-def fit(
-    trainer: L.Trainer,
-    task: L.LightningModule,
-    datamodule: L.LightningDataModule,
-    checkpoint: Path | None,
-    run_dir: Path,
-) -> None:
-    """Train until a limit is reached or a signal comes."""
-    try:
-        trainer.fit(task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-    except Interrupted:
-        pass
-    except SystemExit:  # Lightning's answer to a second Ctrl-C
-        if not trainer.interrupted:
-            raise
-    except OSError as error:  # most often a full disk; the checkpoints on it are whole
-        logging.getLogger(__name__).info("stopped", exc_info=True)
-        print(f"Stopped: {error}\nOnce that is mended, go on with: {resume_command(run_dir)}", file=sys.stderr)
-        sys.exit(1)
-
-
-def selected_weights(trainer: L.Trainer) -> str | None:
-    """The checkpoint that is best on validation, or None if no callback selects one."""
-    best = (getattr(callback, "best_model_path", "") for callback in trainer.checkpoint_callbacks)
-    return next(filter(None, best), None)
-
-
-def newest_weights(run_dir: Path) -> str | None:
-    """The newest checkpoint to go on from, which is the end of the run if it ended."""
-    paths = (run_dir / "checkpoints" / name for name in RESUMABLE)
-    return next((str(path) for path in paths if path.exists()), None)
 
 
 def test(
     trainer: L.Trainer, task: L.LightningModule, datamodule: L.LightningDataModule, checkpoint: str | None
 ) -> dict:
     """Look at the test split once, with the weights of the checkpoint."""
-    trainer.test(task, datamodule=datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
+    with undisguised(trainer):
+        trainer.test(task, datamodule=datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
 
 

@@ -15,10 +15,9 @@ from filelock import FileLock
 from omegaconf import OmegaConf
 from soak_kill import differences, results
 
-from checkpoints import Checkpoints, read_checkpoint, replacing
+from checkpoints import RESUMABLE, Checkpoints, read_checkpoint, replacing
 from config_check import check_command_line
 from pattern_search_task import PatternSearchTask
-from resume import RESUMABLE
 from run_directory import RunDirectoryError, environment, locked, owner
 from train import train
 
@@ -93,10 +92,20 @@ def test_a_signal_lets_the_step_finish_and_the_run_goes_on(short_run, monkeypatc
     assert_same(cfg, results(Path(twin.output_dir)))
 
 
-def test_a_second_signal_stops_at_once_and_leaves_the_checkpoint_before(short_run, monkeypatch):
+def test_a_second_signal_stops_at_once_and_leaves_the_checkpoint_before(short_run, monkeypatch, capsys):
     cfg = short_run("stopped")
     assert train_interrupted(cfg, monkeypatch, 5, signal.SIGINT, signal.SIGINT) == 130
+    assert "resume=" in capsys.readouterr().out
     assert read_checkpoint(f"{cfg.output_dir}/checkpoints/last.ckpt")["global_step"] == 4
+
+
+def test_ctrl_c_during_the_test_says_how_to_go_on(short_run, monkeypatch, capsys):
+    cfg = short_run("stopped")
+    monkeypatch.setattr(PatternSearchTask, "test_step", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as end:
+        train(cfg)
+    assert end.value.code == 130
+    assert "resume=" in capsys.readouterr().out
 
 
 def test_a_checkpoint_cut_anywhere_falls_back_to_the_one_before_and_nothing_is_lost(stopped, tmp_path, capsys):
@@ -157,9 +166,9 @@ def test_a_full_disk_stops_the_run_with_a_message_and_the_checkpoint_before_is_w
     with pytest.raises(SystemExit) as end:
         train(cfg)
     assert end.value.code == 1
-    err = capsys.readouterr().err
-    assert "No space left on device" in err
-    assert "resume=" in err
+    said = capsys.readouterr()
+    assert "No space left on device" in said.err
+    assert "resume=" in said.out
     assert not list(Path(cfg.output_dir).rglob("*.unfinished"))
     cfg.resume = "auto"
     train(cfg)
