@@ -34,6 +34,7 @@ class SearchProgress(Callback):
         self._trainer, self._task = trainer, task
         self._started, self._evaluations, self._accepted = time.monotonic(), task.evaluations, 0
         self._loss = self._exact_match = None
+        self._first_step = trainer.global_step  # not 0 in a run that goes on
         self._stop.clear()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self._thread.start()
@@ -107,8 +108,8 @@ class SearchProgress(Callback):
             done, accepted = done + report.polled / report.to_poll, accepted + report.accepted
         elapsed = time.monotonic() - self._started
         parts = [f"loss {loss:.4f}" if loss is not None else "loss -"]  # what a narrow terminal cuts off comes last
-        if isinstance(total, int) and done > 0:
-            parts.append(f"left at most {clock(elapsed * max(total - done, 0) / done)}")
+        if isinstance(total, int) and done > self._first_step:
+            parts.append(f"left at most {clock(elapsed * max(total - done, 0) / (done - self._first_step))}")
         rate = (task.evaluations - self._evaluations) / max(elapsed, 1e-9)
         parts += [f"evaluations {task.evaluations:,} ({rate:,.0f}/s)"]
         if self._exact_match is not None:

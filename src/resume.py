@@ -194,6 +194,7 @@ def begin(cfg: DictConfig, console: Console) -> Path | None:
     else:
         line = f"Goes on from step {content['global_step']:,}, {shown(checkpoint)}"
         console.print(line, soft_wrap=True, highlight=False)
+        logging.getLogger(__name__).info(line)  # in train.log
     return checkpoint
 
 
