@@ -177,15 +177,14 @@ class Checkpoints(Checkpoint):
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
     def on_save_checkpoint(self, trainer: L.Trainer, task: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if (
-            self._to_add is not None
-        ):  # best.ckpt is written after a validation: it holds weights, no place to go on from
+        if self._to_add is not None:  # it is none of best.ckpt, which is written amid the loops: nothing goes on there
             checkpoint["resume"] = self._to_add
 
     # --- going on ---
 
     def on_load_checkpoint(self, trainer: L.Trainer, task: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn != "fit":
+        if trainer.state.fn != "fit":  # a test wants the weights; what the callbacks know of the run stays
+            checkpoint["callbacks"] = {}
             return
         self._restored = checkpoint["resume"]
         MetricsTable(self.run_dir).cut(self._restored["table_bytes"])
@@ -203,6 +202,8 @@ class Checkpoints(Checkpoint):
         if self._restored["ended"] is not None:  # and now its limits are larger
             for optimizer in trainer.optimizers:
                 getattr(optimizer, "look_at_limits", lambda: None)()
+            for callback in trainer.early_stopping_callbacks:
+                callback.stopped_epoch = 0
         self._restored = None
 
 

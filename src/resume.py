@@ -187,6 +187,10 @@ def begin(cfg: DictConfig, console: Console) -> Path | None:
     epochs = OmegaConf.select(cfg, "trainer.max_epochs")
     if checkpoint is not None and epochs is not None and -1 < epochs < content["epoch"]:
         raise RunDirectoryError(f"trainer.max_epochs={epochs}: {content['epoch']} epochs are done already")
+    for newer in RESUMABLE[: RESUMABLE.index(checkpoint.name)] if checkpoint else ():
+        (run_dir / "checkpoints" / newer).unlink(
+            missing_ok=True
+        )  # damaged, or not wanted: it must not become the spare
     (run_dir / "summary.json").unlink(missing_ok=True)
     if checkpoint is None:
         (run_dir / "metrics.csv").unlink(missing_ok=True)

@@ -121,6 +121,7 @@ def test_a_checkpoint_cut_anywhere_falls_back_to_the_one_before_and_nothing_is_l
         out = capsys.readouterr().out
         assert "last.ckpt is damaged" in out
         assert "Goes on from step 4" in out
+        assert read_checkpoint(f"{cfg.output_dir}/checkpoints/previous.ckpt")["global_step"] == 11
         assert_same(cfg, expected)
 
 
@@ -214,24 +215,31 @@ def test_a_run_killed_in_its_test_is_tested_and_not_trained_again(short_run, mon
 @pytest.mark.parametrize(
     ("limit", "longer"),
     [
-        ("trainer.max_epochs=1", "trainer.max_epochs=2"),
+        (
+            "callbacks.early_stopping.stopping_threshold=0.69",  # after the second epoch
+            "callbacks.early_stopping.stopping_threshold=0.1",
+        ),
+        ("trainer.max_epochs=1", "trainer.max_epochs=4"),
         ("trainer.max_steps=4", "trainer.max_steps=-1"),
         ("trainer.max_steps=8", "trainer.max_steps=-1"),
         ("optimizer.max_evaluations=133", "optimizer.max_evaluations=null"),  # 7 steps of 19
     ],
 )
 def test_a_finished_run_with_a_larger_limit_goes_on_as_if_it_had_had_it(short_run, limit, longer):
-    twin, cfg = short_run("twin", longer), short_run("prolonged", limit)
+    every_second = ["trainer.check_val_every_n_epoch=2", "trainer.max_epochs=4"]
+    twin, cfg = short_run("twin", *every_second, longer), short_run("prolonged", *every_second, limit)
     train(twin)
-    train(cfg)
+    first = train(cfg)
     key, value = longer.split("=")
     OmegaConf.update(cfg, key, OmegaConf.create(f"x: {value}").x)
     cfg.resume = "auto"
     train(cfg)
+    assert first["steps"] < 24
     expected, found = (results(Path(c.output_dir)) for c in (twin, cfg))
     for part in ("state_dict", "optimizer_states", "global_step"):
         assert list(differences(expected["last.ckpt"][part], found["last.ckpt"][part])) == []
-    assert expected["summary.json"]["evaluations"] == found["summary.json"]["evaluations"]
+    for key in ("evaluations", "steps", "stopped_by"):
+        assert expected["summary.json"][key] == found["summary.json"][key]
 
 
 # --- what is refused, before anything starts ---
