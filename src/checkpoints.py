@@ -5,6 +5,7 @@ steps so far have caused is done: validation, rows of the metrics table, best we
 file, so the continued run takes the same decisions; `resume.py` chooses the file.
 """
 
+import io
 import os
 import random
 import time
@@ -41,8 +42,10 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say what was written
+            error.filename = str(path)
         raise
     os.replace(unfinished, path)
     sync_directory(path.parent)
@@ -92,8 +95,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes every checkpoint of Lightning, best.ckpt too, so that no kill leaves half a file."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        content = io.BytesIO()
+        torch.save(checkpoint, content)  # straight to a full disk it would raise a RuntimeError that names no reason
         with replacing(path) as file:
-            torch.save(checkpoint, file)
+            file.write(content.getbuffer())
 
 
 class Checkpoints(Checkpoint):

@@ -219,7 +219,7 @@ def _newest_readable(cfg: DictConfig, run_dir: Path, console: Console) -> tuple[
             console.print(f"{line}; the one before is taken.", soft_wrap=True, highlight=False)
         return path, content
     if damaged:
-        raise RunDirectoryError("; ".join(damaged))
+        raise RunDirectoryError("; ".join([*damaged, f"nothing of {shown(run_dir)} can go on: begin a new run"]))
     return None, {}
 
 

@@ -1,7 +1,8 @@
 """A run that is stopped goes on as if it had not been; what cannot go on is refused before anything starts."""
 
-import errno
+import functools
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -9,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
 from filelock import FileLock
 from omegaconf import OmegaConf
@@ -36,21 +36,25 @@ def short_run(compose_config, tmp_path):
     return make
 
 
-def train_interrupted(cfg, monkeypatch, steps, *signals):
-    """Train, with signals sent to this process at the end of a step; returns the exit code."""
+def train_stopped(cfg, monkeypatch, steps, stop):
+    """Train, with `stop` called at the end of a step; returns the exit code."""
     ended = PatternSearchTask.on_train_batch_end
 
     def on_train_batch_end(task, *args):
         ended(task, *args)
         if task.global_step == steps:
-            for number in signals:
-                signal.raise_signal(number)
+            stop()
 
     with monkeypatch.context() as patch:
         patch.setattr(PatternSearchTask, "on_train_batch_end", on_train_batch_end)
         with pytest.raises(SystemExit) as end:
             train(cfg)
     return end.value.code
+
+
+def train_interrupted(cfg, monkeypatch, steps, *signals):
+    """Train, with signals sent to this process at the end of a step; returns the exit code."""
+    return train_stopped(cfg, monkeypatch, steps, lambda: [signal.raise_signal(number) for number in signals])
 
 
 def forbid_training(monkeypatch):
@@ -139,7 +143,7 @@ def test_two_damaged_checkpoints_end_with_a_message_and_are_left_alone(stopped):
     cfg = stopped[0]
     for name in RESUMABLE:
         Path(cfg.output_dir, "checkpoints", name).write_bytes(b"nothing")
-    with pytest.raises(RunDirectoryError, match=r"last.ckpt is damaged.*previous.ckpt is damaged"):
+    with pytest.raises(RunDirectoryError, match=r"last.ckpt is damaged.*previous.ckpt is damaged.*begin a new run"):
         train(cfg)
     assert Path(cfg.output_dir, "metrics.csv").exists()
 
@@ -155,25 +159,21 @@ def test_half_a_row_and_rows_after_the_checkpoint_are_cut_off(stopped):
 def test_a_full_disk_stops_the_run_with_a_message_and_the_checkpoint_before_is_whole(short_run, monkeypatch, capsys):
     twin, cfg = short_run("twin"), short_run("full")
     train(twin)
-    save, calls = torch.save, iter(range(1000))
-
-    def full(content, file):
-        if next(calls) == 4:
-            file.write(b"half a file")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(content, file)
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(SystemExit) as end:
-        train(cfg)
-    assert end.value.code == 1
+    unlimited, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    bytes_a_file = 50_000  # a checkpoint has 100,000
+    try:
+        stop = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (bytes_a_file, hard))
+        assert train_stopped(cfg, monkeypatch, 5, stop) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, hard))
     said = capsys.readouterr()
-    assert "No space left on device" in said.err
+    assert "File too large" in said.err
+    assert ".ckpt" in said.err
     assert "resume=" in said.out
     assert not list(Path(cfg.output_dir).rglob("*.unfinished"))
     cfg.resume = "auto"
     train(cfg)
-    assert "Goes on from step" in capsys.readouterr().out
+    assert "Goes on from step 4" in capsys.readouterr().out
     assert_same(cfg, results(Path(twin.output_dir)))
 
 
