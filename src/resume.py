@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from yaml import YAMLError
@@ -242,12 +243,15 @@ def resumable(run_dir: Path, interrupts: Interrupts) -> Iterator[None]:
 
 
 def resume_command(run_dir: Path) -> str:
-    """What to type to go on with a run of this process."""
+    """What to type to go on with a run of this process, or with the sweep that it is a job of."""
     words = ["python", shown(Path(__file__).with_name("train.py"))]
-    if HydraConfig.initialized():
-        hydra = HydraConfig.get()
-        if hydra.job.config_name != "pattern_search_train":
-            words.append(f"--config-name={hydra.job.config_name}")
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    if hydra and hydra.mode == RunMode.MULTIRUN:
+        own = [a for a in sys.argv[1:] if not a.startswith(("resume=", "hydra.sweep.dir="))]
+        return shlex.join([*words, *own, f"hydra.sweep.dir={quoted(shown(hydra.sweep.dir))}", "resume=auto"])
+    if hydra and hydra.job.config_name != "pattern_search_train":
+        words.append(f"--config-name={hydra.job.config_name}")
+    if hydra:
         words += [o for o in hydra.overrides.task if not o.startswith("resume=")]
     return shlex.join([*words, f"resume={quoted(shown(run_dir))}"])
 
