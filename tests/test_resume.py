@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from filelock import FileLock
 from omegaconf import OmegaConf
@@ -210,6 +211,22 @@ def test_a_run_killed_in_its_test_is_tested_and_not_trained_again(short_run, mon
     forbid_training(monkeypatch)
     train(cfg)
     assert_same(cfg, expected)
+
+
+@pytest.mark.parametrize("limit", ["trainer.max_time=00:01:00:00", "optimizer.max_seconds=3600"])
+def test_time_used_before_counts(short_run, monkeypatch, limit):
+    cfg = short_run("stopped", limit)
+    train_interrupted(cfg, monkeypatch, 5, signal.SIGINT)
+    path = Path(cfg.output_dir, "checkpoints/last.ckpt")
+    checkpoint = read_checkpoint(path)
+    used = checkpoint["callbacks"]["Timer"]["time_elapsed"] if "time" in limit else {}
+    assert used.get("train", 1) > 0
+    used["train"] = checkpoint["optimizer_states"][0]["state"]["search"]["seconds"] = 3600
+    torch.save(checkpoint, path)
+    cfg.resume = "auto"
+    summary = train(cfg)
+    assert summary["steps"] <= 6
+    assert summary["stopped_by"] == limit.split("=")[0].split(".")[1]
 
 
 @pytest.mark.parametrize(
