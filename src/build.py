@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from checkpoints import RESUMABLE, read_checkpoint
 from pattern_search_task import PatternSearchTask
 from sequence_data import SequenceDataModule
 from transformer import DecoderOnlyTransformer
@@ -55,12 +55,15 @@ def load_run(run_dir: str | Path) -> tuple[PatternSearchTask, SequenceDataModule
         run_dir: the directory that the run printed, with config.yaml and checkpoints/.
 
     Raises:
-        FileNotFoundError: the directory holds no run.
+        FileNotFoundError: the directory holds no run, or none with a checkpoint.
+        ValueError: the checkpoint is damaged.
     """
     run_dir = Path(run_dir)
     cfg = OmegaConf.load(run_dir / "config.yaml")
-    best, last = (run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
-    checkpoint = torch.load(best if best.exists() else last, weights_only=True, map_location="cpu")
+    kept = [path for name in ("best.ckpt", *RESUMABLE) if (path := run_dir / "checkpoints" / name).exists()]
+    if not kept:
+        raise FileNotFoundError(f"{run_dir} has no checkpoint")
+    checkpoint = read_checkpoint(kept[0])
     datamodule = build_datamodule(cfg)
     task = build_task(cfg, datamodule)
     task.load_state_dict(checkpoint["state_dict"])

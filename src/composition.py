@@ -41,7 +41,8 @@ def compose_jobs(config_name: str, overrides: list[str], multirun: bool = False)
         HydraException, OmegaConfBaseException, yaml.YAMLError: what is wrong with an override or a file.
     """
     with _hydra():
-        return [_compose(config_name, job) for job in _split(config_name, overrides, multirun)]
+        jobs = _split(config_name, overrides, multirun)
+        return [_compose(config_name, job, number if multirun else None) for number, job in enumerate(jobs)]
 
 
 def compose_possible(config_name: str, overrides: list[str], multirun: bool = False) -> tuple[list[Job], list[str]]:
@@ -97,17 +98,25 @@ def _split(config_name: str, overrides: list[str], multirun: bool) -> list[list[
     return BasicSweeper.split_arguments(_parse([*named, *overrides]), None)[0]
 
 
-def _compose(config_name: str, overrides: list[str], with_hydra: bool = False) -> DictConfig:
+def _compose(config_name: str, overrides: list[str], number: int | None = None, with_hydra: bool = False) -> DictConfig:
+    """The config of a job; `number` is that of a job of a sweep."""
     cfg = compose(config_name, overrides, return_hydra_config=True)
     choices = cfg.hydra.runtime.choices
     OmegaConf.set_struct(cfg, False)
     if OmegaConf.is_dict(cfg.get("choices")):
         cfg.choices = {key: choices.get(key) for key in cfg.choices}
+    if OmegaConf.is_interpolation(cfg, "output_dir"):  # Hydra knows it only once the job runs
+        cfg.output_dir = str(_job_directory(cfg.hydra, number))
     if not with_hydra:
         del cfg["hydra"]
-    if OmegaConf.is_interpolation(cfg, "output_dir"):  # known only once a job runs
-        cfg.output_dir = str(CONFIGS.parent / "runs" / "unnamed")
     return cfg
+
+
+def _job_directory(hydra: DictConfig, number: int | None) -> Path:
+    if number is None:
+        return Path(hydra.run.dir).absolute()
+    hydra.job.num = number
+    return Path(hydra.sweep.dir, hydra.sweep.subdir).absolute()
 
 
 def _compose_possible(config_name: str, overrides: list[str], problems: dict[str, None]) -> Job | None:
@@ -180,7 +189,7 @@ def _explain(error: Exception, config_name: str, override: str, right: Sequence[
     if "Could not override" in message or "Key '" in message or "Could not append" in message:
         if key in options or "/" in key:
             return f"{override}: {' '.join(lines)}"
-        known = leaves(OmegaConf.to_container(_compose(config_name, list(right), key.startswith("hydra."))))
+        known = leaves(OmegaConf.to_container(_compose(config_name, list(right), with_hydra=key.startswith("hydra."))))
         return unknown(f"key {key}", key, [*known, *options], list_known=False)
     if message.startswith("Error parsing override"):
         near = difflib.get_close_matches(override, options, n=1)

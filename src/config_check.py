@@ -32,6 +32,7 @@ from composition import CONFIGS, DEFAULT_CONFIG, Job, compose_jobs, compose_poss
 from did_you_mean import nearest, unknown
 from draft import INSTRUCTIONS, Draft, dig, shown
 from pattern_search_task import PatternSearchTask
+from resume import hydra_arguments, plan
 from sequence_data import SequenceDataModule
 
 __all__ = ["CONFIGS", "DEFAULT_CONFIG", "check_command_line", "compose_jobs", "find_problems", "refuse"]
@@ -78,6 +79,14 @@ class Choices(BaseModel):
     model: str | None
     optimizer: str | None
     experiment: str | None
+    variant: str | None
+
+
+class Checkpoint(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    every_seconds: float | None = Field(ge=0)
+    every_steps: int | None = Field(ge=1)
 
 
 class Root(BaseModel):
@@ -94,22 +103,35 @@ class Root(BaseModel):
     logger: dict
     callbacks: dict
     wandb: Wandb
+    resume: str | None
+    checkpoint: Checkpoint
     choices: Choices
     output_dir: str
     allowed_packages: list[str]
 
 
-def check_command_line(arguments: Sequence[str]) -> None:
-    """Print every problem of a command and exit with code 2, or return if there is none.
+def check_command_line(arguments: Sequence[str]) -> list[str]:
+    """Print every problem of a command and exit with code 2, or return the arguments to run with if there is none.
 
     Args:
-        arguments: the command line without the program's name.
+        arguments: the command line without the program's name. What is returned is the same, but for the directory
+            of a run that resumes another one.
     """
     args = get_args_parser().parse_args(arguments)
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
-        return
-    if problems := check_command(args.config_name or DEFAULT_CONFIG, args.overrides, args.multirun):
+        return list(arguments)
+    config_name = args.config_name or DEFAULT_CONFIG
+    if problems := check_command(config_name, args.overrides, args.multirun):
         refuse(problems)
+    problems, run_dirs = {}, []
+    for cfg in compose_jobs(config_name, args.overrides, args.multirun):
+        run_dir, found = plan(cfg, args.overrides, args.multirun)
+        problems |= dict.fromkeys(found)
+        run_dirs.append((cfg.resume, run_dir))
+    if problems:
+        refuse(list(problems))
+    resume, run_dir = run_dirs[0]
+    return hydra_arguments(run_dir, arguments) if resume and not args.multirun else list(arguments)
 
 
 def refuse(problems: list[str]) -> None:

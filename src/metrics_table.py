@@ -8,6 +8,7 @@ leaves a readable table. `read_runs` reads any number of them, `read_wandb` gets
 import csv
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,16 @@ class MetricsTable(Logger):
             rows = csv.writer(file)
             for name, value in metrics.items():
                 rows.writerow([step, int(self._axes["evaluations"]), f"{self._axes['seconds']:.4f}", name, value])
+
+    def sync(self) -> int:
+        """Have all rows survive a crash of the machine; returns the bytes of the table, where a resumed run goes on."""
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+            return file.seek(0, os.SEEK_END)
+
+    def cut(self, size: int) -> None:
+        """Drop what lies behind the first `size` bytes: rows of steps that will be done again, or half a row."""
+        os.truncate(self.path, min(size, self.path.stat().st_size))
 
 
 def read_runs(*paths: str | Path) -> pd.DataFrame:

@@ -190,6 +190,10 @@ class PatternSearch(torch.optim.Optimizer):
         """The limit that ended the search, or None while it goes on."""
         return self.state["search"]["stopped_by"]
 
+    def look_at_limits(self) -> None:
+        """Take back that a limit ended the search, if it no longer would: a loaded search has the limits given here."""
+        self.state["search"]["stopped_by"] = self._limit_reached()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor], candidates: Candidates | None = None) -> float:
         """Poll on the batch behind `closure`; returns the incumbent's loss at the end of the step.

@@ -43,6 +43,7 @@ class SearchProgress(Callback):
         self._trainer, self._task = trainer, task
         self._started, self._evaluations, self._accepted = time.monotonic(), task.evaluations, 0
         self._loss = self._exact_match = self._eta = None
+        self._first_step = trainer.global_step  # not 0 in a run that goes on
         self._polling = 0.0  # seconds in the steps of a search
         self._trend: deque[tuple[float, float]] = deque(maxlen=TREND)  # seconds since the start, loss with a target
         self._monitor, self._target = target_of(trainer, task)
@@ -142,8 +143,8 @@ class SearchProgress(Callback):
             done, accepted = done + report.polled / report.to_poll, accepted + report.accepted
         elapsed = time.monotonic() - self._started
         parts = [f"loss {loss:.4f}" if loss is not None else "loss -"]  # what a narrow terminal cuts off comes last
-        if isinstance(total, int) and done > 0:
-            parts.append(f"left at most {clock(elapsed * max(total - done, 0) / done)}")
+        if isinstance(total, int) and done > self._first_step:
+            parts.append(f"left at most {clock(elapsed * max(total - done, 0) / (done - self._first_step))}")
         if self._target is not None:
             parts.append(f"target in {'-' if self._eta is None else f'about {clock(self._eta)}'}")
         rate = (task.evaluations - self._evaluations) / max(elapsed, 1e-9)

@@ -3,27 +3,39 @@
 python src/train.py                                  pattern search on parity, the default
 python src/train.py --config-name=train              the same by gradients
 python src/train.py task=scan model=tiny seed=1      anything in configs/ can be set
+python src/train.py resume=auto                      go on with the run that was stopped
 python src/train.py --help                           all options
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # nothing has begun: Ctrl-C during the slow imports and the check of the command
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import json
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
 
 import hydra
 import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from build import build_datamodule, build_task
-from config_check import DEFAULT_CONFIG, check_command_line
+from checkpoints import AtomicCheckpointIO, Checkpoints, selected_weights, write
+from config_check import DEFAULT_CONFIG, check_command_line, refuse
+from interrupts import Interrupts, undisguised
 from machine import prepare_machine
 from metrics_table import MetricsTable
-from report import draw_progress, print_header, print_summary, summarise
+from report import draw_progress, print_header, print_summary, shown, summarise
+from resume import begin, finished, limits, resumable
+from run_directory import RunDirectoryError, locked, record_start
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("PATTERN_SEARCH_ROOT", str(ROOT))  # configs/hydra puts runs below it
@@ -31,12 +43,27 @@ os.environ.setdefault("WANDB_SILENT", "true")  # the summary says where the run 
 
 
 def train(cfg: DictConfig) -> dict:
-    """Build, fit, test and summarise one run; returns the summary that is saved as summary.json."""
-    run_dir, console = Path(cfg.output_dir), Console()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+    """One run, new or resumed; returns the summary that is saved as summary.json.
 
+    Raises:
+        RunDirectoryError: the directory is in use, or holds a run that this config does not go on with.
+        SystemExit: the run was interrupted (130, or 143 for SIGTERM), or could not write (1).
+    """
+    run_dir, console, interrupts = Path(cfg.output_dir), Console(), Interrupts()
+    with locked(run_dir), resumable(run_dir, interrupts):
+        if summary := finished(cfg):
+            console.print(f"{shown(run_dir)} is finished already.", soft_wrap=True, highlight=False)
+            print_summary(console, cfg, summary, build_datamodule(cfg))
+            return summary
+        return run(cfg, console, interrupts, begin(cfg, console))
+
+
+def run(cfg: DictConfig, console: Console, interrupts: Interrupts, checkpoint: Path | None) -> dict:
+    """Build, fit, test and summarise, from a checkpoint if there is one."""
+    run_dir = Path(cfg.output_dir)
+    write(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     prepare_machine()
+    record_start(run_dir)
     L.seed_everything(cfg.seed, verbose=False)
     datamodule = build_datamodule(cfg)
     task = build_task(cfg, datamodule)
@@ -45,50 +72,34 @@ def train(cfg: DictConfig) -> dict:
         loggers.append(instantiate(cfg.logger))
         getattr(loggers[-1], "_wandb_init", {}).pop("anonymous", None)  # Lightning passes it, and wandb warns of it
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
-    trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, default_root_dir=str(run_dir))
+    callbacks.append(Checkpoints(run_dir, limits(cfg), interrupts, **cfg.checkpoint))
+    files = dict(default_root_dir=str(run_dir), plugins=[AtomicCheckpointIO()])
+    trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, **files)
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
 
     print_header(console, cfg, task, datamodule)
-    interrupted = fit(trainer, task, datamodule)
-    checkpoint = newest_weights(run_dir) if interrupted else selected_weights(trainer)
-    metrics = {} if interrupted else test(trainer, task, datamodule, checkpoint)
-    summary = summarise(cfg, trainer, task, datamodule, metrics, checkpoint)
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    with undisguised(trainer):
+        trainer.fit(task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    interrupted = bool(interrupts.received)
+    weights = callbacks[-1].best_model_path if interrupted else selected_weights(trainer)
+    metrics = {} if interrupted else test(trainer, task, datamodule, weights)
+    summary = summarise(cfg, trainer, task, datamodule, metrics, weights)
+    summary |= {"stopped_by": "interrupted"} if interrupted else {}
+    write(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     draw_progress(run_dir)
     print_summary(console, cfg, summary, datamodule)
     for logger in loggers:
         logger.finalize("aborted" if interrupted else "success")
-    if interrupted:
-        sys.exit(130)
     return summary
-
-
-def fit(trainer: L.Trainer, task: L.LightningModule, datamodule: L.LightningDataModule) -> bool:
-    """Train; returns whether the user interrupted it. Lightning turns Ctrl-C into an exit with code 1."""
-    try:
-        trainer.fit(task, datamodule=datamodule)
-    except SystemExit:
-        if not trainer.interrupted:
-            raise
-    return trainer.interrupted
-
-
-def selected_weights(trainer: L.Trainer) -> str | None:
-    """The checkpoint that the first checkpoint callback kept: the best on validation. None if none is kept."""
-    return next((c.best_model_path for c in trainer.checkpoint_callbacks if c.best_model_path), None)
-
-
-def newest_weights(run_dir: Path) -> str | None:
-    checkpoints = sorted(run_dir.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
-    return str(checkpoints[-1]) if checkpoints else None
 
 
 def test(
     trainer: L.Trainer, task: L.LightningModule, datamodule: L.LightningDataModule, checkpoint: str | None
 ) -> dict:
     """Look at the test split once, with the weights of the checkpoint."""
-    trainer.test(task, datamodule=datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
+    with undisguised(trainer):
+        trainer.test(task, datamodule=datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
 
 
@@ -99,6 +110,10 @@ def main(cfg: DictConfig) -> float:
     try:
         summary = train(cfg)
         exit_code = 0
+    except RunDirectoryError as problem:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # one job of a sweep: the others go on
+        refuse([str(problem)])
     finally:
         finish_wandb(mode, exit_code)
     return summary["test"].get("test/loss", float("nan"))
@@ -117,12 +132,14 @@ def silence_libraries() -> None:
     """What the header and the summary say better, and warnings that are not for the user."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning 2.6 uses a name torch 2.13 renames
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* is not empty")  # that of a resumed run never is
 
 
 if __name__ == "__main__":
     silence_libraries()
+    sys.argv[1:] = check_command_line(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        check_command_line(sys.argv[1:])
         main()
-    except KeyboardInterrupt:  # before training began: nothing to save
+    except KeyboardInterrupt:  # before or after training: nothing to save
         sys.exit(130)

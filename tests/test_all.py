@@ -144,22 +144,43 @@ def test_a_wrong_command_says_so_and_leaves_nothing(options, message, tmp_path):
     assert not (tmp_path / "runs_go_here").exists()
 
 
-def test_ctrl_c_saves_the_newest_weights_and_says_where(tmp_path):
-    command = [sys.executable, "src/train.py", "logger=none", "callbacks.progress.log_every_seconds=1"]
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_newest_weights_and_the_printed_command_goes_on_with_them(tmp_path, number, code):
+    command = [sys.executable, "src/train.py", "logger=none", "callbacks.progress.log_every_seconds=1", "model=tiny"]
     env = os.environ | {"PATTERN_SEARCH_ROOT": str(tmp_path), "COLUMNS": "200"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step ") and not line.startswith("step 0"):
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
     assert "Traceback" not in err
+    assert "Finishing the step" in err
     (run_dir,) = run_dirs(tmp_path)
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["stopped_by"] == "interrupted"
     assert str(run_dir) in out
-    torch.load(summary["checkpoint"], weights_only=True)
+    assert torch.load(summary["checkpoint"], weights_only=True)["global_step"] == summary["steps"]
+
+    printed = next(line for line in out.splitlines() if line.startswith("Go on with: "))
+    done = run(f"{printed.removeprefix('Go on with: ')} trainer.max_steps={summary['steps'] + 2}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"Goes on from step {summary['steps']:,}" in done.stdout
+    assert done.stderr == ""
+    assert run_dirs(tmp_path) == [run_dir]
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == summary["steps"] + 2
+
+
+def test_ctrl_c_before_anything_has_begun_leaves_no_traceback(tmp_path):
+    env = os.environ | {"PATTERN_SEARCH_ROOT": str(tmp_path / "runs_go_here")}
+    command = [sys.executable, "src/train.py", "logger=none"]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(0.5)  # in the imports
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "")
+    assert not (tmp_path / "runs_go_here").exists()
 
 
 def test_progress_moves_during_a_long_poll(tmp_path):
