@@ -7,6 +7,7 @@ Lightning's automatic optimization. Loss, metrics and logs are the same for both
 
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import lightning as L
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from closure import forward_only
+from did_you_mean import unknown
 from fast_polls import make_polls
 from sequence_data import IGNORE
 
@@ -70,6 +72,8 @@ class PatternSearchTask(L.LightningModule):
             `derivative_free = True` is stepped with a closure, any other one by gradients.
         pattern_search_radius: initial radius of a pattern search. It is read by the optimizer's
             config (`radius: ${task.pattern_search_radius}`) and stands here for the command line.
+        parameters: what is trained: names of tensors or of parts, such as ["blocks.1", "head"]; None for all of the
+            model. The other weights keep their first values.
         fast_polls: evaluate many candidates in one pass (`make_polls`); False: one forward a candidate.
     """
 
@@ -81,10 +85,12 @@ class PatternSearchTask(L.LightningModule):
         optimizer: Callable[[Any], torch.optim.Optimizer],
         pattern_search_radius: float = 0.1,
         fast_polls: bool = True,
+        parameters: list[str] | None = None,
     ):
         super().__init__()
         self.model = model
         self.make_optimizer = optimizer
+        self.parameters_trained = chosen_parameters(model, parameters)
         self.pattern_search_radius = pattern_search_radius
         self.automatic_optimization = not derivative_free(optimizer)
         self.seconds = 0.0  # wall-clock seconds in training steps: no validation, no setup
@@ -93,7 +99,13 @@ class PatternSearchTask(L.LightningModule):
         self._newest_batch: Batch | None = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.make_optimizer(self.model.parameters())
+        optimizer = self.make_optimizer(self.parameters_trained)
+        if getattr(optimizer, "options", {}).get("units_per_step") and not self.fast_polls:
+            raise ValueError(
+                "optimizer.units_per_step polls units, which only the fast polls do: use task.fast_polls=true, or "
+                "optimizer.units_per_step=null and optimizer.polls_per_step=96"
+            )
+        return optimizer
 
     @property
     def raw_optimizer(self) -> torch.optim.Optimizer:
@@ -203,6 +215,20 @@ class PatternSearchTask(L.LightningModule):
             axes = {"evaluations": float(self.evaluations), "seconds": self.seconds}
             self.log_dict(metrics | axes)
         self._scores.clear()
+
+
+def chosen_parameters(model: nn.Module, names: list[str] | None) -> list[nn.Parameter]:
+    """The parameters whose names begin with one of `names`; all of them for None.
+
+    Raises:
+        ValueError: a name that no parameter begins with.
+    """
+    named = dict(model.named_parameters())
+    for name in names or []:
+        if not any(f"{known}.".startswith(f"{name}.") for known in named):
+            parts = [part for known in named for part in accumulate(known.split("."), "{}.{}".format)]
+            raise ValueError(unknown(f"task.parameters: {name}", name, list(dict.fromkeys(parts))))
+    return [p for known, p in named.items() if names is None or f"{known}.".startswith(tuple(f"{n}." for n in names))]
 
 
 def derivative_free(optimizer: Callable) -> bool:

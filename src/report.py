@@ -17,10 +17,12 @@ from sequence_data import SequenceDataModule
 
 def print_header(console: Console, cfg: DictConfig, task: PatternSearchTask, datamodule: SequenceDataModule) -> None:
     """Two lines: what is trained on what, and where it is written."""
-    parameters = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+    weights = f"{sum(p.numel() for p in task.model.parameters()):,}"
+    trained = f"{sum(p.numel() for p in task.parameters_trained):,}"
+    weights = weights if trained == weights else f"{trained} of {weights}"
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in datamodule.splits.items())
     console.print(
-        f"[bold]{cfg.choices.optimizer}[/] trains [bold]{cfg.choices.model}[/] ({parameters:,} weights) on "
+        f"[bold]{cfg.choices.optimizer}[/] trains [bold]{cfg.choices.model}[/] ({weights} weights) on "
         f"[bold]{cfg.choices.task}[/]: {sizes} sequences, chance loss {datamodule.chance_loss:.3f}, seed {cfg.seed}",
         highlight=False,
     )

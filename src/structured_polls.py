@@ -166,20 +166,23 @@ class StructuredPolls:
         self._refresh()
         change = {id(p): part for p, part in self.coordinates.spread(coordinates, changes)}
         first = min(s for s, stage in enumerate(self.stages) if any(id(p) in change for p in stage.tensors.values()))
-        losses = torch.zeros(len(scales), dtype=torch.float64)
-        for k, scale in enumerate(scales.split(1)):
-            weights = [stage.w for stage in self.stages]
-            for s, stage in enumerate(self.stages):
-                held = {name: p for name, p in stage.tensors.items() if id(p) in change}
-                if held:
-                    weights[s] = stage.fold(
-                        stage.tensors | {name: p + (scale * change[id(p)]).to(p) for name, p in held.items()}
-                    )
-            for rows in self.rows:
-                x = self._state(rows, first - 1).out[:, None] if first else None
-                for stage, w in zip(self.stages[first:], weights[first:], strict=True):
-                    x = stage.forward(w, rows, x)
-                losses[k] += x[0]
+        states = [self._state(rows, first - 1).out[:, None] if first else None for rows in self.rows]
+
+        def loss(scale: Tensor) -> Tensor:
+            with torch.no_grad():  # a thread has its own
+                weights = [stage.w for stage in self.stages]
+                for s, stage in enumerate(self.stages):
+                    moved = {n: p + (scale * change[id(p)]).to(p) for n, p in stage.tensors.items() if id(p) in change}
+                    if moved:
+                        weights[s] = stage.fold(stage.tensors | moved)
+                losses = []
+                for rows, x in zip(self.rows, states, strict=True):
+                    for stage, w in zip(self.stages[first:], weights[first:], strict=True):
+                        x = stage.forward(w, rows, x)
+                    losses.append(x.double())
+                return sum(losses)
+
+        losses = torch.cat(list(self.map(loss, scales.split(1))))
         return self._finite(losses, lambda wrong: self.generic.trial(coordinates, changes, scales[wrong]))
 
     def _tasks(self, rows: Rows, counts: list[int], moves: Moves) -> Iterator[tuple]:
