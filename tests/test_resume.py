@@ -300,7 +300,7 @@ def test_harmless_changes_are_allowed_and_the_run_goes_on_in_its_directory(check
     (tmp_path / "runs/a/checkpoints/previous.ckpt").touch()
     resumed = resumed if resumed == "auto" else f"runs/{resumed}"
     changes = [
-        "logger=csv",
+        "logger=wandb",
         "callbacks.progress.refresh_per_second=1",
         "wandb.project=x",
         "trainer.max_time=00:01:00:00",
