@@ -9,7 +9,12 @@ also answer for many candidates in one call, without the optimizer moving a weig
     trial(coordinates (M,), changes (M,), scales (S,)) -> losses (S,)
         candidate s moves many distinct coordinates at once: weight[coordinates] + scales[s] * changes
 
-`OneByOne` answers both for any closure by moving the weights and putting them back: the readable
+A third question is answered for models whose tokens have losses of their own (`credit_polls.py`):
+
+    credit(units (K,), steps (K,), seed) -> coordinates (M,), slopes (M,)
+        samples of the slopes of all weights of K of the model's `n_units` units, for K evaluations
+
+`OneByOne` answers the first two for any closure by moving the weights and putting them back: the readable
 reference that every faster answer is checked against.
 """
 

@@ -58,6 +58,8 @@ class PatternSearch(torch.optim.Optimizer):
        lower; losses that are not finite are worse than any.
        `poll="complete"` polls them all at the same incumbent. `poll="opportunistic"` moves to each that
        improves, goes on from there, and skips the way back (exploratory moves, Hooke and Jeeves 1961).
+       With `units_per_step`, units are polled before: one evaluation tells the slopes of all weights of a unit
+       from the losses of single tokens (`credit_polls.py`).
     3. SEARCH, if there are `step_lengths`: every poll gives the slope of its coordinate. The remembered
        slopes of all coordinates, each divided by its running root mean square and faded by its age, make
        one direction (`slopes.py`; simplex slopes, Custodio and Vicente 2007). It is tried at every step length.
@@ -89,7 +91,9 @@ class PatternSearch(torch.optim.Optimizer):
         max_evaluations: budget of function evaluations, never exceeded.
         max_seconds: budget of seconds spent in steps, looked at before every call of the closure.
         target_loss: the search ends when the incumbent's loss is at or below it.
-        seed: seeds the order of the directions.
+        units_per_step: units polled in a step at the most, in a seeded random order; None for none. The
+            closure must answer `credit`. `polls_per_step` may then be 0.
+        seed: seeds the order of the directions and of the units.
 
     Raises:
         ValueError: an option outside its range, or a parameter that is not of a floating type.

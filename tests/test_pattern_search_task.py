@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from build import build_task
+from build import build_datamodule, build_task
 from metrics_table import MetricsTable, read_runs
 from optimizer import PatternSearch
 from pattern_search_task import PatternSearchTask, Scores, masked_loss
@@ -23,11 +23,13 @@ def fit(task, data, logger=False, **options):
     return trainer
 
 
-SEARCHES = ["pattern_search", "pattern_search_classic"]
+SEARCHES = ["pattern_search", "pattern_search_classic", "pattern_search_credit"]
 
 
-@pytest.mark.parametrize("optimizer", SEARCHES)
-@pytest.mark.parametrize("evaluated", ["by structured polls", "one by one"])
+@pytest.mark.parametrize(
+    ("optimizer", "evaluated"),
+    [(search, "by structured polls") for search in SEARCHES] + [(search, "one by one") for search in SEARCHES[:2]],
+)
 def test_a_search_never_runs_backward_and_allocates_no_gradient(
     optimizer, evaluated, compose_config, parity, monkeypatch
 ):
@@ -217,3 +219,26 @@ def test_local_tables_are_read_back_with_their_configs(compose_config, tmp_path)
     train_rows = table[table.metric == "train/loss"]
     assert train_rows.evaluations.is_monotonic_increasing
     assert len(train_rows) == 6
+
+
+def test_only_the_chosen_parameters_are_trained(compose_config):
+    cfg = compose_config("model=tiny", "task.parameters=[blocks.0.ff,head]")
+    task = build_task(cfg, build_datamodule(cfg))
+    (group,) = task.configure_optimizers().param_groups
+    names = {name for name, p in task.model.named_parameters() if any(p is q for q in group["params"])}
+    assert names == {f"blocks.0.ff.{m}.{k}" for m in ("inner", "outer") for k in ("weight", "bias")} | {
+        "head.weight",
+        "head.bias",
+    }
+
+
+def test_a_part_that_the_model_has_not_is_refused(compose_config):
+    cfg = compose_config("model=tiny", "task.parameters=[blocks.0.fff]")
+    with pytest.raises(Exception, match=r"blocks.0.fff is not known; did you mean blocks.0.ff\?"):
+        build_task(cfg, build_datamodule(cfg))
+
+
+def test_units_need_the_fast_polls(compose_config):
+    cfg = compose_config("model=tiny", "optimizer=pattern_search_credit", "task.fast_polls=false")
+    with pytest.raises(ValueError, match=r"use task.fast_polls=true"):
+        build_task(cfg, build_datamodule(cfg)).configure_optimizers()
