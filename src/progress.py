@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from stagnation import WINDOW, Recent, hints
+from stagnation import Recent, hints
 
 log = logging.getLogger("progress")
 TREND = 12  # validations that the time to the target is estimated from
@@ -47,9 +47,7 @@ class SearchProgress(Callback):
         self._polling = 0.0  # seconds in the steps of a search
         self._trend: deque[tuple[float, float]] = deque(maxlen=TREND)  # seconds since the start, loss with a target
         self._monitor, self._target = target_of(trainer, task)
-        self._recent = Recent(
-            trainer.datamodule.chance_loss, 0, *(deque(maxlen=n) for n in (WINDOW, None, WINDOW, WINDOW))
-        )
+        self._recent = Recent(trainer.datamodule.chance_loss)
         self._next_hint: dict[str, int] = {}  # evaluations before which a hint is not repeated
         self._stop.clear()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)

@@ -3,8 +3,9 @@
 `progress.SearchProgress` asks after each validation. The rules are conservative: a run that gets on gets no hint.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 WINDOW = 100  # steps that the rules look back on
@@ -13,16 +14,20 @@ AT_CHANCE = 0.97  # a training loss above this share of chance has learned nothi
 LEARNED = 0.1  # below this share of chance the task is almost solved, and fewer moves are accepted
 
 
+def of_window() -> deque:
+    return deque(maxlen=WINDOW)
+
+
 @dataclass
 class Recent:
-    """What the rules look at. The sequences that go by step hold the last WINDOW steps of a search, or of gradients."""
+    """What the rules look at. What goes by step holds the last WINDOW steps of a search, or of gradients."""
 
     chance_loss: float  # nats
     evaluations: int = 0
-    train_losses: Sequence[float] = ()  # by step, nats
-    val_losses: Sequence[float] = ()  # by validation, all of them, nats
-    accepted: Sequence[bool] = ()  # by step of a search: did it move?
-    search_accepted: Sequence[bool] = ()  # by step, if the search has a search step
+    train_losses: deque[float] = field(default_factory=of_window)  # by step, nats
+    val_losses: list[float] = field(default_factory=list)  # by validation, all of them, nats
+    accepted: deque[bool] = field(default_factory=of_window)  # by step of a search: did it move?
+    search_accepted: deque[bool] = field(default_factory=of_window)  # by step, if the search has a search step
 
 
 def hints(recent: Recent) -> Iterator[tuple[str, str]]:

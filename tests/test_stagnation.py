@@ -7,9 +7,17 @@ from stagnation import PATIENCE, WINDOW, Recent, hints
 FALLING = [0.6 - 0.4 * i / WINDOW for i in range(WINDOW)]
 
 
+def recent_of(**settings):
+    """Filled as the progress display fills it."""
+    recent = Recent(chance_loss=0.693, evaluations=settings.pop("evaluations", 0))
+    for name, values in settings.items():
+        getattr(recent, name).extend(values)
+    return recent
+
+
 def names(**recent):
-    settings = dict(chance_loss=0.693, train_losses=FALLING, accepted=[True] * WINDOW, val_losses=[0.6, 0.5])
-    return [name for name, _ in hints(Recent(**settings | recent))]
+    settings = dict(train_losses=FALLING, accepted=[True] * WINDOW, val_losses=[0.6, 0.5])
+    return [name for name, _ in hints(recent_of(**settings | recent))]
 
 
 def share(of):
@@ -39,6 +47,6 @@ def test_each_rule_applies_to_its_sign_only(recent, expected):
 
 
 def test_a_hint_names_what_to_change():
-    (text,) = (text for _, text in hints(Recent(0.693, 0, FALLING, [0.5], [True], share(0.1))))
+    (text,) = (text for _, text in hints(recent_of(train_losses=FALLING, search_accepted=share(0.1))))
     assert "10%" in text
     assert "optimizer.step_lengths" in text
