@@ -226,7 +226,7 @@ class PatternSearch(torch.optim.Optimizer):
         report.to_poll = end - search["cursor"]
         if self.slopes:
             self.slopes.age()
-        if self.options["units_per_step"]:
+        if self.options["units_per_step"] and self._limit_reached() is None:
             self._poll_units(candidates)
 
         if self.options["poll"] == "opportunistic":

@@ -145,6 +145,17 @@ def test_the_search_learns_from_units_alone_and_resumes_exactly():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("budget", [1, 5, 9, 10])
+def test_a_budget_is_never_exceeded_by_units(budget):
+    model, coordinates, batch, closure = setup()
+    options = dict(polls_per_step=0, units_per_step=8, step_lengths=[0.01], max_evaluations=budget)
+    optimizer = PatternSearch(model.parameters(), **options)
+    for _ in range(3):
+        optimizer.step(closure)
+    assert optimizer.evaluations == budget
+    assert optimizer.stopped_by == "max_evaluations"
+
+
 def test_frozen_tensors_get_no_slopes():
     model, _, batch, _ = setup()
     chosen = list(model.blocks[1].parameters())
