@@ -23,7 +23,7 @@ import lightning as L
 import torch
 from hydra._internal.utils import get_args_parser
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, ValidationError, create_model
 
@@ -34,8 +34,6 @@ from draft import INSTRUCTIONS, Draft, dig, shown
 from pattern_search_task import PatternSearchTask
 from resume import hydra_arguments, plan
 from sequence_data import SequenceDataModule
-
-__all__ = ["CONFIGS", "DEFAULT_CONFIG", "check_command_line", "compose_jobs", "find_problems", "refuse"]
 
 BUILT_IN_PACKAGES = {
     "torch",
@@ -155,18 +153,14 @@ def check_command(config_name: str, overrides: Sequence[str], multirun: bool = F
     return [*found, *(reasons[0] for reasons in unread.values() if all(reasons))]
 
 
-def find_problems(cfg: DictConfig) -> list[str]:
-    """What is wrong with one job's config: one message each, with the key and what to do."""
-    return list(check(Job(cfg, cfg, [])).problems.values())
-
-
 _checked: dict[str, Draft] = {}  # the jobs of a sweep are often the same but for names
 
 
 def check(job: Job) -> Draft:
     """Everything that can be said about one job."""
     draft = Draft(job)
-    key = json.dumps([draft.raw, draft.defaults], sort_keys=True, default=str)
+    nodes = [{k: v for k, v in raw.items() if k != "output_dir"} for raw in (draft.raw, draft.defaults)]
+    key = json.dumps(nodes, sort_keys=True, default=str)
     if key not in _checked:
         check_text(draft)
         check_machine(draft)

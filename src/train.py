@@ -29,7 +29,8 @@ from rich.console import Console
 
 from build import build_datamodule, build_task
 from checkpoints import AtomicCheckpointIO, Checkpoints, selected_weights, write
-from config_check import DEFAULT_CONFIG, check_command_line, refuse
+from composition import DEFAULT_CONFIG
+from config_check import check_command_line, refuse
 from interrupts import Interrupts, undisguised
 from machine import prepare_machine
 from metrics_table import MetricsTable

@@ -6,7 +6,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from config_check import compose_jobs
+from composition import compose_jobs
 from machine import prepare_machine
 from state_tracking_data import StateTrackingDataModule
 from transformer import DecoderOnlyTransformer

@@ -28,7 +28,7 @@ from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from config_check import compose_jobs
+from composition import compose_jobs
 from machine import prepare_machine
 from metrics_table import MetricsTable
 from pattern_search_task import PatternSearchTask

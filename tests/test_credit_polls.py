@@ -147,7 +147,7 @@ def test_the_search_learns_from_units_alone_and_resumes_exactly():
 
 @pytest.mark.parametrize("budget", [1, 5, 9, 10])
 def test_a_budget_is_never_exceeded_by_units(budget):
-    model, coordinates, batch, closure = setup()
+    model, _, _, closure = setup()
     options = dict(polls_per_step=0, units_per_step=8, step_lengths=[0.01], max_evaluations=budget)
     optimizer = PatternSearch(model.parameters(), **options)
     for _ in range(3):
