@@ -62,7 +62,8 @@ class PatternSearch(torch.optim.Optimizer):
        from the losses of single tokens (`credit_polls.py`).
     3. SEARCH, if there are `step_lengths`: every poll gives the slope of its coordinate. The remembered
        slopes of all coordinates, each divided by its running root mean square and faded by its age, make
-       one direction (`slopes.py`; simplex slopes, Custodio and Vicente 2007). It is tried at every step length.
+       one direction (`slopes.py`; simplex slopes, Custodio and Vicente 2007). The step lengths are tried in turn
+       until one improves.
     4. Move to the best of the complete poll and the search, if it is better than the incumbent; else stay.
     5. A pass over all directions without a success of a group is a failed poll of this group: its radius
        is multiplied by `contraction`. Any success multiplies it by `expansion` at the end of the pass
@@ -85,8 +86,8 @@ class PatternSearch(torch.optim.Optimizer):
         min_radius: the search ends when the radius of every group has fallen below it.
         max_radius: expansion stops here.
         one_sided: poll each coordinate once a pass, on the side that is remembered as downhill.
-        step_lengths: lengths of the search step, in units of the weights for a coordinate whose slopes all
-            agree; none for no search step.
+        step_lengths: lengths of the search step, tried in turn until one improves, in units of the weights for a
+            coordinate whose slopes all agree; none for no search step.
         memory, scale_memory, fade: of the remembered slopes, see `slopes.SlopeMemory`.
         max_evaluations: budget of function evaluations, never exceeded.
         max_seconds: budget of seconds spent in steps, looked at before every call of the closure.
@@ -304,18 +305,24 @@ class PatternSearch(torch.optim.Optimizer):
     def _search(
         self, candidates: Candidates, best: tuple[Tensor, Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Try the direction of all remembered slopes; the better of the best step length and `best`."""
-        lengths = self.options["step_lengths"][: self._affordable(len(self.options["step_lengths"]))]
+        """Try the direction of all remembered slopes, one step length after the other, until one improves.
+
+        Returns it if it is better than `best`, else `best`.
+        """
         coordinates, direction = torch.arange(len(self.coordinates)), self.slopes.direction
-        if not lengths or self._limit_reached() is not None or not direction.any():
+        if not direction.any():
             return best
-        losses = candidates.trial(coordinates, direction, torch.tensor(lengths, dtype=direction.dtype))
-        self._spend(len(lengths))
-        k = _lowest(losses)
-        if not _improves(losses[k], float(best[0]) if best else self.report.loss_after):
-            return best
-        self.report.search_accepted = True
-        return losses[k], coordinates, lengths[k] * direction
+        for length in self.options["step_lengths"]:
+            if self._limit_reached() is not None:
+                return best
+            loss = candidates.trial(coordinates, direction, torch.tensor([length], dtype=direction.dtype))[0]
+            self._spend(1)
+            if _improves(loss, self.report.loss_after):
+                if best is not None and not _improves(loss, float(best[0])):
+                    return best
+                self.report.search_accepted = True
+                return loss, coordinates, length * direction
+        return best
 
     def _accept(self, loss: Tensor, coordinates: Tensor, steps: Tensor) -> None:
         """Move the weights at the coordinates, and make this the incumbent."""

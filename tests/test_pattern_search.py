@@ -323,8 +323,16 @@ def test_a_search_step_follows_the_slopes_of_all_coordinates_at_once():
     for _ in range(30):
         search.step(lambda: sphere(w))
         assert search.report.search_accepted
-    assert search.evaluations == 30 * (1 + 100 + 2)
+    assert search.evaluations == 30 * (1 + 100 + 1)  # the first step length improves: the second is not tried
     assert (w < 2.6).all()  # 30 steps of .1 on every coordinate; single moves would have changed 30 of the 100
+
+
+def test_the_next_step_length_is_tried_where_the_one_before_does_not_improve():
+    w = nn.Parameter(torch.full((100,), 0.1, dtype=torch.float64))
+    search = PatternSearch([w], radius=0.01, poll="complete", one_sided=True, step_lengths=[0.5, 0.1, 0.05], memory=0)
+    search.step(lambda: sphere(w))  # .5 leads far beyond the minimum, .1 to it, and .05 would improve too
+    assert search.report.search_accepted and search.evaluations == 1 + 100 + 2
+    assert torch.allclose(w, torch.zeros_like(w))
 
 
 def test_polls_of_one_side_take_the_side_remembered_as_downhill():
