@@ -331,7 +331,8 @@ def test_the_next_step_length_is_tried_where_the_one_before_does_not_improve():
     w = nn.Parameter(torch.full((100,), 0.1, dtype=torch.float64))
     search = PatternSearch([w], radius=0.01, poll="complete", one_sided=True, step_lengths=[0.5, 0.1, 0.05], memory=0)
     search.step(lambda: sphere(w))  # .5 leads far beyond the minimum, .1 to it, and .05 would improve too
-    assert search.report.search_accepted and search.evaluations == 1 + 100 + 2
+    assert search.report.search_accepted
+    assert search.evaluations == 1 + 100 + 2
     assert torch.allclose(w, torch.zeros_like(w))
 
 
