@@ -55,7 +55,7 @@ def compose_possible(config_name: str, overrides: list[str], multirun: bool = Fa
             if composed is None:
                 break
             jobs.append(composed)
-    return jobs, list(problems)
+    return jobs, [*problems, *(_unknown_groups(config_name) if jobs else [])]
 
 
 def groups() -> dict[str, list[str]]:
@@ -157,6 +157,18 @@ def _broken_files() -> list[str]:
         except Exception as error:  # of PyYAML or OmegaConf
             broken.append(f"configs/{path.relative_to(CONFIGS)}: {' '.join(str(error).split())}")
     return broken
+
+
+def _unknown_groups(config_name: str) -> list[str]:
+    """Groups without an option in the defaults list of a config that do not exist: Hydra passes over them."""
+    known = [*groups(), "hydra"]
+    entries = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{config_name}.yaml")).get("defaults", [])
+    named = [group for entry in entries if isinstance(entry, dict) for group in entry]
+    return [
+        f"configs/{config_name}.yaml: {unknown(f'group {group}', group, known)}"
+        for group in named
+        if group.rpartition(" ")[2].strip("/").partition("/")[0] not in known
+    ]
 
 
 def _key(override: str) -> str:

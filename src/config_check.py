@@ -243,7 +243,7 @@ def check_root(draft: Draft) -> None:
 
 def missing_target(draft: Draft, path: str) -> None:
     near = nearest("_target_", [key for key in dig(draft.raw, path) if key not in INSTRUCTIONS])
-    given = ", ".join(dig(draft.raw, path))
+    given = ", ".join(f"{path}.{key}" for key in dig(draft.raw, path))
     hint = f"; did you mean it by {path}.{near}?" if near else f", the class to build (given: {given or 'nothing'})"
     draft.note(f"{path}._target_", f"{path}._target_ is missing{hint}")
 
@@ -399,12 +399,16 @@ def validate(model: type[BaseModel], values: dict, path: str) -> Iterator[tuple[
 
 
 def check_machine(draft: Draft) -> None:
-    """What the config asks of the machine and cannot get."""
+    """What the config asks of the machine or of Lightning and cannot get."""
     accelerator = draft.get("trainer.accelerator")
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         text = f"trainer.accelerator={accelerator}: this machine has no CUDA GPU; use trainer.accelerator=cpu"
         draft.note("trainer.accelerator", text)
         draft.raw["trainer"]["accelerator"] = "cpu"
+    if draft.get("trainer.fast_dev_run"):
+        text = "Lightning would take loggers and checkpoints away; use trainer.max_steps=1 trainer.limit_val_batches=1"
+        draft.note("trainer.fast_dev_run", f"trainer.fast_dev_run={draft.get('trainer.fast_dev_run')}: {text}")
+        draft.raw["trainer"]["fast_dev_run"] = False
     if draft.get("logger.offline") is not False:
         return
     later = "or use logger.offline=True and upload later"

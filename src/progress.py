@@ -67,6 +67,8 @@ class SearchProgress(Callback):
                 self._recent.search_accepted.append(report.search_accepted)
 
     def on_validation_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        if trainer.sanity_checking:  # before the start of training
+            return
         self._exact_match = trainer.callback_metrics.get("val/exact_match")
         if (loss := trainer.callback_metrics.get("val/loss")) is not None:
             self._recent.val_losses.append(float(loss))

@@ -135,11 +135,12 @@ class Fuzz:
         before, _, after = lines[i].partition(":")
         start = len(before) - len(before.lstrip(" -"))
         word = before[start:]
-        wrong = self.misspell(word.rpartition("/")[2])
-        lines[i] = f"{before[:start]}{word[: len(word) - len(word.rpartition('/')[2])]}{wrong}:{after}"
+        right = word.rpartition("/")[2]
+        wrong = self.misspell(right)
+        lines[i] = f"{before[:start]}{word.removesuffix(right)}{wrong}:{after}"
         name = word.strip().rpartition("/")[2].rpartition(" ")[2]
         free = file.startswith("callbacks") and not start  # the name of a callback can be any
-        return Case(command, file, "\n".join(lines), (wrong.strip(), name), wrong, misspelt=wrong != word and not free)
+        return Case(command, file, "\n".join(lines), (wrong.strip(), name), wrong, misspelt=wrong != right and not free)
 
     def change_line(self, command: list[str]) -> Case:
         file, lines, i = self.lines(command)
@@ -166,7 +167,8 @@ def judge(case: Case, configs: Path, out: Path) -> tuple[str, str]:
             return "wrong", "a misspelt name was accepted"
         short = [o for o in SHORT if o.split("=")[0] != case.key and case.key != "trainer"]
         short += ["optimizer.max_evaluations=300"] * ("optimizer=pattern_search" in " ".join(case.overrides))
-        short = [o for o in short if not (o.startswith("callbacks") and "callbacks=none" in case.overrides)]
+        without = "callbacks=none" in case.overrides or str(case.file).startswith("callbacks")
+        short = [o for o in short if not (o.startswith("callbacks") and without)]
         logger = ["logger=none"] if "logger=wandb" in case.overrides and not case.key.startswith("logger.") else []
         rest = [o for o in case.overrides if not (logger and o == "logger=wandb")]
         if "logger=wandb" in rest or case.key.startswith("wandb"):

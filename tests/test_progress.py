@@ -36,7 +36,11 @@ def test_a_hint_is_repeated_at_twice_the_evaluations_only(monkeypatch, capsys):
     callback = SearchProgress()
     callback._monitor, callback._target, callback._next_hint = "val/loss", None, {}
     callback._recent = SimpleNamespace()
-    look = partial(callback.on_validation_end, SimpleNamespace(callback_metrics={}))
+    look = partial(callback.on_validation_end, SimpleNamespace(callback_metrics={}, sanity_checking=False))
     for evaluations in (100, 150, 200, 300, 400):
         look(SimpleNamespace(evaluations=evaluations))
     assert capsys.readouterr().out.splitlines() == ["hint: try this"] * 3  # at 100, 200, 400
+
+
+def test_validation_before_the_start_of_training_is_left_alone():
+    SearchProgress().on_validation_end(SimpleNamespace(callback_metrics={}, sanity_checking=True), None)
