@@ -36,7 +36,7 @@ import composition
 from config_check import check_command
 from train import train
 
-SECONDS = 30  # a case may take
+SECONDS = 30  # of computing a case may take; ten times that on the clock, since the machine may be shared
 MEMORY = 20 * 2**30  # bytes of address space
 VALUES = ["-1", "0", "1", "2", "3", "7", "1.5", "1e-9", "1e9", "100000", "-0.5", "true", "false", "null", "abc", "''"]
 VALUES += ["[]", "[1,2]", "[a]", "{}", "{a:1}", "${nothing}", "${seed}", "???", ".inf", ".nan", "'3'", "1,2", "min"]
@@ -157,7 +157,8 @@ def judge(case: Case, configs: Path, out: Path) -> tuple[str, str]:
     """("ran" | "refused" | "traceback" | "wrong", what was said)."""
     if case.file:
         (configs / case.file).write_text(case.text)
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.alarm(10 * SECONDS)
     try:
         problems = check_command("pattern_search_train", case.overrides)
         if problems:
@@ -184,6 +185,7 @@ def judge(case: Case, configs: Path, out: Path) -> tuple[str, str]:
     except TooLong:
         return "wrong", f"took more than {SECONDS} seconds"
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
         if case.file:
             shutil.copy(ORIGINAL / case.file, configs / case.file)
@@ -223,7 +225,8 @@ def main() -> None:
 
 def run(numbers: range, seed: int, show: bool = False) -> Counter:
     """Run some cases of a seed, print those that are wrong (or all), and count the verdicts."""
-    signal.signal(signal.SIGALRM, too_long)
+    for timer in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(timer, too_long)
     fuzz, counts = Fuzz(seed), Counter()
     with tempfile.TemporaryDirectory() as folder:
         configs = Path(folder) / "configs"
