@@ -50,7 +50,7 @@ class Coordinates:
         self.ends = list(accumulate(p.numel() for p in self.parameters))
 
     def __len__(self) -> int:
-        return self.ends[-1]
+        return self.ends[-1] if self.ends else 0
 
     def locate(self, coordinate: int) -> tuple[int, tuple[int, ...]]:
         """The number of the parameter that a coordinate belongs to, and its index there."""
@@ -137,8 +137,8 @@ class OneByOne:
         losses = []
         saved = [(p, p.clone()) for p, _ in self.coordinates.spread(coordinates, changes)]
         for scale in scales:
-            self.coordinates.move(coordinates, scale * changes)
             try:
+                self.coordinates.move(coordinates, scale * changes)
                 losses.append(float(self.closure()))
             finally:
                 for p, weights in saved:

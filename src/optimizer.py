@@ -4,6 +4,7 @@ It knows parameters and losses, and nothing of Lightning, models or tasks. What 
 closure stands in `closure.py`.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -76,7 +77,8 @@ class PatternSearch(torch.optim.Optimizer):
 
     Args:
         params: parameters or parameter groups; every group may set radius, contraction,
-            expansion, min_radius and max_radius for itself.
+            expansion, min_radius and max_radius for itself. All their weights are searched, whatever
+            `requires_grad` says, since no gradient is needed: to keep a weight, leave it out.
         radius: initial poll radius (mesh size), in units of the weights.
         poll: "opportunistic" or "complete".
         polls_per_step: directions polled in a step at the most; None for the whole pass.
@@ -96,7 +98,7 @@ class PatternSearch(torch.optim.Optimizer):
         seed: seeds the order of the directions and of the units.
 
     Raises:
-        ValueError: an option outside its range, or a parameter that is not of a floating type.
+        ValueError: an option outside its range, a parameter that is not of a floating type, or no weight at all.
 
     Example:
         >>> import torch
@@ -164,6 +166,8 @@ class PatternSearch(torch.optim.Optimizer):
         self.state["slopes"] = {}  # filled by the first step that remembers slopes
         self.state["search"] = initial_state()  # torch saves and loads keys that are no parameters as they are
         self.report = StepReport()
+        if not len(self.coordinates):
+            raise ValueError("there are no weights to search: all parameters given are empty")
         if polls_per_step is not None and polls_per_step > self.n_directions:
             raise ValueError(
                 f"polls_per_step={polls_per_step} is more than the {self.n_directions} directions of "
@@ -176,6 +180,9 @@ class PatternSearch(torch.optim.Optimizer):
         _check_group(group)
         self._coordinates: Coordinates | None = None  # the numbering and the order of directions follow the groups
         self._order: Tensor | None = None
+        if "search" in self.state:  # it has begun: the pass and the slopes are of the directions there were
+            self.state["search"]["cursor"] = 0
+            self.state["slopes"].clear()
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"options": self.options, "report": self.report}
@@ -183,6 +190,9 @@ class PatternSearch(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._coordinates = self._order = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(copy.deepcopy(state_dict))  # torch would share what this search changes in place
 
     @property
     def evaluations(self) -> int:
@@ -342,8 +352,15 @@ class PatternSearch(torch.optim.Optimizer):
         return SlopeMemory(self.state["slopes"], len(self.coordinates), dtype, **memory)
 
     def _learn(self, coordinates: Tensor, steps: Tensor, losses: Tensor) -> None:
-        if self.slopes:
-            self.slopes.learn(coordinates, (losses - self.report.loss_after) / steps)
+        if not self.slopes:
+            return
+        slopes = (losses - self.report.loss_after) / steps
+        if self.options["one_sided"]:
+            return self.slopes.learn(coordinates, slopes)
+        second = torch.zeros(len(coordinates), dtype=torch.bool)  # the other side of the coordinate before
+        second[1:] = coordinates[1:] == coordinates[:-1]
+        for side in (~second, second):
+            self.slopes.learn(coordinates[side], slopes[side])
 
     def _advance(self, directions: int, end: int) -> None:
         cursor = min(self.state["search"]["cursor"] + directions, end)
@@ -373,7 +390,7 @@ class PatternSearch(torch.optim.Optimizer):
 
     def _limit_reached(self) -> str | None:
         search, options = self.state["search"], self.options
-        if options["target_loss"] is not None and self.report.loss_after <= options["target_loss"]:
+        if options["target_loss"] is not None and -math.inf < self.report.loss_after <= options["target_loss"]:
             return "target_loss"
         if options["max_evaluations"] is not None and search["evaluations"] >= options["max_evaluations"]:
             return "max_evaluations"

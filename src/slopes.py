@@ -54,9 +54,10 @@ class SlopeMemory:
             self.state["direction"] *= math.exp(-1 / self.fade)
 
     def learn(self, coordinates: Tensor, slopes: Tensor) -> None:
-        """Take in slopes (K,) measured at distinct coordinates (K,); one that is not finite counts as none."""
-        finite = slopes.isfinite()
-        coordinates, slopes = coordinates[finite], slopes[finite].to(self.direction)
+        """Take in slopes (K,) measured at distinct coordinates (K,); one too large to be squared counts as none."""
+        slopes = slopes.to(self.direction)
+        usable = (slopes**2).isfinite()
+        coordinates, slopes = coordinates[usable], slopes[usable]
         visits = self.state["visits"][coordinates] + 1
         mean = self._average("mean", coordinates, slopes, self.memory)
         downhill = -mean / (1 - self.memory**visits)  # the mean starts at 0: correct its bias, as Adam does
