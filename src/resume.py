@@ -238,17 +238,20 @@ def resumable(run_dir: Path, interrupts: Interrupts) -> Iterator[None]:
         logging.getLogger(__name__).info("stopped", exc_info=True)
         print(f"Stopped: {error}", file=sys.stderr)
         code = 1
-    print(f"Go on with: {resume_command(run_dir)}", flush=True)
+    if not in_sweep():  # which says it at its end
+        print(f"Go on with: {resume_command(run_dir)}", flush=True)
     sys.exit(code)
 
 
+def in_sweep() -> bool:
+    """Whether this process runs a job of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def resume_command(run_dir: Path) -> str:
-    """What to type to go on with a run of this process, or with the sweep that it is a job of."""
+    """What to type to go on with a run of this process."""
     words = ["python", shown(Path(__file__).with_name("train.py"))]
     hydra = HydraConfig.get() if HydraConfig.initialized() else None
-    if hydra and hydra.mode == RunMode.MULTIRUN:
-        own = [a for a in sys.argv[1:] if not a.startswith(("resume=", "hydra.sweep.dir="))]
-        return shlex.join([*words, *own, f"hydra.sweep.dir={quoted(shown(hydra.sweep.dir))}", "resume=auto"])
     if hydra and hydra.job.config_name != "pattern_search_train":
         words.append(f"--config-name={hydra.job.config_name}")
     if hydra:

@@ -1,10 +1,11 @@
 """What a sweep does beside its jobs, as a Hydra callback (`hydra.callbacks` in configs/hydra/default.yaml).
 
-A job that fails leaves its traceback as `error.txt` in its directory, and the others go on. At the end stands a
-table of all jobs, saved as `sweep.csv` in the directory of the sweep, and what to type next. The exit code is 1 if a
-job failed.
+A job that fails leaves its traceback as `error.txt` in its directory, and the others go on. At the end, which may be
+Ctrl-C, stands a table of all jobs begun, saved as `sweep.csv` in the directory of the sweep, and what to type next. The
+exit code is 1 if a job failed, and 130 after Ctrl-C.
 """
 
+import atexit
 import json
 import math
 import shlex
@@ -22,8 +23,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from checkpoints import write
 from machine import share_cores
 from report import shown
+from resume import quoted
 
 SOURCE, NEXT = Path(__file__).parent, ("tables.py", "figures.py")  # what shows a sweep
 STYLES = {"failed": "red", "interrupted": "yellow"}
@@ -52,16 +55,27 @@ class Sweep(Callback):
             print(f"Failed: {' '.join(job_return.overrides)}: {last_line(error)}", file=sys.stderr, flush=True)
             job_return.status, job_return.return_value = JobStatus.COMPLETED, math.nan  # Hydra would end the sweep
 
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        atexit.register(self.sum_up, config)  # Hydra calls nothing when an exit, as by Ctrl-C, ends the sweep
+
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        directory = Path(config.hydra.sweep.dir).absolute()
-        jobs = read_jobs(directory, self.metric)
-        jobs.to_csv(directory / "sweep.csv", index=False)
-        console = Console()
-        console.print(draw(jobs, self.metric))
-        for line in closing_lines(directory, jobs, config):
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
-        if not jobs["status"].isin(["done", "kept"]).all():
+        atexit.unregister(self.sum_up)
+        if not self.sum_up(config, ended=True)["status"].isin(["done", "kept"]).all():
             sys.exit(1)
+
+    def sum_up(self, config: DictConfig, ended: bool = False) -> pd.DataFrame:
+        """Print and save the table of the jobs that have begun, and say what to type next; `ended`: no job is left."""
+        directory, console = Path(config.hydra.sweep.dir).absolute(), Console()
+        jobs = read_jobs(directory, self.metric)
+        if len(jobs):
+            console.print(
+                draw(jobs, self.metric, f"sweep of {len(jobs)} jobs" if ended else "stopped sweep: the jobs begun")
+            )
+        for line in closing_lines(directory, jobs, config, ended):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+        if len(jobs):
+            write(directory / "sweep.csv", jobs.to_csv(index=False))
+        return jobs
 
 
 def last_line(error: BaseException) -> str:
@@ -94,11 +108,11 @@ def natural(name: str) -> tuple[int, str]:
     return (int(name), "") if name.isdigit() else (sys.maxsize, name)
 
 
-def draw(jobs: pd.DataFrame, metric: str) -> Table:
-    """The table as it is printed."""
+def draw(jobs: pd.DataFrame, metric: str, title: str) -> Table:
+    """The table as it is printed; the title ends with what all jobs share."""
     words = [override.split() for override in jobs["override"]]
     shared = [word for word in words[0] if all(word in other for other in words)] if len(words) > 1 else []
-    table = Table("job", "override", "status", title=escape(" ".join([f"sweep of {len(jobs)} jobs", *shared])))
+    table = Table("job", "override", "status", title=escape(" ".join([title, *shared])))
     for column in (metric, "seconds"):
         table.add_column(column, justify="right")
     for job in jobs.itertuples(index=False):
@@ -109,16 +123,17 @@ def draw(jobs: pd.DataFrame, metric: str) -> Table:
     return table
 
 
-def closing_lines(directory: Path, jobs: pd.DataFrame, config: DictConfig) -> list[str]:
+def closing_lines(directory: Path, jobs: pd.DataFrame, config: DictConfig, ended: bool) -> list[str]:
     """What to type next."""
     here, tables, figures = (shlex.quote(shown(p)) for p in (directory, *map(SOURCE.joinpath, NEXT)))
-    lines = [f"Sweep: {here} (sweep.csv holds the table)"]
+    lines = [f"Sweep: {here} (sweep.csv holds the table)"] if len(jobs) else []
     if jobs["status"].isin(["done", "kept"]).any():
         lines += [f"Table: python {tables} {here}", f"Plot:  python {figures} {here}"]
-    missing = jobs[~jobs["status"].isin(["done", "kept"])]
-    if len(missing):
-        lines.append(f"{len(missing)} of {len(jobs)} jobs failed; the reasons are in {here}/<job>/error.txt")
-        lines.append(f"Again: {command(config, directory)}")
+    failed = int((jobs["status"] == "failed").sum())
+    if failed:
+        lines.append(f"{failed} of {len(jobs)} jobs failed; the reasons are in {here}/<job>/error.txt")
+    if failed or not ended:
+        lines.append(f"{'Again' if ended else 'Go on with'}: {command(config, directory)}")
     return lines
 
 
@@ -129,4 +144,5 @@ def command(config: DictConfig, directory: Path) -> str:
     given = [o for o in given if not o.startswith(own) and o != "hydra.mode=MULTIRUN"]
     name = [f"--config-name={config.hydra.job.config_name}"]
     resume = ["resume=auto"] * ("resume" in config)
-    return shlex.join(["python", sys.argv[0], "-m", *name, *given, f"hydra.sweep.dir={shown(directory)}", *resume])
+    place = f"hydra.sweep.dir={quoted(shown(directory))}"
+    return shlex.join(["python", sys.argv[0], "-m", *name, *given, place, *resume])

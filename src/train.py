@@ -21,8 +21,6 @@ from pathlib import Path
 
 import hydra
 import lightning as L
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -35,7 +33,7 @@ from interrupts import Interrupts, undisguised
 from machine import prepare_machine
 from metrics_table import MetricsTable
 from report import draw_progress, print_header, print_summary, shown, summarise
-from resume import begin, finished, limits, resumable
+from resume import begin, finished, in_sweep, limits, resumable
 from run_directory import RunDirectoryError, locked, record_start
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,7 +110,7 @@ def main(cfg: DictConfig) -> float:
         summary = train(cfg)
         exit_code = 0
     except RunDirectoryError as problem:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+        if in_sweep():
             raise  # one job of a sweep: the others go on
         refuse([str(problem)])
     finally:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -59,18 +61,28 @@ def test_the_other_jobs_run_when_some_fail(launcher, tmp_path):
         assert out.count(f"candidates on {max(1, machine.available_cores() // 2)} thread(s)") == 4
 
 
-def test_ctrl_c_ends_the_whole_sweep(tmp_path):
-    endless = "callbacks.early_stopping.stopping_threshold=null"
-    process = start(tmp_path, "seed=0,1", "logger=none", "callbacks.progress.log_every_seconds=1", endless)
+def test_ctrl_c_ends_the_whole_sweep_with_its_table_and_the_printed_command_goes_on(tmp_path):
+    process = start(tmp_path, "logger=none", "trainer.max_steps=2,3000", "callbacks.progress.log_every_seconds=1")
     for line in process.stdout:
-        if line.startswith("step "):
+        if re.match(r"step \d+/1200 ", line):  # in the second job
             break
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out
-    (sweep,) = (tmp_path / "runs").iterdir()
-    assert [path.name for path in sweep.iterdir() if path.is_dir()] == ["0"]
     assert "Traceback" not in out
+    (sweep,) = (tmp_path / "runs").iterdir()
+    assert pd.read_csv(sweep / "sweep.csv")["status"].tolist() == ["done", "interrupted"]
+    assert "stopped sweep: the jobs begun" in out
+    assert out.count("Go on with: ") == 1
+    start_of_command = "Go on with: python src/train.py -m --config-name=pattern_search_train model=tiny "
+    printed = next(line for line in out.splitlines() if line.startswith(start_of_command))
+
+    shorter = printed.removeprefix(start_of_command).replace("=2,3000", "=2,3")
+    process = start(tmp_path, *shlex.split(shorter))
+    out, _ = process.communicate()
+    assert process.returncode == 0, out
+    assert pd.read_csv(sweep / "sweep.csv")["status"].tolist() == ["kept", "done"]
+    assert "sweep of 2 jobs" in out
 
 
 def test_a_job_that_was_finished_before_counts_as_kept(tmp_path):
