@@ -248,6 +248,14 @@ def test_every_table_command_of_the_readme_prints_a_row_a_group(command, home):
     assert "| tiny | pattern_search |" in done.stdout
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/diagnosis.py")])
+def test_every_diagnosis_of_the_readme_draws(command, tmp_path):
+    done = run(f"{command} trainer.max_steps=5 callbacks=none --output {tmp_path}/seen.png", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Drew 5 steps" in done.stdout
+    assert (tmp_path / "seen.png").stat().st_size > 10_000
+
+
 def test_the_benchmark_ends_with_its_rates_as_json(tmp_path):
     figure = tmp_path / "benchmark.png"
     done = run(f"python src/benchmark.py --seconds 10 --batches 4 --output {figure}", tmp_path)
