@@ -2,18 +2,21 @@
 
 `compose_jobs` composes as Hydra will. `compose_possible` does the same for a command with mistakes: it leaves
 out the overrides that Hydra refuses, says why for each, and so lets the rest be checked (`config_check.py`).
+Nothing here imports torch, so a misspelt name is told before the seconds that this takes.
 """
 
 import difflib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -34,6 +37,26 @@ class Job:
     given: list[str]
 
 
+@dataclass
+class Command:
+    """A command line, the jobs that it composes to as far as it can be composed, and what cannot be composed."""
+
+    arguments: list[str]
+    overrides: list[str]
+    multirun: bool
+    jobs: list[Job]
+    problems: list[str]
+
+
+def read_command(arguments: Sequence[str]) -> Command | None:
+    """Compose a command line, without the program's name; None if it asks for help or to show the config."""
+    args = get_args_parser().parse_args(arguments)
+    if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
+        return None
+    jobs, problems = compose_possible(args.config_name or DEFAULT_CONFIG, args.overrides, args.multirun)
+    return Command(list(arguments), args.overrides, args.multirun, jobs, problems)
+
+
 def compose_jobs(config_name: str, overrides: list[str], multirun: bool = False) -> list[DictConfig]:
     """The config of each job of a command, with the keys that Hydra fills in at run time set.
 
@@ -50,8 +73,8 @@ def compose_possible(config_name: str, overrides: list[str], multirun: bool = Fa
     jobs, problems = [], {}  # an ordered set: the jobs of a sweep share most of their problems
     with _hydra():
         overrides = [o for o in overrides if not _failure(problems, config_name, o, lambda o=o: _parse([o]))]
-        for job in _split(config_name, overrides, multirun):
-            composed = _compose_possible(config_name, job, problems)
+        for number, job in enumerate(_split(config_name, overrides, multirun)):
+            composed = _compose_possible(config_name, job, number if multirun else None, problems)
             if composed is None:
                 break
             jobs.append(composed)
@@ -72,9 +95,15 @@ def leaves(node: Any, path: str = "") -> Iterator[str]:
             yield from leaves(value, f"{path}{key}.")
 
 
-def _hydra():
+_first: list[DictConfig] = []  # the first config of a command
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
     os.environ.setdefault("PATTERN_SEARCH_ROOT", str(CONFIGS.parent))
-    return initialize_config_dir(str(CONFIGS), version_base="1.3")
+    _first.clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        yield
 
 
 def _parse(overrides: list[str]) -> list[Override]:
@@ -101,6 +130,8 @@ def _split(config_name: str, overrides: list[str], multirun: bool) -> list[list[
 def _compose(config_name: str, overrides: list[str], number: int | None = None, with_hydra: bool = False) -> DictConfig:
     """The config of a job; `number` is that of a job of a sweep."""
     cfg = compose(config_name, overrides, return_hydra_config=True)
+    _first[:] = _first or [cfg]
+    OmegaConf.copy_cache(_first[0], cfg)  # as in Hydra's sweeps: ${now:...} is the same in all jobs
     choices = cfg.hydra.runtime.choices
     OmegaConf.set_struct(cfg, False)
     if OmegaConf.is_dict(cfg.get("choices")):
@@ -119,12 +150,15 @@ def _job_directory(hydra: DictConfig, number: int | None) -> Path:
     return Path(hydra.sweep.dir, hydra.sweep.subdir).absolute()
 
 
-def _compose_possible(config_name: str, overrides: list[str], problems: dict[str, None]) -> Job | None:
+def _compose_possible(
+    config_name: str, overrides: list[str], number: int | None, problems: dict[str, None]
+) -> Job | None:
     """Add one override after the other, group choices first, and leave out those that fail; None: nothing composes."""
     chosen = [o for o in overrides if _key(o) in groups() or "/" in _key(o)]
     values = [o for o in overrides if o not in chosen]
     try:
-        return Job(_compose(config_name, overrides), _compose(config_name, chosen), list(map(_key, values)))
+        cfg, defaults = (_compose(config_name, some, number) for some in (overrides, chosen))
+        return Job(cfg, defaults, list(map(_key, values)))
     except Exception:  # some of it is wrong: which part?
         if _failure(problems, config_name, "", lambda: _compose(config_name, [])):
             return None
@@ -132,7 +166,7 @@ def _compose_possible(config_name: str, overrides: list[str], problems: dict[str
     for override in [*chosen, *values]:
         if not _failure(problems, config_name, override, lambda o=override: _compose(config_name, [*right, o]), right):
             right.append(override)
-    cfg, defaults = _compose(config_name, right), _compose(config_name, [o for o in right if o in chosen])
+    cfg, defaults = (_compose(config_name, some, number) for some in (right, [o for o in right if o in chosen]))
     return Job(cfg, defaults, [_key(o) for o in right if o in values])
 
 

@@ -1,6 +1,6 @@
 """Everything that can be wrong with a command is found before anything starts.
 
-`check_command_line` composes every job of a command, a sweep's too, and checks each: every key
+`check_command_line` checks every job of a command, a sweep's too: every key
 against the signature it will be passed to, every value against its type, and then, by building the
 data, the model, the optimizer and the trainer, every value against its range and against the others.
 What is wrong is put back to its default, so that one mistake hides no other. All problems are printed,
@@ -21,17 +21,17 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra._internal.utils import get_args_parser
 from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, ValidationError, create_model
 
 from build_check import check_by_building
-from composition import CONFIGS, DEFAULT_CONFIG, Job, compose_jobs, compose_possible, leaves
+from composition import CONFIGS, Command, Job, compose_possible, leaves
 from did_you_mean import nearest, unknown
 from draft import INSTRUCTIONS, Draft, dig, shown
 from pattern_search_task import PatternSearchTask
+from refusal import refuse
 from resume import hydra_arguments, plan
 from sequence_data import SequenceDataModule
 
@@ -108,42 +108,30 @@ class Root(BaseModel):
     allowed_packages: list[str]
 
 
-def check_command_line(arguments: Sequence[str]) -> list[str]:
+def check_command_line(command: Command) -> list[str]:
     """Print every problem of a command and exit with code 2, or return the arguments to run with if there is none.
 
-    Args:
-        arguments: the command line without the program's name. What is returned is the same, but for the directory
-            of a run that resumes another one.
+    What is returned are those of the command, but for the directory of a run that resumes another one.
     """
-    args = get_args_parser().parse_args(arguments)
-    if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
-        return list(arguments)
-    config_name = args.config_name or DEFAULT_CONFIG
-    if problems := check_command(config_name, args.overrides, args.multirun):
+    if problems := [*command.problems, *check_jobs(command.jobs)]:
         refuse(problems)
-    problems, run_dirs = {}, []
-    for cfg in compose_jobs(config_name, args.overrides, args.multirun):
-        run_dir, found = plan(cfg, args.overrides, args.multirun)
-        problems |= dict.fromkeys(found)
-        run_dirs.append((cfg.resume, run_dir))
+    run_dirs, problems = plan([job.cfg for job in command.jobs], command.overrides, command.multirun)
     if problems:
-        refuse(list(problems))
-    resume, run_dir = run_dirs[0]
-    return hydra_arguments(run_dir, arguments) if resume and not args.multirun else list(arguments)
-
-
-def refuse(problems: list[str]) -> None:
-    """Print the problems and exit with code 2."""
-    print(f"This cannot run, for {len(problems)} reason{'s' * (len(problems) > 1)}:", file=sys.stderr)
-    for problem in problems:
-        print(f"  - {problem}", file=sys.stderr)
-    sys.exit(2)
+        refuse(problems)
+    if command.multirun or not command.jobs[0].cfg.resume:
+        return command.arguments
+    return hydra_arguments(run_dirs[0], command.arguments)
 
 
 def check_command(config_name: str, overrides: Sequence[str], multirun: bool = False) -> list[str]:
     """All problems of a command, each once: what cannot be composed, what cannot run, what nothing would read."""
     jobs, problems = compose_possible(config_name, list(overrides), multirun)
-    found = dict.fromkeys(problems)
+    return [*problems, *check_jobs(jobs)]
+
+
+def check_jobs(jobs: Sequence[Job]) -> list[str]:
+    """All problems of the jobs of a command, each once: what cannot run, what nothing would read."""
+    found: dict[str, None] = {}
     unread: dict[str, list[str | None]] = {}  # for each key that the command gives, by job: why nothing reads it
     for job in jobs:
         draft = check(job)

@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,18 +52,33 @@ FREE = (
 )
 
 
-def plan(cfg: DictConfig, overrides: Sequence[str], multirun: bool) -> tuple[Path, list[str]]:
-    """The directory in which a job will run, and what speaks against it.
+def plan(cfgs: Sequence[DictConfig], overrides: Sequence[str], multirun: bool) -> tuple[list[Path], list[str]]:
+    """The directories in which the jobs of a command will run, and what speaks against it.
 
     Args:
-        cfg: the job's config; `output_dir` is where it would run if it did not resume.
+        cfgs: of the jobs; `output_dir` is where a job would run if it did not resume.
         overrides: of the command.
         multirun: whether the command is a sweep, whose jobs stay in their own directories.
     """
-    if multirun and cfg.resume not in (None, "auto"):
-        return Path(cfg.output_dir), [
-            f"resume={cfg.resume}: a sweep resumes with resume=auto hydra.sweep.dir=<its own>"
-        ]
+    if multirun and (problems := list(_sweep_problems(cfgs, overrides))):
+        return [], problems
+    planned = [_plan_job(cfg, overrides, multirun) for cfg in cfgs]
+    return [run_dir for run_dir, _ in planned], list(dict.fromkeys(p for _, found in planned for p in found))
+
+
+def _sweep_problems(cfgs: Sequence[DictConfig], overrides: Sequence[str]) -> Iterator[str]:
+    resume, own = cfgs[0].resume, any(o.startswith("hydra.sweep.dir=") for o in overrides)
+    if resume is not None and not (resume == "auto" and own):
+        yield f"resume={resume}: a sweep resumes with resume=auto hydra.sweep.dir=<its own>"
+    for run_dir, jobs in Counter(cfg.output_dir for cfg in cfgs).items():
+        if jobs > 1:
+            yield (
+                f"{jobs} jobs would write to {shown(run_dir)}; leave output_dir and hydra.sweep.subdir out, and each "
+                "has its own directory"
+            )
+
+
+def _plan_job(cfg: DictConfig, overrides: Sequence[str], multirun: bool) -> tuple[Path, list[str]]:
     try:
         run_dir = _run_directory(cfg, multirun or any(o.startswith("hydra.run.dir=") for o in overrides))
     except RunDirectoryError as error:

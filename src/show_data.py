@@ -13,8 +13,9 @@ from rich.table import Table
 
 from build import build_datamodule
 from composition import DEFAULT_CONFIG, compose_possible
-from config_check import check_text, refuse
+from config_check import check_text
 from draft import Draft
+from refusal import refuse
 from sequence_data import IGNORE, SequenceDataModule
 
 N_EXAMPLES = 2  # of each split

@@ -9,13 +9,19 @@ python src/train.py --help                           all options
 
 import os
 import signal
+import sys
 
-if __name__ == "__main__":  # nothing has begun: Ctrl-C during the slow imports and the check of the command
+from composition import DEFAULT_CONFIG, read_command
+from refusal import refuse, tell
+
+if __name__ == "__main__":
+    # nothing has begun: Ctrl-C during the slow imports and the check of the command
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    command = read_command(sys.argv[1:])
+    tell(command.problems if command else [])  # now: the imports take seconds
 
 import json
 import logging
-import sys
 import warnings
 from pathlib import Path
 
@@ -27,8 +33,7 @@ from rich.console import Console
 
 from build import build_datamodule, build_task
 from checkpoints import AtomicCheckpointIO, Checkpoints, selected_weights, write
-from composition import DEFAULT_CONFIG
-from config_check import check_command_line, refuse
+from config_check import check_command_line
 from interrupts import Interrupts, undisguised
 from machine import prepare_machine
 from metrics_table import MetricsTable
@@ -136,7 +141,8 @@ def silence_libraries() -> None:
 
 if __name__ == "__main__":
     silence_libraries()
-    sys.argv[1:] = check_command_line(sys.argv[1:])
+    if command:
+        sys.argv[1:] = check_command_line(command)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()

@@ -1,6 +1,8 @@
 """Every option of every group composes and passes the check; what is wrong is named, with what to do."""
 
 import shutil
+import subprocess
+import sys
 
 import fuzz_config
 import pytest
@@ -10,6 +12,7 @@ import composition
 import config_check
 from composition import CONFIGS, compose_jobs
 from config_check import check_command
+from refusal import refuse, tell
 
 PRIMARIES = ["pattern_search_train", "train"]
 OPTIONS = sorted(
@@ -164,6 +167,18 @@ def test_mistakes_in_yaml_files_are_found(file, right, wrong, message, tmp_path,
     monkeypatch.setattr(composition, "CONFIGS", tmp_path / "configs")
     found = problems("experiment=z5")
     assert any(message in problem for problem in found), found
+
+
+def test_what_cannot_be_composed_is_told_before_the_slow_imports():
+    code = "import sys, composition, refusal; sys.exit(bool(sys.modules.keys() & {'torch', 'lightning', 'pandas'}))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=CONFIGS.parent / "src").returncode == 0
+
+
+def test_a_reason_is_told_once(capsys):
+    tell(["a"])
+    with pytest.raises(SystemExit):
+        refuse(["a", "b"])
+    assert capsys.readouterr().err == "This cannot run:\n  - a\n  - b\n"
 
 
 def test_a_setting_that_some_job_of_a_sweep_reads_has_an_effect():

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from soak_kill import differences, results
 
 from checkpoints import RESUMABLE, Checkpoints, read_checkpoint, replacing
+from composition import read_command
 from config_check import check_command_line
 from pattern_search_task import PatternSearchTask
 from run_directory import RunDirectoryError, environment, locked, owner
@@ -272,7 +273,7 @@ def check(monkeypatch, tmp_path, capsys):
     def check(*arguments, flags=()):
         capsys.readouterr()
         try:
-            return check_command_line([*flags, *SHORT, *arguments])
+            return check_command_line(read_command([*flags, *SHORT, *arguments]))
         except SystemExit as end:
             return f"{capsys.readouterr().err} exit code {end.code}"
 
@@ -325,6 +326,15 @@ def test_a_directory_that_holds_a_run_is_not_written_over(check, compose_config,
     assert isinstance(check("hydra.sweep.dir=sweep", "seed=0,1", "resume=auto", flags=["-m"]), list)
     assert "seed is 3 here and was 1" in check("hydra.sweep.dir=sweep", "seed=0,3", "resume=auto", flags=["-m"])
     assert "a sweep resumes with" in check("resume=a", "seed=0,1", flags=["-m"])
+    assert "a sweep resumes with" in check("resume=auto", "seed=0,1", flags=["-m"])  # which one?
+
+
+@pytest.mark.parametrize("shared", ["hydra.sweep.subdir=x", "output_dir=x"])
+def test_jobs_that_would_share_a_directory_are_refused(check, shared):
+    said = check(shared, "seed=0,1", flags=["-m"])
+    assert "2 jobs would write to" in said
+    assert "exit code 2" in said
+    assert isinstance(check("hydra.sweep.subdir=s${seed}", "seed=0,1", flags=["-m"]), list)
 
 
 @pytest.mark.parametrize(
