@@ -24,9 +24,10 @@ from torch import Tensor
 from build import build_datamodule, build_task
 from closure import forward_only
 from composition import DEFAULT_CONFIG, compose_jobs
-from config_check import check_command, refuse
+from config_check import check_command
 from machine import prepare_machine
 from pattern_search_task import PatternSearchTask, derivative_free, masked_loss
+from refusal import refuse
 from train import silence_libraries
 
 OUTPUT = Path(__file__).resolve().parents[1] / "report" / "diagnosis.png"

@@ -11,12 +11,13 @@ import os
 import signal
 import sys
 
+if __name__ == "__main__":  # nothing has begun: Ctrl-C during the slow imports and the check of the command
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 from composition import DEFAULT_CONFIG, read_command
 from refusal import refuse, tell
 
 if __name__ == "__main__":
-    # nothing has begun: Ctrl-C during the slow imports and the check of the command
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     command = read_command(sys.argv[1:])
     tell(command.problems if command else [])  # now: the imports take seconds
 
