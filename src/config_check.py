@@ -49,6 +49,7 @@ FILLED_IN = {  # arguments that the program gives itself
     "trainer": ("logger", "callbacks", "default_root_dir"),
 }
 PASSED_ON = {  # where a callable takes further arguments, what it passes them to
+    "wandb_run.WandbRun": "wandb.init",
     "lightning.pytorch.loggers.WandbLogger": "wandb.init",
     "lightning.pytorch.loggers.TensorBoardLogger": "torch.utils.tensorboard.SummaryWriter",
 }

@@ -38,6 +38,15 @@ class SearchProgress(Callback):
         self.refresh_seconds, self.log_every_seconds = 1 / refresh_per_second, log_every_seconds
         self.console = Console()
         self._stop = threading.Event()
+        self._recent: Recent | None = None  # until training starts
+        self._next_hint: dict[str, int] = {}  # evaluations before which a hint is not repeated
+        self._restored: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"recent": self._recent.state_dict(), "next_hint": self._next_hint} if self._recent else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict  # training has not started yet
 
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         self._trainer, self._task = trainer, task
@@ -48,7 +57,8 @@ class SearchProgress(Callback):
         self._trend: deque[tuple[float, float]] = deque(maxlen=TREND)  # seconds since the start, loss with a target
         self._monitor, self._target = target_of(trainer, task)
         self._recent = Recent(trainer.datamodule.chance_loss)
-        self._next_hint: dict[str, int] = {}  # evaluations before which a hint is not repeated
+        self._recent.load_state_dict(self._restored.get("recent", {}))
+        self._next_hint = dict(self._restored.get("next_hint", {}))
         self._stop.clear()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self._thread.start()

@@ -104,7 +104,7 @@ def print_summary(console: Console, cfg: DictConfig, summary: dict[str, Any], da
         lines.append(
             f"W&B:  offline, nothing was uploaded; upload with: wandb sync {run_dir}/wandb/offline-run-*"
             if offline
-            else "W&B:  uploaded"
+            else f"W&B:  online; should it fail to take everything: wandb sync {run_dir}/wandb/run-*"
         )
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False)

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,7 +68,10 @@ def unusable(run_dir: Path) -> str | None:
 
 def record_start(run_dir: Path) -> None:
     """Append what this process runs with to environment.json, a list with one entry for every start of the run."""
-    write(run_dir / "environment.json", json.dumps([*starts(run_dir), environment()], indent=2) + "\n")
+    earlier = starts(run_dir)
+    wandb_id = earlier[0].get("wandb_id") if earlier else None
+    record = environment() | {"wandb_id": wandb_id or secrets.token_hex(4)}  # of the one W&B run of all starts
+    write(run_dir / "environment.json", json.dumps([*earlier, record], indent=2) + "\n")
 
 
 def starts(run_dir: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
 WINDOW = 100  # steps that the rules look back on
 PATIENCE = 100_000  # evaluations that a search may spend at chance
@@ -28,6 +29,14 @@ class Recent:
     val_losses: list[float] = field(default_factory=list)  # by validation, all of them, nats
     accepted: deque[bool] = field(default_factory=of_window)  # by step of a search: did it move?
     search_accepted: deque[bool] = field(default_factory=of_window)  # by step, if the search has a search step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for a checkpoint."""
+        return {name: value if isinstance(value, int | float) else [*value] for name, value in vars(self).items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, deque(value, WINDOW) if isinstance(getattr(self, name), deque) else value)
 
 
 def hints(recent: Recent) -> Iterator[tuple[str, str]]:

@@ -32,6 +32,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+import wandb_run
 from build import build_datamodule, build_task
 from checkpoints import AtomicCheckpointIO, Checkpoints, selected_weights, write
 from config_check import check_command_line
@@ -75,7 +76,6 @@ def run(cfg: DictConfig, console: Console, interrupts: Interrupts, checkpoint: P
     loggers = [MetricsTable(run_dir)]
     if "_target_" in cfg.logger:
         loggers.append(instantiate(cfg.logger))
-        getattr(loggers[-1], "_wandb_init", {}).pop("anonymous", None)  # Lightning passes it, and wandb warns of it
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
     callbacks.append(Checkpoints(run_dir, limits(cfg), interrupts, **cfg.checkpoint))
     files = dict(default_root_dir=str(run_dir), plugins=[AtomicCheckpointIO()])
@@ -120,17 +120,8 @@ def main(cfg: DictConfig) -> float:
             raise  # one job of a sweep: the others go on
         refuse([str(problem)])
     finally:
-        finish_wandb(mode, exit_code)
+        wandb_run.finish(mode, exit_code)
     return summary["test"].get("test/loss", float("nan"))
-
-
-def finish_wandb(mode: str | None, exit_code: int) -> None:
-    """End the W&B run of this job, so that the next job of a sweep gets its own, and its own mode."""
-    if wandb := sys.modules.get("wandb"):
-        wandb.finish(exit_code=exit_code)
-    os.environ.pop("WANDB_MODE", None)  # WandbLogger(offline=True) sets it for the whole process
-    if mode is not None:
-        os.environ["WANDB_MODE"] = mode
 
 
 def silence_libraries() -> None:

@@ -20,6 +20,7 @@ from checkpoints import RESUMABLE, Checkpoints, read_checkpoint, replacing
 from composition import read_command
 from config_check import check_command_line
 from pattern_search_task import PatternSearchTask
+from progress import SearchProgress
 from run_directory import RunDirectoryError, environment, locked, owner
 from train import train
 
@@ -193,6 +194,18 @@ def test_a_run_that_was_moved_goes_on_with_its_best_weights(stopped, tmp_path):
     cfg.output_dir = str(tmp_path / "elsewhere")
     train(cfg)
     assert_same(cfg, expected)
+
+
+def test_a_run_that_goes_on_remembers_what_its_hints_look_at(short_run, monkeypatch):
+    cfg = short_run("stopped")
+    train_interrupted(cfg, monkeypatch, 5, signal.SIGINT)
+    cfg.resume = "auto"
+    seen = []
+    ended = SearchProgress.on_train_end
+    monkeypatch.setattr(SearchProgress, "on_train_end", lambda self, *a: (seen.append(self._recent), ended(self, *a)))
+    train(cfg)
+    assert len(seen[0].train_losses) == len(seen[0].search_accepted) == 12
+    assert len(seen[0].val_losses) == 2
 
 
 def test_a_finished_run_is_not_trained_again(short_run, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Each hint appears where its sign is there, and not next to it; what gets on gets none."""
 
 import pytest
+import torch
 
 from stagnation import PATIENCE, WINDOW, Recent, hints
 
@@ -50,3 +51,15 @@ def test_a_hint_names_what_to_change():
     (text,) = (text for _, text in hints(recent_of(train_losses=FALLING, search_accepted=share(0.1))))
     assert "10%" in text
     assert "optimizer.step_lengths" in text
+
+
+def test_what_is_recent_survives_a_checkpoint(tmp_path):
+    recent = recent_of(train_losses=FALLING, search_accepted=share(0.1), val_losses=[0.6, 0.5], evaluations=9)
+    torch.save(recent.state_dict(), tmp_path / "state")
+    restored = Recent(chance_loss=0.5)
+    restored.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    assert restored == recent
+    for each in (recent, restored):
+        each.train_losses.append(0.1)
+    assert restored == recent
+    assert len(restored.train_losses) == WINDOW
