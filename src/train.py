@@ -11,14 +11,15 @@ import os
 import signal
 import sys
 
+if __name__ == "__main__":  # nothing has begun: Ctrl-C during the slow imports and the check of the command
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 from composition import DEFAULT_CONFIG, read_command
 from refusal import refuse, tell
 
 if __name__ == "__main__":
-    # nothing has begun: Ctrl-C during the slow imports and the check of the command
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     command = read_command(sys.argv[1:])
-    tell(command.problems if command else [])  # now: the imports take seconds
+    tell(command.problems if command else [])  # now: the imports that follow take seconds
 
 import json
 import logging
