@@ -19,7 +19,7 @@ from refusal import refuse, tell
 
 if __name__ == "__main__":
     command = read_command(sys.argv[1:])
-    tell(command.problems if command else [])  # now: the imports take seconds
+    tell(command.problems if command else [])  # now: the imports that follow take seconds
 
 import json
 import logging
