@@ -124,9 +124,10 @@ class Draft:
         return names
 
     def written(self, key: str) -> str:
-        """Where the value of a key is written: there, or at the key that it is taken from."""
-        source = re.fullmatch(r"\$\{([\w.]+)\}", str(dig(self.raw, key)))
-        return source[1] if source else key
+        """Where the value of a key was given: there, or at the key that its default takes it from."""
+        value = dig(self.raw, key)
+        source = re.fullmatch(r"\$\{([\w.]+)\}", str(value))
+        return source[1] if source and value == dig(self.defaults, key) else key
 
 
 def dig(node: Any, path: str, missing: Any = None) -> Any:

@@ -269,7 +269,8 @@ def test_the_benchmark_ends_with_its_rates_as_json(tmp_path):
 
 
 def test_every_command_of_the_readme_is_run_by_a_test():
-    tested = ("python src/train.py", "python src/show_data.py", "python src/figures.py", "python src/tables.py")
+    scripts = ("train", "show_data", "figures", "tables", "diagnosis")
+    tested = tuple(f"python src/{name}.py" for name in scripts)
     others = {
         "make train",
         "make test",

@@ -254,12 +254,13 @@ def test_time_used_before_counts(short_run, monkeypatch, limit):
         ("trainer.max_epochs=1", "trainer.max_epochs=4"),
         ("trainer.max_steps=4", "trainer.max_steps=-1"),
         ("trainer.max_steps=8", "trainer.max_steps=-1"),
-        ("optimizer.max_evaluations=133", "optimizer.max_evaluations=null"),  # 7 steps of 19
+        ("optimizer.max_evaluations=126", "optimizer.max_evaluations=null"),  # 7 steps of 18
     ],
 )
 def test_a_finished_run_with_a_larger_limit_goes_on_as_if_it_had_had_it(short_run, limit, longer):
-    every_second = ["trainer.check_val_every_n_epoch=2", "trainer.max_epochs=4"]
-    twin, cfg = short_run("twin", *every_second, longer), short_run("prolonged", *every_second, limit)
+    # with one step length each step takes 18 evaluations: the incumbent, 16 polls and a trial
+    common = ["trainer.check_val_every_n_epoch=2", "trainer.max_epochs=4", "optimizer.step_lengths=[0.01]"]
+    twin, cfg = short_run("twin", *common, longer), short_run("prolonged", *common, limit)
     train(twin)
     first = train(cfg)
     key, value = longer.split("=")
