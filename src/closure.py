@@ -11,7 +11,7 @@ also answer for many candidates in one call, without the optimizer moving a weig
 
 A third question is answered for models whose tokens have losses of their own (`credit_polls.py`):
 
-    credit(units (K,), steps (K,), seed) -> coordinates (M,), slopes (M,)
+    credit(units (K,), steps (K,), signs) -> coordinates (M,), slopes (M,)
         samples of the slopes of all weights of K of the model's `n_units` units, for K evaluations
 
 `OneByOne` answers the first two for any closure by moving the weights and putting them back: the readable

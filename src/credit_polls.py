@@ -143,13 +143,13 @@ class CreditPolls(StructuredPolls):
 
     @torch.no_grad()
     @one_thread()
-    def credit(self, units: Tensor, steps: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def credit(self, units: Tensor, steps: Tensor, signs: torch.Generator) -> tuple[Tensor, Tensor]:
         """Samples of the slopes of all weights of some units; each unit is one evaluation.
 
         Args:
             units: (K,) distinct unit numbers.
             steps: (K,) by how much each is moved, one way or the other at each token.
-            seed: of the signs.
+            signs: draws which.
 
         Returns:
             Coordinates (M,), all distinct, and slopes (M,) in float64; none if no token of the batch is scored.
@@ -165,12 +165,11 @@ class CreditPolls(StructuredPolls):
         firsts = [first for *_, first in self.sites] + [self.n_units]
         bounds = torch.searchsorted(units, torch.tensor(firsts)).tolist()
         slopes, coordinates = torch.zeros(len(self.coordinates), dtype=torch.float64), []
-        generator = torch.Generator().manual_seed(seed)
         self()  # brings the caches up to date
         for rows in self.rows:
             state, by_token, tasks = self._state(rows, len(self.stages) - 1), rows.each_token(), []
             loss = by_token.loss(state.logits[:, :, None])[:, 0]  # (B, S) at the incumbent
-            sign = torch.randint(2, (len(rows.x), len(units), rows.x.shape[1]), generator=generator).to(loss) * 2 - 1
+            sign = torch.randint(2, (len(rows.x), len(units), rows.x.shape[1]), generator=signs).to(loss) * 2 - 1
             for (s, site, held, first), begin, end in zip(self.sites, bounds, bounds[1:], strict=False):
                 size = self._chunk(rows, s + (site.enter in RANK1))
                 for at in range(begin, end, size):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from closure import Candidates, Coordinates, OneByOne
 from did_you_mean import one_of
+from directions import Directions, seeded
 from slopes import SlopeMemory, check_memory
 
 MAX_BLOCK = 1024  # directions drawn up at a time: memory stays bounded, budgets are looked at in between
@@ -169,9 +170,9 @@ class PatternSearch(torch.optim.Optimizer):
         self.report = StepReport()
         if not len(self.coordinates):
             raise ValueError("there are no weights to search: all parameters given are empty")
-        if polls_per_step is not None and polls_per_step > self.n_directions:
+        if polls_per_step is not None and polls_per_step > len(self.directions):
             raise ValueError(
-                f"polls_per_step={polls_per_step} is more than the {self.n_directions} directions of "
+                f"polls_per_step={polls_per_step} is more than the {len(self.directions)} directions of "
                 f"{len(self.coordinates)} weights; use None (null in YAML) for all of them"
             )
 
@@ -179,8 +180,7 @@ class PatternSearch(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         _check_group(group)
-        self._coordinates: Coordinates | None = None  # the numbering and the order of directions follow the groups
-        self._order: Tensor | None = None
+        self._coordinates = self._directions = None  # both follow the groups
         if "search" in self.state:  # it has begun: the pass and the slopes are of the directions there were
             self.state["search"]["cursor"] = 0
             self.state["slopes"].clear()
@@ -190,7 +190,7 @@ class PatternSearch(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._coordinates = self._order = None
+        self._coordinates = self._directions = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(copy.deepcopy(state_dict))  # torch would share what this search changes in place
@@ -231,9 +231,8 @@ class PatternSearch(torch.optim.Optimizer):
         if search["cursor"] == 0:  # a new pass over all directions begins
             search["polls"] += 1
             search["improved"] = [False] * len(self.param_groups)
-            self._order = None
         polls = self.options["polls_per_step"]
-        end = min(self.n_directions, search["cursor"] + (self.n_directions if polls is None else polls))
+        end = len(self.directions) if polls is None else min(len(self.directions), search["cursor"] + polls)
         report.to_poll = end - search["cursor"]
         if self.slopes:
             self.slopes.age()
@@ -250,7 +249,7 @@ class PatternSearch(torch.optim.Optimizer):
         if best is not None:
             self._accept(*best)
 
-        if search["cursor"] == self.n_directions:
+        if search["cursor"] == len(self.directions):
             search["cursor"] = 0
             self._update_radii()
         search["stopped_by"] = self._limit_reached()
@@ -261,7 +260,7 @@ class PatternSearch(torch.optim.Optimizer):
         search, report = self.state["search"], self.report
         while search["cursor"] < end and self._limit_reached() is None:
             start, ahead = search["cursor"], 1
-            coordinates, steps = self._directions(start, min(end, start + MAX_BLOCK))
+            coordinates, steps = self._take(start, min(end, start + MAX_BLOCK))
             while (done := search["cursor"] - start) < len(coordinates) and self._limit_reached() is None:
                 asked = slice(done, done + self._affordable(min(ahead, candidates.block)))
                 losses = candidates.poll(coordinates[asked], steps[asked])
@@ -283,7 +282,7 @@ class PatternSearch(torch.optim.Optimizer):
         search, best_loss, best = self.state["search"], self.report.loss_after, None
         while search["cursor"] < end and self._limit_reached() is None:
             size = self._affordable(min(candidates.block, MAX_BLOCK, end - search["cursor"]))
-            coordinates, steps = self._directions(search["cursor"], search["cursor"] + size)
+            coordinates, steps = self._take(search["cursor"], search["cursor"] + size)
             losses = candidates.poll(coordinates, steps)
             self._spend(size)
             self._advance(size, end)
@@ -302,12 +301,10 @@ class PatternSearch(torch.optim.Optimizer):
             )
         done = self.state["search"]["units"]
         turn, start = divmod(done, candidates.n_units)
-        generator = torch.Generator().manual_seed(self.options["seed"] * 1_000_003 + turn)
-        order = torch.randperm(candidates.n_units, generator=generator)
+        order = torch.randperm(candidates.n_units, generator=seeded(self.options["seed"], turn))
         units = order[start : start + self._affordable(self.options["units_per_step"])]
-        radius = torch.tensor([group["radius"] for group in self.param_groups], dtype=torch.float64)
-        steps = radius[torch.tensor(self._group_of_parameter)[candidates.unit_parameter[units]]]
-        coordinates, slopes = candidates.credit(units, steps, self.options["seed"] * 1_000_003 + done)
+        steps = self._radii(candidates.unit_parameter[units])
+        coordinates, slopes = candidates.credit(units, steps, seeded(self.options["seed"], done))
         self.state["search"]["units"] += len(units)
         self._spend(len(units))
         self.slopes.learn(coordinates, slopes)
@@ -407,7 +404,7 @@ class PatternSearch(torch.optim.Optimizer):
             return "min_radius"
         return None
 
-    # --- directions: direction d of a pass is a sign of the coordinate order[d // 2], or order[d] if one-sided ---
+    # --- coordinates and directions ---
 
     @property
     def coordinates(self) -> Coordinates:
@@ -417,32 +414,21 @@ class PatternSearch(torch.optim.Optimizer):
         return self._coordinates
 
     @property
-    def n_directions(self) -> int:
-        """Directions of a pass: two for every weight, or one if it is polled on one side only."""
-        return len(self.coordinates) * (1 if self.options["one_sided"] else 2)
+    def directions(self) -> Directions:
+        """The directions of a pass: two for every weight, or one if it is polled on one side only."""
+        if self._directions is None:
+            self._directions = Directions(len(self.coordinates), self.options["one_sided"], self.options["seed"])
+        return self._directions
 
-    def _directions(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Directions start .. end of the pass: coordinates (end - start,) and signed steps (end - start,).
+    def _take(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Directions start .. end of the pass: coordinates (end - start,) and signed steps (end - start,)."""
+        coordinates, signs = self.directions.take(self.state["search"]["polls"], start, end, self.slopes)
+        return coordinates, signs * self._radii(self.coordinates.owner(coordinates))
 
-        Each pass has its own order and its own first sign for each coordinate, drawn by a generator
-        seeded with the seed and the number of the pass: the state of the search is two integers.
-        """
-        if self._order is None:
-            generator = torch.Generator().manual_seed(self.options["seed"] * 1_000_003 + self.state["search"]["polls"])
-            n = len(self.coordinates)
-            self._order = torch.randperm(n, generator=generator)
-            self._first_negative = torch.randint(2, (n,), generator=generator, dtype=torch.bool)
-        direction = torch.arange(start, end)
-        if self.options["one_sided"]:
-            coordinates = self._order[direction]
-            uphill = self.slopes.uphill(coordinates)
-            negative = torch.where(uphill == 0, self._first_negative[coordinates], uphill > 0)
-        else:
-            coordinates = self._order[direction // 2]
-            negative = self._first_negative[coordinates] ^ (direction % 2 == 1)
+    def _radii(self, parameters: Tensor) -> Tensor:
+        """(K,) numbers of parameters -> (K,) the radius of the group of each."""
         radius = torch.tensor([group["radius"] for group in self.param_groups], dtype=torch.float64)
-        steps = radius[torch.tensor(self._group_of_parameter)[self.coordinates.owner(coordinates)]]
-        return coordinates, torch.where(negative, -steps, steps)
+        return radius[torch.tensor(self._group_of_parameter)[parameters]]
 
     @property
     def _group_of_parameter(self) -> list[int]:

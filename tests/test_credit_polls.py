@@ -9,6 +9,7 @@ from test_structured_polls import LAYOUTS, loss, make_batch, make_model
 
 from closure import Coordinates
 from credit_polls import CreditPolls
+from directions import seeded
 from optimizer import PatternSearch
 from sequence_data import IGNORE
 
@@ -34,7 +35,7 @@ def test_samples_of_every_unit_average_to_the_gradient(layout, positions):
     model, coordinates, batch, closure = setup(layout, positions=positions, dtype=torch.float64)
     mean, units, samples = torch.zeros(len(coordinates), dtype=torch.float64), torch.arange(closure.n_units), 150
     for seed in range(samples):
-        where, slopes = closure.credit(units, torch.full((len(units),), 1e-3), seed)
+        where, slopes = closure.credit(units, torch.full((len(units),), 1e-3), seeded(seed, 0))
         assert len(where.unique()) == len(where)
         mean[where] += slopes / samples
     expected, start = gradient(model, batch), 0
@@ -47,7 +48,7 @@ def test_samples_of_every_unit_average_to_the_gradient(layout, positions):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_sample_of_a_unit_behind_the_last_attention_is_its_slope(layout):
     model, coordinates, batch, closure = setup(layout, dtype=torch.float64)
-    where, slopes = closure.credit(torch.arange(closure.n_units), torch.full((closure.n_units,), 1e-6), seed=0)
+    where, slopes = closure.credit(torch.arange(closure.n_units), torch.full((closure.n_units,), 1e-6), seeded(0, 0))
     found = torch.zeros(len(coordinates), dtype=torch.float64)
     found[where] = slopes
     expected, start = gradient(model, batch), 0
@@ -78,8 +79,8 @@ def test_a_sample_is_what_the_plain_forward_gives_with_the_unit_moved_at_every_t
     batch = {key: value[order] for key, value in batch.items()}
     number = next(n for n, p in enumerate(coordinates.parameters) if p is module.weight)
     units = (closure.unit_parameter == number).nonzero().flatten()[[unit]]
-    where, slopes = closure.credit(units, torch.tensor([step]), seed=7)
-    sign = torch.randint(2, (len(x), 1, 16), generator=torch.Generator().manual_seed(7))[:, 0] * 2.0 - 1
+    where, slopes = closure.credit(units, torch.tensor([step]), seeded(7, 0))
+    sign = torch.randint(2, (len(x), 1, 16), generator=seeded(7, 0))[:, 0] * 2.0 - 1
 
     def token_losses(change):
         def move(_, inputs, out):
@@ -114,7 +115,7 @@ def test_threads_and_rows_at_a_time_make_no_difference():
     other = CreditPolls(model, coordinates, loss, threads=2).on(batch)
     units = torch.randperm(closure.n_units)
     steps = torch.full((len(units),), 0.05)
-    for a, b in zip(closure.credit(units, steps, 3), other.credit(units, steps, 3), strict=True):
+    for a, b in zip(*(c.credit(units, steps, seeded(3, 0)) for c in (closure, other)), strict=True):
         assert torch.equal(a, b)
 
 
@@ -161,14 +162,14 @@ def test_frozen_tensors_get_no_slopes():
     chosen = list(model.blocks[1].parameters())
     coordinates = Coordinates(chosen)
     closure = CreditPolls(model, coordinates, loss).on(batch)
-    where, _ = closure.credit(torch.arange(closure.n_units), torch.full((closure.n_units,), 0.05), 0)
+    where, _ = closure.credit(torch.arange(closure.n_units), torch.full((closure.n_units,), 0.05), seeded(0, 0))
     assert sorted(where.tolist()) == list(range(len(coordinates)))
 
 
 def test_a_unit_out_of_range_and_a_closure_without_credit_are_refused():
     model, _, batch, closure = setup()
     with pytest.raises(IndexError, match=f"unit {closure.n_units} is out of range"):
-        closure.credit(torch.tensor([0, closure.n_units]), torch.ones(2), 0)
+        closure.credit(torch.tensor([0, closure.n_units]), torch.ones(2), seeded(0, 0))
     optimizer = PatternSearch(model.parameters(), polls_per_step=0, units_per_step=4, step_lengths=[0.01])
     with pytest.raises(ValueError, match="answers `credit`"):
         optimizer.step(lambda: loss(model(batch["x"]), batch))

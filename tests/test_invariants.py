@@ -62,13 +62,13 @@ class Answering(OneByOne):
     def __call__(self):
         return self.closure()
 
-    def credit(self, units, steps, seed):
+    def credit(self, units, steps, signs):
         assert len(units) == len(steps)
         for _ in units:
             self.closure()
         owner = self.coordinates.owner(torch.arange(len(self.coordinates)))
         coordinates = torch.isin(owner, self.unit_parameter[units]).nonzero().flatten()
-        return coordinates, torch.randn(len(coordinates), generator=torch.Generator().manual_seed(seed))
+        return coordinates, torch.randn(len(coordinates), generator=signs)
 
 
 @st.composite
