@@ -138,8 +138,8 @@ def results(run_dir: Path) -> dict[str, Any]:
     }
     for name in ("best", "last"):
         checkpoint = torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True)
-        kept = ("state_dict", "optimizer_states", "global_step", "epoch", "callbacks", "loops")
-        found[f"{name}.ckpt"] = {key: checkpoint[key] for key in kept}
+        varies = ("seconds", "resume")  # what the clock says, and what only the next start reads
+        found[f"{name}.ckpt"] = {key: value for key, value in checkpoint.items() if key not in varies}
     found["summary.json"] = {key: value for key, value in summary.items() if key != "seconds"}
     return found
 

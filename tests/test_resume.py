@@ -269,7 +269,7 @@ def test_a_finished_run_with_a_larger_limit_goes_on_as_if_it_had_had_it(short_ru
     train(cfg)
     assert first["steps"] < 24
     expected, found = (results(Path(c.output_dir)) for c in (twin, cfg))
-    for part in ("state_dict", "optimizer_states", "global_step"):
+    for part in ("state_dict", "current_model_state", "optimizer_states", "global_step"):
         assert list(differences(expected["last.ckpt"][part], found["last.ckpt"][part])) == []
     for key in ("evaluations", "steps", "stopped_by"):
         assert expected["summary.json"][key] == found["summary.json"][key]
