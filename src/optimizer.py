@@ -19,6 +19,7 @@ from did_you_mean import one_of
 from directions import Directions, seeded
 from slopes import SlopeMemory, check_memory
 
+Move = tuple[Tensor, Tensor, Tensor]  # loss there, coordinates, steps
 MAX_BLOCK = 1024  # directions drawn up at a time: memory stays bounded, budgets are looked at in between
 
 
@@ -64,8 +65,9 @@ class PatternSearch(torch.optim.Optimizer):
        from the losses of single tokens (`credit_polls.py`).
     3. SEARCH, if there are `step_lengths`: every poll gives the slope of its coordinate. The remembered
        slopes of all coordinates, each divided by its running root mean square and faded by its age, make
-       one direction (`slopes.py`; simplex slopes, Custodio and Vicente 2007). The step lengths are tried in turn
-       until one improves.
+       one direction (`slopes.py`; simplex slopes, Custodio and Vicente 2007). With `join_improving`, all moves of
+       a complete poll that improved are made at the same time (as exploratory moves add up, Hooke and Jeeves
+       1961). The best of the step lengths counts.
     4. Move to the best of the complete poll and the search, if it is better than the incumbent; else stay.
     5. A pass over all directions without a success of a group is a failed poll of this group: its radius
        is multiplied by `contraction`. Any success multiplies it by `expansion` at the end of the pass
@@ -89,8 +91,10 @@ class PatternSearch(torch.optim.Optimizer):
         min_radius: the search ends when the radius of every group has fallen below it.
         max_radius: expansion stops here.
         one_sided: poll each coordinate once a pass, on the side that is remembered as downhill.
-        step_lengths: lengths of the search step, tried in turn until one improves, in units of the weights for a
-            coordinate whose slopes all agree; none for no search step.
+        step_lengths: lengths at which the search step is tried, in units of the weights for a coordinate whose
+            slopes all agree; none for no search step.
+        join_improving: whether the search step makes all moves of a complete poll that improved too: as they were
+            polled at the first step length, and shortened in proportion at the others.
         memory, scale_memory, fade: of the remembered slopes, see `slopes.SlopeMemory`.
         max_evaluations: budget of function evaluations, never exceeded.
         max_seconds: budget of seconds spent in steps, looked at before every call of the closure.
@@ -134,6 +138,7 @@ class PatternSearch(torch.optim.Optimizer):
         target_loss: float | None = None,
         one_sided: bool = False,
         step_lengths: Sequence[float] = (),
+        join_improving: bool = False,
         memory: float = 0.5,
         scale_memory: float | None = 0.9,
         fade: float | None = 10.0,
@@ -158,6 +163,7 @@ class PatternSearch(torch.optim.Optimizer):
         self.options |= dict(step_lengths=list(step_lengths), memory=memory, scale_memory=scale_memory, fade=fade)
         self.options |= dict(
             units_per_step=units_per_step,
+            join_improving=join_improving,
             max_evaluations=max_evaluations,
             max_seconds=max_seconds,
             target_loss=target_loss,
@@ -241,11 +247,11 @@ class PatternSearch(torch.optim.Optimizer):
 
         if self.options["poll"] == "opportunistic":
             self._poll_opportunistic(candidates, end)
-            best = None
+            best, improving = None, []
         else:
-            best = self._poll_complete(candidates, end)
+            best, improving = self._poll_complete(candidates, end)
         if self.options["step_lengths"]:
-            best = self._search(candidates, best)
+            best = self._search(candidates, best, improving if self.options["join_improving"] else [])
         if best is not None:
             self._accept(*best)
 
@@ -277,9 +283,9 @@ class PatternSearch(torch.optim.Optimizer):
                     if search["cursor"] % 2 and not self.options["one_sided"]:  # + succeeded: - would only lead back
                         self._advance(1, end)
 
-    def _poll_complete(self, candidates: Candidates, end: int) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Poll the directions up to `end` at the same incumbent; the best, if it is better than the incumbent."""
-        search, best_loss, best = self.state["search"], self.report.loss_after, None
+    def _poll_complete(self, candidates: Candidates, end: int) -> tuple[Move | None, list[Move]]:
+        """Poll the directions up to `end` at the same incumbent; the best move that improves on it, and all of them."""
+        search, best_loss, best, improving = self.state["search"], self.report.loss_after, None, []
         while search["cursor"] < end and self._limit_reached() is None:
             size = self._affordable(min(candidates.block, MAX_BLOCK, end - search["cursor"]))
             coordinates, steps = self._take(search["cursor"], search["cursor"] + size)
@@ -290,7 +296,9 @@ class PatternSearch(torch.optim.Optimizer):
             k = _lowest(losses)
             if _improves(losses[k], best_loss):
                 best_loss, best = float(losses[k]), (losses[k], coordinates[k : k + 1], steps[k : k + 1])
-        return best
+            better = _improves(losses, self.report.loss_after)
+            improving.append((losses[better], coordinates[better], steps[better]))
+        return best, improving
 
     def _poll_units(self, candidates: Candidates) -> None:
         """Poll the next units of a random order of all: each tells the slopes of all its weights."""
@@ -309,27 +317,22 @@ class PatternSearch(torch.optim.Optimizer):
         self._spend(len(units))
         self.slopes.learn(coordinates, slopes)
 
-    def _search(
-        self, candidates: Candidates, best: tuple[Tensor, Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Try the direction of all remembered slopes, one step length after the other, until one improves.
-
-        Returns it if it is better than `best`, else `best`.
-        """
-        coordinates, direction = torch.arange(len(self.coordinates)), self.slopes.direction
-        if not direction.any():
+    def _search(self, candidates: Candidates, best: Move | None, joined: list[Move]) -> Move | None:
+        """Try all remembered slopes and the `joined` moves together, at every step length; the best, or `best`."""
+        lengths, coordinates = self.options["step_lengths"], torch.arange(len(self.coordinates))
+        move = lengths[0] * self.slopes.direction
+        for _, where, steps in joined:
+            move.index_add_(0, where, steps.to(move))
+        if not move.any() or self._limit_reached() is not None:
             return best
-        for length in self.options["step_lengths"]:
-            if self._limit_reached() is not None:
-                return best
-            loss = candidates.trial(coordinates, direction, torch.tensor([length], dtype=direction.dtype))[0]
-            self._spend(1)
-            if _improves(loss, self.report.loss_after):
-                if best is not None and not _improves(loss, float(best[0])):
-                    return best
-                self.report.search_accepted = True
-                return loss, coordinates, length * direction
-        return best
+        scales = torch.tensor(lengths[: self._affordable(len(lengths))], dtype=move.dtype) / lengths[0]
+        losses = candidates.trial(coordinates, move, scales)
+        self._spend(len(scales))
+        k = _lowest(losses)
+        if not _improves(losses[k], float(best[0]) if best is not None else self.report.loss_after):
+            return best
+        self.report.search_accepted = True
+        return losses[k], coordinates, scales[k] * move
 
     def _accept(self, loss: Tensor, coordinates: Tensor, steps: Tensor) -> None:
         """Move the weights at the coordinates, and make this the incumbent."""

@@ -168,7 +168,9 @@ def judge(case: Case, configs: Path, out: Path) -> tuple[str, str]:
             return "wrong", "a misspelt name was accepted"
         short = [o for o in SHORT if o.split("=")[0] != case.key and case.key != "trainer"]
         short += ["optimizer.max_evaluations=300"] * ("optimizer=pattern_search" in " ".join(case.overrides))
-        without = "callbacks=none" in case.overrides or str(case.file).startswith("callbacks")
+        without = {"callbacks=none", "~callbacks.progress"} & set(case.overrides) or str(case.file).startswith(
+            "callbacks"
+        )
         short = [o for o in short if not (o.startswith("callbacks") and without)]
         logger = ["logger=none"] if "logger=wandb" in case.overrides and not case.key.startswith("logger.") else []
         rest = [o for o in case.overrides if not (logger and o == "logger=wandb")]

@@ -102,6 +102,7 @@ def searches(draw, **fixed):
         "one_sided": draw(st.booleans()),
         "polls_per_step": draw(st.none() | st.integers(1, n)),
         "step_lengths": draw(st.lists(st.sampled_from([0.01, 0.3, 1.0]), max_size=2)),
+        "join_improving": draw(st.booleans()),
         "memory": draw(st.sampled_from([0.0, 0.5, 0.9])),
         "scale_memory": draw(st.sampled_from([None, 0.0, 0.9])),
         "fade": draw(st.sampled_from([None, 0.5, 10.0])),

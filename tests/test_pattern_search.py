@@ -39,6 +39,7 @@ VARIANTS = {
     "complete": dict(poll="complete"),
     "one_sided": dict(poll="opportunistic", one_sided=True),
     "fading": dict(poll="complete", one_sided=True, step_lengths=[0.1, 0.05], contraction=1.0),
+    "joined": dict(poll="complete", one_sided=True, step_lengths=[0.1, 0.05], join_improving=True, contraction=1.0),
     "unscaled": dict(poll="complete", step_lengths=[0.1], scale_memory=None, fade=None, memory=0.0),
 }
 
@@ -323,17 +324,42 @@ def test_a_search_step_follows_the_slopes_of_all_coordinates_at_once():
     for _ in range(30):
         search.step(lambda: sphere(w))
         assert search.report.search_accepted
-    assert search.evaluations == 30 * (1 + 100 + 1)  # the first step length improves: the second is not tried
+    assert search.evaluations == 30 * (1 + 100 + 2)
     assert (w < 2.6).all()  # 30 steps of .1 on every coordinate; single moves would have changed 30 of the 100
 
 
-def test_the_next_step_length_is_tried_where_the_one_before_does_not_improve():
+def test_the_best_of_the_step_lengths_is_taken():
     w = nn.Parameter(torch.full((100,), 0.1, dtype=torch.float64))
     search = PatternSearch([w], radius=0.01, poll="complete", one_sided=True, step_lengths=[0.5, 0.1, 0.05], memory=0)
-    search.step(lambda: sphere(w))  # .5 leads far beyond the minimum, .1 to it, and .05 would improve too
+    search.step(lambda: sphere(w))  # .5 leads far beyond the minimum, .1 to it, and .05 half way
     assert search.report.search_accepted
-    assert search.evaluations == 1 + 100 + 2
+    assert search.evaluations == 1 + 100 + 3
     assert torch.allclose(w, torch.zeros_like(w))
+
+
+def test_all_moves_of_a_poll_that_improve_are_made_together():
+    start, radius = [1.0, -1.0, 0.02, 2.0], 0.25  # a step of .25 improves on all weights but the third, on one side
+    w = nn.Parameter(torch.tensor(start, dtype=torch.float64))
+    options = dict(poll="complete", step_lengths=[1e-9], join_improving=True, contraction=1.0)
+    search = PatternSearch([w], radius=radius, **options)
+    search.step(lambda: sphere(w))
+    assert search.report.search_accepted
+    assert w.tolist() == pytest.approx([0.75, -0.75, 0.02, 1.75])
+
+
+def test_joined_moves_are_shortened_with_the_step():
+    w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+    def valley():  # lower along x = y up to x + y = 1: one weight alone improves, both together overshoot
+        x, y = w
+        return 3 * torch.relu(x + y - 1) - x - y + (x - y) ** 2 / 2
+
+    options = dict(poll="complete", step_lengths=[2e-9, 1e-9], join_improving=True, contraction=1.0)
+    search = PatternSearch([w], radius=1.0, **options)
+    search.step(valley)
+    assert search.evaluations == 1 + 4 + 2
+    assert search.report.search_accepted
+    assert w.tolist() == pytest.approx([0.5, 0.5])
 
 
 def test_polls_of_one_side_take_the_side_remembered_as_downhill():
