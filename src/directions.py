@@ -1,5 +1,7 @@
 """The directions of a pattern search, + and - each coordinate, and the order in which a pass takes them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,49 +9,70 @@ from slopes import SlopeMemory
 
 
 class Directions:
-    """Signed coordinates in a random order, anew in every pass.
+    """Signed coordinates in a random order: of all at once, or of groups that get shares of the polls.
 
-    Direction d of a pass is a sign of the coordinate order[d // 2], or of order[d] if each coordinate is polled on one
-    side only. Order and first signs are drawn from the seed and the number of the pass, so that all a search has to
-    save is that number and how far it came.
+    Direction d is a sign of the coordinate order[d // 2], or of order[d] if each coordinate is polled on one side only.
+    Orders and first signs are drawn from the seed, so that all a search has to save is how far it came. A single group
+    gets a new order in every pass. With several, each has an order of its own and goes through it again and again,
+    at the pace of its share.
 
     Args:
-        n_coordinates: weights that are searched.
+        sizes: weights of each group that are searched; coordinates are numbered group after group.
+        shares: of the polls, of each group; they sum to 1.
         one_sided: one direction a coordinate, on the side that its remembered slope calls downhill.
-        seed: of the order and of the first signs.
+        seed: of the orders and of the first signs.
     """
 
-    def __init__(self, n_coordinates: int, one_sided: bool, seed: int):
-        self.n_coordinates, self.one_sided, self.seed = n_coordinates, one_sided, seed
-        self._drawn_for: int | None = None  # the pass that the order at hand is of
+    def __init__(self, sizes: Sequence[int], shares: Sequence[float], one_sided: bool, seed: int):
+        self.sizes, self.one_sided, self.seed = torch.tensor(sizes), one_sided, seed
+        self.shares = torch.tensor(shares, dtype=torch.float64)
+        self.starts = self.sizes.cumsum(0) - self.sizes
+        self._drawn: dict[int, tuple[int, Tensor, Tensor]] = {}  # by group: the number, the order, the first signs
 
     def __len__(self) -> int:
-        return self.n_coordinates * (1 if self.one_sided else 2)
+        return int(self.sizes.sum()) * (1 if self.one_sided else 2)
 
-    def take(self, number: int, start: int, end: int, slopes: SlopeMemory | None) -> tuple[Tensor, Tensor]:
-        """Directions start .. end of a pass, (end - start,) each: coordinates, and signs 1. or -1.
+    def take(self, start: int, end: int, slopes: SlopeMemory | None) -> tuple[Tensor, Tensor]:
+        """Directions start .. end, counted over all passes, (end - start,) each: coordinates, and signs 1. or -1.
 
         Args:
-            number: of the pass.
             slopes: what is remembered; only one-sided directions ask it.
         """
-        self._draw(number)
         direction = torch.arange(start, end)
+        turn = direction if self.one_sided else direction // 2
+        groups, items = self._merged(int(turn[0]), int(turn[-1]) + 1)
+        group, item = groups[turn - turn[0]], items[turn - turn[0]]
+        coordinates, negative = torch.empty_like(turn), torch.empty(len(turn), dtype=torch.bool)
+        for g in group.unique().tolist():
+            its = group == g
+            number, place = item[its] // self.sizes[g], item[its] % self.sizes[g]
+            # several groups keep their orders: new ones might bring a coordinate twice within a step
+            order, first_negative = self._draw(g, 1 + (int(number[0]) if len(self.sizes) == 1 else g))
+            coordinates[its], negative[its] = self.starts[g] + order[place], first_negative[order[place]]
         if self.one_sided:
-            coordinates = self._order[direction]
             uphill = slopes.uphill(coordinates)
-            negative = torch.where(uphill == 0, self._first_negative[coordinates], uphill > 0)
+            negative = torch.where(uphill == 0, negative, uphill > 0)
         else:
-            coordinates = self._order[direction // 2]
-            negative = self._first_negative[coordinates] ^ (direction % 2 == 1)
+            negative ^= direction % 2 == 1
         return coordinates, 1.0 - 2.0 * negative.double()
 
-    def _draw(self, number: int) -> None:
-        if self._drawn_for != number:
-            generator = seeded(self.seed, number)
-            self._order = torch.randperm(self.n_coordinates, generator=generator)
-            self._first_negative = torch.randint(2, (self.n_coordinates,), generator=generator, dtype=torch.bool)
-            self._drawn_for = number
+    def _merged(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Turns start .. end: the group of each, and how many turns that group had before.
+
+        Turn k of a group is due at (k + 1/2) / share; turns are taken as they fall due.
+        """
+        before = (start * self.shares).floor().long().sub(len(self.shares)).clamp(min=0)  # due before `start` for sure
+        n = end - int(before.sum())
+        k = before[:, None] + torch.arange(n)
+        due = ((k + 0.5) / self.shares[:, None]).flatten().argsort(stable=True)[n - (end - start) : n]
+        return due // n, k.flatten()[due]
+
+    def _draw(self, group: int, number: int) -> tuple[Tensor, Tensor]:
+        if self._drawn.get(group, (0,))[0] != number:
+            generator, size = seeded(self.seed, number), int(self.sizes[group])
+            order = torch.randperm(size, generator=generator)
+            self._drawn[group] = number, order, torch.randint(2, (size,), generator=generator, dtype=torch.bool)
+        return self._drawn[group][1:]
 
 
 def seeded(seed: int, number: int) -> torch.Generator:

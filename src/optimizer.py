@@ -86,6 +86,9 @@ class PatternSearch(torch.optim.Optimizer):
         radius: initial poll radius (mesh size), in units of the weights.
         poll: "opportunistic" or "complete".
         polls_per_step: directions polled in a step at the most; None for the whole pass.
+        last_group_share: share in (0, 1) of the polls that go to the last of several parameter groups; the others get
+            the rest by their numbers of weights. None: all groups by these. Each group is then taken in an order of
+            its own, again and again, and a pass is as many polls as there are directions.
         contraction: factor in (0, 1] of the radius after a failed poll; 1 keeps it.
         expansion: factor >= 1 of the radius after a successful one; 1 never expands.
         min_radius: the search ends when the radius of every group has fallen below it.
@@ -129,6 +132,7 @@ class PatternSearch(torch.optim.Optimizer):
         radius: float = 0.1,
         poll: str = "opportunistic",
         polls_per_step: int | None = None,
+        last_group_share: float | None = None,
         contraction: float = 0.5,
         expansion: float = 1.0,
         min_radius: float = 1e-6,
@@ -155,6 +159,11 @@ class PatternSearch(torch.optim.Optimizer):
                 f"units_per_step={units_per_step} must be at least 1 and needs step_lengths, the search step that uses "
                 "the slopes of units; or None (null in YAML) to poll no units"
             )
+        if last_group_share is not None and not (0 < last_group_share < 1 and polls_per_step):
+            raise ValueError(
+                f"last_group_share={last_group_share} must lie in (0, 1) and needs polls_per_step, the polls that are "
+                "shared out; or None (null in YAML) to poll all weights equally often"
+            )
         if max_seconds is not None and not max_seconds > 0:
             raise ValueError(f"max_seconds={max_seconds} must be above 0, or None (null in YAML) for no limit")
         if any(not 0 < length < math.inf for length in step_lengths):
@@ -163,6 +172,7 @@ class PatternSearch(torch.optim.Optimizer):
         self.options |= dict(step_lengths=list(step_lengths), memory=memory, scale_memory=scale_memory, fade=fade)
         self.options |= dict(
             units_per_step=units_per_step,
+            last_group_share=last_group_share,
             join_improving=join_improving,
             max_evaluations=max_evaluations,
             max_seconds=max_seconds,
@@ -181,6 +191,12 @@ class PatternSearch(torch.optim.Optimizer):
                 f"polls_per_step={polls_per_step} is more than the {len(self.directions)} directions of "
                 f"{len(self.coordinates)} weights; use None (null in YAML) for all of them"
             )
+        for size, share in zip(self.directions.sizes.tolist(), self.directions.shares.tolist(), strict=True):
+            if last_group_share is not None and (polls_per_step + 2) * share > size:
+                raise ValueError(
+                    f"last_group_share={last_group_share} of polls_per_step={polls_per_step} polls a group of {size} "
+                    "weights more than once in a step; use another share, or fewer polls"
+                )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -420,12 +436,18 @@ class PatternSearch(torch.optim.Optimizer):
     def directions(self) -> Directions:
         """The directions of a pass: two for every weight, or one if it is polled on one side only."""
         if self._directions is None:
-            self._directions = Directions(len(self.coordinates), self.options["one_sided"], self.options["seed"])
+            sizes = [len(Coordinates(group["params"])) for group in self.param_groups]
+            if (last := self.options["last_group_share"]) is None or len(sizes) == 1:
+                sizes, shares = [sum(sizes)], [1.0]
+            else:
+                shares = [(1 - last) * size / sum(sizes[:-1]) for size in sizes[:-1]] + [last]
+            self._directions = Directions(sizes, shares, self.options["one_sided"], self.options["seed"])
         return self._directions
 
     def _take(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Directions start .. end of the pass: coordinates (end - start,) and signed steps (end - start,)."""
-        coordinates, signs = self.directions.take(self.state["search"]["polls"], start, end, self.slopes)
+        before = (self.state["search"]["polls"] - 1) * len(self.directions)  # polled in earlier passes
+        coordinates, signs = self.directions.take(before + start, before + end, self.slopes)
         return coordinates, signs * self._radii(self.coordinates.owner(coordinates))
 
     def _radii(self, parameters: Tensor) -> Tensor:

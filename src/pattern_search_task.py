@@ -7,7 +7,7 @@ Lightning's automatic optimization. Loss, metrics and logs are the same for both
 
 import time
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any
 
 import lightning as L
@@ -99,7 +99,10 @@ class PatternSearchTask(L.LightningModule):
         self._newest_batch: Batch | None = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = self.make_optimizer(self.parameters_trained)
+        parameters = self.parameters_trained
+        if getattr(self.make_optimizer, "keywords", {}).get("last_group_share") is not None:
+            parameters = split_at_last_block(self.model, parameters)
+        optimizer = self.make_optimizer(parameters)
         if getattr(optimizer, "options", {}).get("units_per_step") and not self.fast_polls:
             raise ValueError(
                 "optimizer.units_per_step polls units, which only the fast polls do: use task.fast_polls=true, or "
@@ -167,9 +170,15 @@ class PatternSearchTask(L.LightningModule):
     # --- the two axes of every plot: function evaluations and seconds ---
 
     def _log_step(self, metrics: dict[str, Any]) -> None:
+        """To the loggers themselves: through Lightning's results, eight values take as long as a hundred polls."""
+        self.log("train/loss", metrics["train/loss"], logger=False)  # what a callback may monitor
+        step = self.global_step - (not self.automatic_optimization)  # a gradient step is still to come
+        if (step + 1) % self.trainer.log_every_n_steps:
+            return
         seconds = self.seconds + time.perf_counter() - self._step_started
-        axes = {"evaluations": float(self.evaluations), "seconds": seconds}
-        self.log_dict(metrics | axes, on_step=True, on_epoch=False)
+        axes = {"evaluations": float(self.evaluations), "seconds": seconds, "epoch": self.current_epoch}
+        for logger in self.loggers:
+            logger.log_metrics({name: float(value) for name, value in (metrics | axes).items()}, step)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self._newest_batch = batch
@@ -229,6 +238,15 @@ def chosen_parameters(model: nn.Module, names: list[str] | None) -> list[nn.Para
             parts = [part for known in named for part in accumulate(known.split("."), "{}.{}".format)]
             raise ValueError(unknown(f"task.parameters: {name}", name, list(dict.fromkeys(parts))))
     return [p for known, p in named.items() if names is None or f"{known}.".startswith(tuple(f"{n}." for n in names))]
+
+
+def split_at_last_block(model: nn.Module, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameter groups: what comes before the last of `model.blocks`, and the rest; one group if either is empty."""
+    everything, blocks = list(model.parameters()), getattr(model, "blocks", None)
+    first = id(next(blocks[-1].parameters())) if blocks else id(everything[0])
+    before = set(takewhile(lambda number: number != first, map(id, everything)))
+    groups = [p for p in parameters if id(p) in before], [p for p in parameters if id(p) not in before]
+    return [{"params": group} for group in groups if group]
 
 
 def derivative_free(optimizer: Callable) -> bool:

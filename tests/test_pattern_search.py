@@ -122,6 +122,30 @@ def test_every_signed_coordinate_is_polled_once_a_pass_in_a_seeded_order():
     assert directions == seen(0) != seen(1)
 
 
+@pytest.mark.parametrize("one_sided", [False, True])
+def test_groups_are_polled_by_their_shares_each_in_its_own_order(one_sided):
+    sizes, share = (6, 4, 30), 0.5
+    groups = [{"params": [nn.Parameter(torch.zeros(n))]} for n in sizes]
+    search = PatternSearch(groups, one_sided=one_sided, polls_per_step=8, last_group_share=share, step_lengths=[0.1])
+    sides = 1 if one_sided else 2
+    seen, _ = search.directions.take(0, 480, search.slopes)
+    polled = [seen[(seen >= start) & (seen < start + n)] for start, n in zip((0, 6, 10), sizes, strict=True)]
+    assert [len(part) for part in polled] == [144, 96, 240]  # half to the last; the others by their sizes
+    for n, part in zip(sizes, polled, strict=True):  # every coordinate in turn, and never twice before all were
+        turns = part[::sides].split(n)
+        assert all(len(turn.unique()) == len(turn) for turn in turns)
+        assert all(torch.equal(turn, turns[0][: len(turn)]) for turn in turns)
+    for cut in (1, 7, 100):  # the order does not depend on how many are asked for at a time
+        parts = [search.directions.take(a, min(a + cut, 480), search.slopes)[0] for a in range(0, 480, cut)]
+        assert torch.equal(torch.cat(parts), seen)
+
+
+def test_a_share_that_would_poll_a_weight_twice_in_a_step_is_refused():
+    groups = [{"params": [nn.Parameter(torch.zeros(n))]} for n in (100, 4)]
+    with pytest.raises(ValueError, match=r"share=0\.9 of polls_per_step=8 polls a group of 4 weights more"):
+        PatternSearch(groups, polls_per_step=8, last_group_share=0.9)
+
+
 def test_an_accepted_direction_saves_the_way_back():
     w = nn.Parameter(torch.tensor([5.0]))
     search = PatternSearch([w], radius=1.0, seed=0)
@@ -417,6 +441,8 @@ def test_slopes_that_are_not_finite_are_not_remembered():
         ({"poll": "random"}, "poll=random is not known"),
         ({"polls_per_step": 0}, "polls_per_step=0 must be at least 1"),
         ({"polls_per_step": 3}, "polls_per_step=3 is more than the 2 directions of 1 weights"),
+        ({"last_group_share": 0.5}, "last_group_share=0.5 must lie in .* and needs polls_per_step"),
+        ({"last_group_share": 1.0, "polls_per_step": 1}, "last_group_share=1.0 must lie in"),
         ({"max_evaluations": 0}, "max_evaluations=0 must be at least 1"),
         ({"max_seconds": 0}, "max_seconds=0 must be above 0"),
     ],

@@ -85,8 +85,8 @@ def test_dropout_is_off_in_polls(parity):
             return nn.functional.dropout(self.w.expand(*x.shape, 2) + 1, 0.5, self.training)
 
     task = PatternSearchTask(Dropping(), partial(PatternSearch, polls_per_step=None, radius=0.5))
-    trainer = fit(task, parity, limit_val_batches=0)
-    assert trainer.callback_metrics["train/loss_after"] <= trainer.callback_metrics["train/loss"]
+    fit(task, parity, limit_val_batches=0)
+    assert task.raw_optimizer.report.loss_after <= task.raw_optimizer.report.loss_before
 
 
 def test_a_gradient_optimizer_uses_automatic_optimization(model, parity):
@@ -129,15 +129,44 @@ def test_each_validation_also_scores_the_newest_training_batch(model, parity, tm
     assert sum(row[3] == "train/loss" for row in rows) == len(batches)
 
 
-def test_a_radius_is_logged_for_every_group(model, parity):
+def test_a_radius_is_logged_for_every_group(model, parity, tmp_path):
     def two_groups(params, **options):
         first, *rest = params
         return PatternSearch([{"params": [first], "radius": 0.3}, {"params": rest}], **options)
 
     two_groups.derivative_free = True
-    trainer = fit(StateTrackingTask(model, partial(two_groups, radius=0.1, polls_per_step=4)), parity)
-    assert trainer.callback_metrics["train/radius"] == pytest.approx(0.3)
-    assert trainer.callback_metrics["train/radius_1"] == pytest.approx(0.1)
+    task = StateTrackingTask(model, partial(two_groups, radius=0.1, polls_per_step=4))
+    fit(task, parity, MetricsTable(tmp_path))
+    rows = [row.split(",") for row in (tmp_path / "metrics.csv").read_text().splitlines()]
+    assert {float(row[4]) for row in rows if row[3] == "train/radius"} == {0.3}
+    assert {float(row[4]) for row in rows if row[3] == "train/radius_1"} == {0.1}
+
+
+def test_only_every_nth_step_is_logged_if_asked(model, parity, tmp_path):
+    task = StateTrackingTask(model, partial(PatternSearch, polls_per_step=6))
+    trainer = fit(task, parity, MetricsTable(tmp_path), limit_val_batches=0, limit_train_batches=5, log_every_n_steps=2)
+    rows = [row.split(",") for row in (tmp_path / "metrics.csv").read_text().splitlines()]
+    assert [int(row[0]) for row in rows if row[3] == "train/loss"] == [1, 3]
+    assert trainer.callback_metrics["train/loss"] == pytest.approx(task.raw_optimizer.report.loss_before)
+
+
+def test_the_last_block_gets_its_share_of_the_polls(compose_config, parity):
+    task = build_task(compose_config("model=small", "optimizer.polls_per_step=40"), parity)
+    before, last = (group["params"] for group in task.configure_optimizers().param_groups)
+    named = {id(p): name for name, p in task.model.named_parameters()}
+    assert {named[id(p)].split(".")[0] for p in before} == {"token_embedding", "position_embedding", "blocks"}
+    assert all(named[id(p)].startswith(("blocks.1.", "norm", "head")) for p in last)
+    assert len(before) + len(last) == len(named)
+    fit(task, parity, limit_train_batches=5, max_epochs=10)
+    visits = task.raw_optimizer.state["slopes"]["visits"]
+    share = float(visits[-sum(p.numel() for p in last) :].sum() / visits.sum())
+    assert share == pytest.approx(0.95, abs=0.002)
+
+
+@pytest.mark.parametrize("parts", [["blocks.1", "head"], ["blocks.0"]])
+def test_one_group_is_left_where_only_one_side_of_the_last_block_is_trained(parts, compose_config, parity):
+    task = build_task(compose_config("model=small", f"task.parameters=[{','.join(parts)}]"), parity)
+    assert len(task.configure_optimizers().param_groups) == 1
 
 
 def test_a_stopped_search_ends_training(model, parity):
