@@ -160,7 +160,7 @@ def test_the_last_block_gets_its_share_of_the_polls(compose_config, parity):
     fit(task, parity, limit_train_batches=5, max_epochs=10)
     visits = task.raw_optimizer.state["slopes"]["visits"]
     share = float(visits[-sum(p.numel() for p in last) :].sum() / visits.sum())
-    assert share == pytest.approx(0.95, abs=0.002)
+    assert share == pytest.approx(0.97, abs=0.01)
 
 
 @pytest.mark.parametrize("parts", [["blocks.1", "head"], ["blocks.0"]])
