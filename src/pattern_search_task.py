@@ -241,9 +241,12 @@ def chosen_parameters(model: nn.Module, names: list[str] | None) -> list[nn.Para
 
 
 def split_at_last_block(model: nn.Module, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """Parameter groups: what comes before the last of `model.blocks`, and the rest; one group if either is empty."""
-    everything, blocks = list(model.parameters()), getattr(model, "blocks", None)
-    first = id(next(blocks[-1].parameters())) if blocks else id(everything[0])
+    """Parameter groups: what comes before the last of `model.blocks`, and the rest; one group if either is empty.
+
+    And one for a model with fewer than two blocks: there all polls cost about the same.
+    """
+    everything, blocks = list(model.parameters()), getattr(model, "blocks", ())
+    first = id(next(blocks[-1].parameters())) if len(blocks) > 1 else id(everything[0])
     before = set(takewhile(lambda number: number != first, map(id, everything)))
     groups = [p for p in parameters if id(p) in before], [p for p in parameters if id(p) not in before]
     return [{"params": group} for group in groups if group]

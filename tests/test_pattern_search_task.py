@@ -163,10 +163,12 @@ def test_the_last_block_gets_its_share_of_the_polls(compose_config, parity):
     assert share == pytest.approx(0.97, abs=0.01)
 
 
-@pytest.mark.parametrize("parts", [["blocks.1", "head"], ["blocks.0"]])
-def test_one_group_is_left_where_only_one_side_of_the_last_block_is_trained(parts, compose_config, parity):
-    task = build_task(compose_config("model=small", f"task.parameters=[{','.join(parts)}]"), parity)
-    assert len(task.configure_optimizers().param_groups) == 1
+@pytest.mark.parametrize(
+    "overrides",
+    ["task.parameters=[blocks.1,head]", "task.parameters=[blocks.0]", "model=tiny", "optimizer.last_group_share=null"],
+)
+def test_there_is_one_group_where_there_is_nothing_to_share_out(overrides, compose_config, parity):
+    assert len(build_task(compose_config("model=small", overrides), parity).configure_optimizers().param_groups) == 1
 
 
 def test_a_stopped_search_ends_training(model, parity):
