@@ -56,9 +56,10 @@ class PatternSearch(torch.optim.Optimizer):
     1. The loss of the incumbent is taken on the batch at hand. Losses of different batches are never
        compared.
     2. POLL the next `polls_per_step` directions: + and - each coordinate in a seeded random order, at the
-       radius of the coordinate's parameter group. With `one_sided`, each coordinate is polled once, on the
-       side that its remembered slope calls downhill. A candidate is better only if its loss is strictly
-       lower; losses that are not finite are worse than any.
+       radius of the coordinate's parameter group. With `last_group_share`, the last group gets this share of the
+       polls. With `one_sided`, each coordinate is polled once, on the side that its remembered slope calls
+       downhill. A candidate is better only if its loss is strictly lower; losses that are not finite are worse
+       than any.
        `poll="complete"` polls them all at the same incumbent. `poll="opportunistic"` moves to each that
        improves, goes on from there, and skips the way back (exploratory moves, Hooke and Jeeves 1961).
        With `units_per_step`, units are polled before: one evaluation tells the slopes of all weights of a unit

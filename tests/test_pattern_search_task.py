@@ -51,7 +51,8 @@ def test_a_search_never_runs_backward_and_allocates_no_gradient(
 def test_a_search_with_fast_polls_takes_the_decisions_of_the_plain_closure(compose_config, parity):
     def decisions(plain):
         torch.manual_seed(0)
-        cfg = compose_config("model=tiny", "optimizer.polls_per_step=20", f"task.fast_polls={not plain}")
+        options = "model.n_layers=2", "optimizer.polls_per_step=20"  # two groups, which share the polls
+        cfg = compose_config("model=tiny", *options, f"task.fast_polls={not plain}")
         task = build_task(cfg, parity).double()
         seen = []
         task.on_train_batch_end = lambda *a: seen.append(task.raw_optimizer.report)
