@@ -192,12 +192,6 @@ class PatternSearch(torch.optim.Optimizer):
                 f"polls_per_step={polls_per_step} is more than the {len(self.directions)} directions of "
                 f"{len(self.coordinates)} weights; use None (null in YAML) for all of them"
             )
-        for size, share in zip(self.directions.sizes.tolist(), self.directions.shares.tolist(), strict=True):
-            if last_group_share is not None and (polls_per_step + 2) * share > size:
-                raise ValueError(
-                    f"last_group_share={last_group_share} of polls_per_step={polls_per_step} polls a group of {size} "
-                    "weights more than once in a step; use another share, or fewer polls"
-                )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -442,8 +436,19 @@ class PatternSearch(torch.optim.Optimizer):
                 sizes, shares = [sum(sizes)], [1.0]
             else:
                 shares = [(1 - last) * size / sum(sizes[:-1]) for size in sizes[:-1]] + [last]
+                self._check_shares(sizes, shares)
             self._directions = Directions(sizes, shares, self.options["one_sided"], self.options["seed"])
         return self._directions
+
+    def _check_shares(self, sizes: list[int], shares: list[float]) -> None:
+        polls = self.options["polls_per_step"] / (1 if self.options["one_sided"] else 2)
+        for size, share in zip(sizes, shares, strict=True):
+            if polls * share + 2 > size:  # 2: what rounding may add
+                raise ValueError(
+                    f"last_group_share={self.options['last_group_share']} of polls_per_step="
+                    f"{self.options['polls_per_step']} polls a group of {size} weights more than once in a step; use "
+                    "another share, or fewer polls"
+                )
 
     def _take(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Directions start .. end of the pass: coordinates (end - start,) and signed steps (end - start,)."""
