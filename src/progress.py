@@ -163,11 +163,11 @@ class SearchProgress(Callback):
             parts.append(f"val exact match {float(self._exact_match):.3f}")
         if report is not None:
             polling = self._polling + (report.seconds if report.polled < report.to_poll else 0)
-            radii = "/".join(dict.fromkeys(f"{group['radius']:.3g}" for group in optimizer.param_groups))  # equal ones once
+            radii = dict.fromkeys(f"{group['radius']:.3g}" for group in optimizer.param_groups)  # equal ones once
             parts += [
                 f"accepted {accepted:,}",
                 f"polls {min(polling / max(elapsed, 1e-9), 1):.0%} of time",
-                f"radius {radii}",
+                f"radius {'/'.join(radii)}",
             ]
         return done, total, " · ".join(parts)
 
