@@ -16,6 +16,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 from omegaconf import OmegaConf
 
 from metrics_table import describe
@@ -96,6 +97,9 @@ def draw(runs: pd.DataFrame) -> Figure:
                 panel.plot(of_task[cost][chosen], height[chosen], color=colour, linestyle="", **look)
             if of_task[cost].max() > 10 * of_task[cost].min():
                 panel.set_xscale("log")
+                panel.xaxis.set_major_formatter("{x:g}")
+                panel.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+                panel.xaxis.set_minor_formatter("{x:g}")
             else:
                 panel.set_xlim(0)
             panel.set(xlabel=title, title=task, yticks=range(len(labels)), yticklabels=labels)

@@ -9,7 +9,7 @@ import torch
 
 import diagnosis
 
-SHORT = ["experiment=parity_tiny", "trainer.max_steps=12", "callbacks=none"]
+SHORT = ["experiment=parity_tiny", "optimizer.polls_per_step=96", "trainer.max_steps=12", "callbacks=none"]
 
 
 @pytest.fixture(scope="module")
