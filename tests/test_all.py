@@ -222,7 +222,7 @@ def test_the_worked_example_of_the_readme_is_a_task(tmp_path):
 def test_every_figure_command_of_the_readme_draws(command, home):
     if not run_dirs(home):
         run(short("python src/train.py model=tiny logger=none"), home)
-    done = run(command.replace("src/", f"{ROOT}/src/"), home, cwd=home)
+    done = run(command.replace("src/", f"{shlex.quote(str(ROOT))}/src/"), home, cwd=home)
     if "--wandb" in command:
         assert "Traceback" not in done.stderr or "wandb" in done.stderr  # needs an account
     else:
@@ -243,7 +243,7 @@ def test_the_search_of_the_readme_works_alone_and_learns(tmp_path):
 def test_every_table_command_of_the_readme_prints_a_row_a_group(command, home):
     if not run_dirs(home):
         run(short("python src/train.py model=tiny logger=none"), home)
-    done = run(command.replace("src/", f"{ROOT}/src/"), home, cwd=home)
+    done = run(command.replace("src/", f"{shlex.quote(str(ROOT))}/src/"), home, cwd=home)
     assert done.returncode == 0, done.stderr
     assert "| tiny | pattern_search |" in done.stdout
 
