@@ -216,6 +216,14 @@ class Attention(Stage):
         """(..., T, d) -> (..., H, T, d/H)."""
         return x.unflatten(-1, (self.n_heads, -1)).transpose(-2, -3)
 
+    def by_head(self, x: Tensor) -> Tensor:
+        """(B, d, T) -> (B, H, T, d/H)."""
+        return x.unflatten(1, (self.n_heads, -1)).mT
+
+    def head_of(self, i: Tensor) -> Tensor:
+        """(k,) components of queries, keys or values -> (k,) their heads."""
+        return i // (len(self.w.out) // self.n_heads)
+
     def turn(self, x: Tensor, at: Tensor) -> Tensor:
         """Rotary positions `at` (T,) or (B, T) for x (B, ..., H, T, d/H); see `transformer.rotate`."""
         if not self.rotary:
@@ -327,7 +335,7 @@ class Attention(Stage):
         d, parts = w.out.shape[0], []
         for name, m in moves.items():
             is_value = name.startswith("value")
-            first = 1 + d + m.i // (d // self.n_heads) * d if is_value else 1
+            first = 1 + d + self.head_of(m.i) * d if is_value else 1
             column = 0 * m.i if name.endswith("bias") else first + m.j
             parts.append((column, m.i + d if is_value else m.i, m.step))
         return rank1(state.sources, w.directions, parts)
@@ -364,7 +372,7 @@ class Attention(Stage):
         at, steps = self.positions(rows)
         heads, lefts, rights = [], [], []
         for name, i, moved in changes:
-            heads.append(i // (d // self.n_heads))
+            heads.append(self.head_of(i))
             is_key = name == "key"
             if not is_key:
                 moved = w.scale * moved
@@ -378,8 +386,11 @@ class Attention(Stage):
             moved, other = torch.stack([a for a, _ in pairs], -1), torch.stack([b for _, b in pairs], -1)
             lefts.append(other if is_key else moved)
             rights.append(moved if is_key else other)
-        head, left, right = torch.cat(heads), torch.cat(lefts, 1), torch.cat(rights, 1)  # (B, K, tokens, 1 or 2)
-        x = torch.empty(len(left), *left.shape[1:3], d, dtype=left.dtype)
+        return self.add_to_scores(rows, state, torch.cat(heads), torch.cat(lefts, 1), torch.cat(rights, 1))
+
+    def add_to_scores(self, rows: Rows, state: Values, head: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """The stream if left (B, K, queries, n) @ right (B, K, T, n)^T is added to the scores of a head (K,)."""
+        x = torch.empty(*left.shape[:3], state.out.shape[-1], dtype=state.out.dtype)
         for h in head.unique().tolist():
             k = (head == h).nonzero().flatten()
             scores = state.scores[:, h, None] + (left[:, k].to(x) @ right[:, k].to(x).transpose(-1, -2))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_structured_polls import LAYOUTS, loss, make_batch, make_model
 
+import credit_units
 from closure import Coordinates
 from credit_polls import CreditPolls
 from directions import seeded
@@ -31,7 +32,8 @@ def cosine(a, b):
 
 
 @pytest.mark.parametrize(("layout", "positions"), [("seq", "learned"), ("ragged", "rotary"), ("one", "none")])
-def test_samples_of_every_unit_average_to_the_gradient(layout, positions):
+def test_samples_of_every_unit_average_to_the_gradient(layout, positions, monkeypatch):
+    monkeypatch.setattr(credit_units, "FAINT", 0.0)  # without bias: every tie counts
     model, coordinates, batch, closure = setup(layout, positions=positions, dtype=torch.float64)
     mean, units, samples = torch.zeros(len(coordinates), dtype=torch.float64), torch.arange(closure.n_units), 150
     for seed in range(samples):
@@ -53,61 +55,117 @@ def test_one_sample_of_a_unit_behind_the_last_attention_is_its_slope(layout):
     found[where] = slopes
     expected, start = gradient(model, batch), 0
     for (name, _), end in zip(model.named_parameters(), coordinates.ends, strict=True):
-        if name.startswith(("blocks.1.ff", "norm", "head", "blocks.1.attention.query", "blocks.1.attention.out")):
+        if name.startswith(("blocks.1.ff", "norm", "head", "blocks.1.attention.value", "blocks.1.attention.out")):
             torch.testing.assert_close(found[start:end], expected[start:end], atol=1e-6, rtol=1e-4, msg=name)
         start = end
 
 
-PLAIN = {  # part of a name -> the module whose output its units are
-    "blocks.0.ff.inner": lambda model: model.blocks[0].ff.inner,
-    "blocks.0.attention.key": lambda model: model.blocks[0].attention.key,
-    "blocks.0.attention.value": lambda model: model.blocks[0].attention.value,
-    "blocks.1.attention.value": lambda model: model.blocks[1].attention.value,
-    "blocks.0.attention_norm": lambda model: model.blocks[0].attention_norm,
-}
+class PlainAttention:
+    """Stands in for torch's attention: softmax written out, which can be looked into and moved at the n-th call."""
+
+    def __init__(self, at=None, scores=0.0, mixed=0.0):
+        self.at, self.scores, self.mixed, self.seen = at, scores, mixed, []
+
+    def __call__(self, query, key, value, is_causal, dropout_p):
+        moved = len(self.seen) == self.at
+        scores = query @ key.mT / query.shape[-1] ** 0.5 + (self.scores if moved else 0.0)
+        weights = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1) == 1, -torch.inf).softmax(-1)
+        self.seen.append((query, key, weights))
+        return weights @ value + (self.mixed if moved else 0.0)
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_a_sample_is_what_the_plain_forward_gives_with_the_unit_moved_at_every_token(name):
-    """The readable reference: a hook moves the unit, one forward gives the losses of all tokens."""
+def count_ties(ties):
+    return ties / (ties + 0.05 * ties.amax(-1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("blocks.0.ff.inner", "output"),
+        ("blocks.0.ff.outer", "output"),
+        ("blocks.0.attention_norm", "output"),
+        ("blocks.0.attention.value", "mixed"),
+        ("blocks.1.attention.value", "mixed"),
+        ("blocks.0.attention.key", "scores"),
+        ("blocks.1.attention.key", "scores"),
+    ],
+)
+def test_a_sample_is_what_the_plain_forward_gives_with_the_unit_moved_at_every_token(name, kind, monkeypatch):
+    """The readable reference: the unit is moved by a hook, one forward gives the losses of all tokens."""
     model, coordinates, _, polls = setup(dtype=torch.float64)
     x = torch.randint(3, (5, 16), generator=torch.Generator().manual_seed(0)).unique(dim=0)
     batch = {"x": x, "y": torch.where(torch.arange(16) < 8, IGNORE, x.roll(1, 1))}
-    closure, module, unit, step = polls.on(batch), PLAIN[name](model), 3, 0.1
+    closure, unit, step, head, size = polls.on(batch), 3, 0.1, 0, 8
     (rows,) = closure.rows
     order = [int((x == row).all(1).nonzero()) for row in rows.x]  # the closure sorts the rows
     batch = {key: value[order] for key, value in batch.items()}
+    module, block = model.get_submodule(name), int(name.split(".")[1])
     number = next(n for n, p in enumerate(coordinates.parameters) if p is module.weight)
     units = (closure.unit_parameter == number).nonzero().flatten()[[unit]]
     where, slopes = closure.credit(units, torch.tensor([step]), seeded(7, 0))
-    sign = torch.randint(2, (len(x), 1, 16), generator=seeded(7, 0))[:, 0] * 2.0 - 1
+    sign = torch.randint(2, (2, len(x), 1, 16), generator=seeded(7, 0))[:, :, 0] * 2.0 - 1  # (2, B, T)
+    reads = []
 
-    def token_losses(change):
+    def token_losses(change, attention):
         def move(_, inputs, out):
-            out = out.clone()
-            out[..., unit] += change
-            read.append(inputs[0])
+            reads.append(inputs[0])
+            if kind == "output":
+                out = out.clone()
+                out[..., unit] += change
             return out
 
-        read, handle = [], module.register_forward_hook(move)
+        handle = module.register_forward_hook(move)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
         with torch.no_grad():
             losses = F.cross_entropy(model(batch["x"]).mT, batch["y"], ignore_index=IGNORE, reduction="none")
         handle.remove()
-        return losses, read[0]
+        return losses
 
-    before, read = token_losses(0.0)
-    after, _ = token_losses(step * sign)
-    gain = (after - before).flip(1).cumsum(1).flip(1) / (batch["y"] != IGNORE).sum()  # of the losses from token t on
-    credit = gain * sign / step  # (B, T)
-    if module.weight.ndim == 1:  # a norm: its gain reads the normed component, its bias reads ones
-        read = F.layer_norm(read, read.shape[-1:])[..., [unit]]
-    expected = [torch.einsum("bt,bti->i", credit, read)]
+    plain, moved = PlainAttention(), PlainAttention(block)
+    before = token_losses(0.0, plain)
+    (_, _, first), (query, key, second) = plain.seen
+    query, key, weights = plain.seen[block]
+    if kind == "mixed":
+        moved.mixed = torch.zeros(5, 2, 16, size, dtype=torch.float64)
+        moved.mixed[:, head, :, unit] = step * sign[0]
+    elif kind == "scores":
+        moved.scores = torch.zeros(5, 2, 16, 16, dtype=torch.float64)
+        moved.scores[:, head] = step * sign[0][:, :, None] * sign[1][:, None]
+    gain = (token_losses(step * sign[0], moved) - before) / (batch["y"] != IGNORE).sum()  # (B, T)
+    own = torch.eye(16, dtype=torch.float64)
+    ties = own + second.square().sum(1)  # (B, loss at a token, what it looks at)
+    if name.endswith("norm"):  # in front of both attentions
+        ties = ties @ (own + first.square().sum(1))
+    reach = own if block == 1 else count_ties(ties)
+    credit = (gain[:, None] @ reach)[:, 0] * sign[0] / step  # (B, T)
+    read = reads[0]
+    if kind == "scores":
+        pairs = credit[:, :, None] * sign[1][:, None] * count_ties(weights[:, head].square())
+        pairs = pairs - weights[:, head] * pairs.sum(-1, keepdim=True)
+        scale = size**-0.5
+        expected = {
+            "key": torch.einsum("bqk,bqi,bkf->if", pairs, query[:, head] * scale, read),
+            "query": torch.einsum("bqk,bki,bqf->if", pairs, key[:, head] * scale, read),
+        }
+        parameter = {part: model.get_submodule(name.replace("key", part)).weight for part in expected}
+    elif kind == "mixed":
+        expected, parameter = {"": torch.einsum("bqk,bkf,bq->f", weights[:, head], read, credit)}, {"": module.weight}
+    elif module.weight.ndim == 1:  # a norm: its gain reads the normed component
+        normed = F.layer_norm(read, read.shape[-1:])[..., unit]
+        expected, parameter = {"": (credit * normed).sum()[None]}, {"": module.weight}
+    else:
+        expected, parameter = {"": torch.einsum("bt,bti->i", credit, read)}, {"": module.weight}
+    found = torch.full((len(coordinates),), torch.nan, dtype=torch.float64)
+    found[where] = slopes
+    for part, value in expected.items():
+        n = next(n for n, p in enumerate(coordinates.parameters) if p is parameter[part])
+        place = found[coordinates.ends[n] - coordinates.parameters[n].numel() : coordinates.ends[n]]
+        place = place.view_as(parameter[part])[: size if kind == "scores" else None]
+        torch.testing.assert_close(place if kind == "scores" else place[unit].reshape(-1), value, atol=1e-9, rtol=1e-6)
     if getattr(module, "bias", None) is not None:
-        expected.append(credit.sum()[None])
-    torch.testing.assert_close(slopes, torch.cat(expected), atol=1e-9, rtol=1e-6)
-    start = coordinates.ends[number] - module.weight.numel()
-    first = start + (unit if module.weight.ndim == 1 else unit * module.weight.shape[1])
-    assert int(where[0]) == first
+        bias = next(n for n, p in enumerate(coordinates.parameters) if p is module.bias)
+        slope = found[coordinates.ends[bias] - len(module.bias) + unit]
+        torch.testing.assert_close(slope, credit.sum(), atol=1e-9, rtol=1e-6)
 
 
 def test_threads_and_rows_at_a_time_make_no_difference():
