@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace as Values
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from structured_stages import Attention, Embedding, FeedForward, Head, Rank1, Rows, Stage
@@ -18,9 +19,14 @@ Slopes = tuple[Tensor, Tensor]  # places in a tensor, flattened, and the slopes 
 FAINT = 0.05  # a tie whose square is this part of the strongest one's counts half
 
 
+def looks(weights: Tensor) -> Tensor:
+    """Attention weights without those that hardly exist: their products would be denormal numbers, which are slow."""
+    return F.threshold(weights, 1e-6, 0.0)
+
+
 def shares(squares: Tensor) -> Tensor:
     """How much ties count, from 0 to 1, by the squares of their strengths (..., ties)."""
-    return squares / (squares + FAINT * squares.amax(-1, keepdim=True)).clamp_(min=torch.finfo(squares.dtype).tiny)
+    return squares / (squares + FAINT * squares.amax(-1, keepdim=True)).clamp_(min=1e-30)
 
 
 @dataclass(frozen=True)
@@ -104,9 +110,10 @@ class Scores(Kind):
 
     def slopes(self, u: Units, name: str, credit: Tensor) -> Slopes:
         stage, state, head, at = u.stage, u.state, u.stage.head_of(u.i), u.stage.positions(u.rows)
-        pairs = torch.zeros_like(state.weights)  # (B, H, queries, T), summed over the units of a head
-        pairs.index_add_(1, head, credit[..., None] * u.signs[1][:, :, None]).mul_(shares(state.weights.square()))
-        pairs -= state.weights * pairs.sum(-1, keepdim=True)  # softmax sees no shift: a query's slopes sum to 0
+        weights = looks(state.weights)
+        pairs = torch.zeros_like(weights)  # (B, H, queries, T), summed over the units of a head
+        pairs.index_add_(1, head, credit[..., None] * u.signs[1][:, :, None]).mul_(shares(weights.square()))
+        pairs -= weights * pairs.sum(-1, keepdim=True)  # softmax sees no shift: a query's slopes sum to 0
         if name == "key":
             inputs, other, steps = state.inputs, pairs.mT @ stage.by_head(state.turned_query), at[1]
         else:
