@@ -103,8 +103,8 @@ class PatternSearch(torch.optim.Optimizer):
         max_evaluations: budget of function evaluations, never exceeded.
         max_seconds: budget of seconds spent in steps, looked at before every call of the closure.
         target_loss: the search ends when the incumbent's loss is at or below it.
-        units_per_step: units polled in a step at the most, in a seeded random order; None for none. The
-            closure must answer `credit`. `polls_per_step` may then be 0.
+        units_per_step: units polled in a step at the most, in a seeded random order, all equally often; None for
+            none. The closure must answer `credit`. `polls_per_step` may then be 0.
         seed: seeds the order of the directions and of the units.
 
     Raises:
@@ -321,7 +321,9 @@ class PatternSearch(torch.optim.Optimizer):
         done = self.state["search"]["units"]
         turn, start = divmod(done, candidates.n_units)
         order = torch.randperm(candidates.n_units, generator=seeded(self.options["seed"], turn))
-        units = order[start : start + self._affordable(self.options["units_per_step"])]
+        left = len(order) - start
+        size = math.ceil(left / math.ceil(left / self.options["units_per_step"]))  # a pass is shared out evenly
+        units = order[start : start + self._affordable(size)]
         steps = self._radii(candidates.unit_parameter[units])
         coordinates, slopes = candidates.credit(units, steps, seeded(self.options["seed"], done))
         self.state["search"]["units"] += len(units)
