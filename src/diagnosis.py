@@ -3,12 +3,14 @@
 python src/diagnosis.py                                                the main command, looked at in every step
 python src/diagnosis.py experiment=z5 seed=1 --output report/z5.png    any options of src/train.py
 
-Draws the figure and prints, for each part of the model, what its polls cost and what the moves of its weights gained.
+Draws the figure and prints, for each part of the model, what its polls cost and what the moves of its weights gained,
+and for polls of units the cosine of the slopes that they sample with the gradient of the same batch.
 Gradients appear here and nowhere else beside a search: its slopes and moves are compared with them.
 """
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from build import build_datamodule, build_task
 from closure import forward_only
 from composition import DEFAULT_CONFIG, compose_jobs
 from config_check import check_command
+from directions import seeded
 from machine import prepare_machine
 from pattern_search_task import PatternSearchTask, derivative_free, masked_loss
 from refusal import refuse
@@ -124,8 +127,26 @@ def diagnose(overrides: list[str]) -> tuple[Diagnosis, pd.DataFrame]:
     trainer.fit(task, datamodule=datamodule)
     batch = next(iter(datamodule.train_dataloader()))
     with forward_only(task.model):
-        rates = poll_rates(task.make_closure(batch), diagnosis)
-    return diagnosis, tabulate(diagnosis, rates)
+        closure = task.make_closure(batch)
+        table = tabulate(diagnosis, poll_rates(closure, diagnosis))
+        if diagnosis.search.options["units_per_step"]:
+            with torch.enable_grad():
+                gradient = torch.autograd.grad(task.loss(batch), diagnosis.parameters)
+            table["cosine of samples"] = sample_cosines(closure, diagnosis, gradient)
+    return diagnosis, table
+
+
+def sample_cosines(closure: Any, diagnosis: Diagnosis, gradient: Sequence[Tensor]) -> dict[str, float]:
+    """Of the slopes that one evaluation a unit gives to each part, with the gradient of the same batch."""
+    steps = torch.full((closure.n_units,), diagnosis.search.param_groups[0]["radius"])
+    where, found = closure.credit(torch.arange(closure.n_units), steps, seeded(0, 0))
+    slopes = torch.zeros(len(diagnosis.search.coordinates), dtype=torch.float64).index_put_((where,), found)
+    by_part: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    pieces = zip(diagnosis.parts, slopes.split([g.numel() for g in gradient]), gradient, strict=True)
+    for part, sample, true in pieces:
+        by_part.setdefault(part, []).append((sample, true.flatten().double()))
+    joined = {part: [torch.cat(side) for side in zip(*pairs, strict=True)] for part, pairs in by_part.items()}
+    return {part: float(torch.cosine_similarity(*sides, dim=0)) for part, sides in joined.items()}
 
 
 def poll_rates(closure: Any, diagnosis: Diagnosis) -> dict[str, float]:
@@ -221,7 +242,7 @@ def main() -> None:
         refuse([str(problem)])
     args.output.parent.mkdir(parents=True, exist_ok=True)
     draw(diagnosis, table, " ".join(["pattern search", *args.overrides])).savefig(args.output, dpi=100)
-    formats = ["{:,.0f}".format] * 2 + ["{:.1%}".format] * 2 + ["{:.2f}".format]
+    formats = ["{:,.0f}".format] * 2 + ["{:.1%}".format] * 2 + ["{:.2f}".format] * (len(table.columns) - 4)
     print(table.to_string(formatters=formats))
     print(f"\nDrew {len(diagnosis.steps)} steps: {args.output}")
 

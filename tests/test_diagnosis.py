@@ -49,6 +49,15 @@ def test_slopes_are_compared_by_their_age(seen):
     assert right[0] / count[0] > 0.6  # a fresh slope mostly points downhill
 
 
+def test_samples_of_units_are_compared_with_the_gradient():
+    options = ["experiment=z5", "trainer.max_steps=2", "callbacks=none", "task.parameters=[blocks,norm,head]"]
+    _, table = diagnosis.diagnose(options)
+    cosines = table["cosine of samples"]
+    assert cosines["norm, head"] > 0.99  # exact behind the last attention
+    assert cosines["block 0 ff"] > 0.99
+    assert 0.3 < cosines["block 0 attention"] < 1
+
+
 def test_looking_does_not_change_the_search(seen):
     from build import build_datamodule, build_task
     from composition import compose_jobs
