@@ -109,22 +109,22 @@ class Scores(Kind):
         return stage.head_of(i)
 
     def slopes(self, u: Units, name: str, credit: Tensor) -> Slopes:
-        stage, state, head, at = u.stage, u.state, u.stage.head_of(u.i), u.stage.positions(u.rows)
-        weights = looks(state.weights)
-        pairs = torch.zeros_like(weights)  # (B, H, queries, T), summed over the units of a head
-        pairs.index_add_(1, head, credit[..., None] * u.signs[1][:, :, None]).mul_(shares(weights.square()))
+        stage, state, (queries, keys) = u.stage, u.state, u.stage.positions(u.rows)
+        heads, of = stage.head_of(u.i).unique(return_inverse=True)  # (h,)
+        weights = looks(state.weights[:, heads])  # (B, h, queries, T)
+        pairs = torch.zeros_like(weights).index_add_(1, of, credit[..., None] * u.signs[1][:, :, None])
+        pairs *= shares(weights.square())
         pairs -= weights * pairs.sum(-1, keepdim=True)  # softmax sees no shift: a query's slopes sum to 0
         if name == "key":
-            inputs, other, steps = state.inputs, pairs.mT @ stage.by_head(state.turned_query), at[1]
+            inputs, at, other = state.inputs, keys, pairs.mT @ stage.by_head(state.turned_query)[:, heads]
         else:
-            inputs, other, steps = stage.queries(u.rows, state.inputs), pairs @ stage.by_head(state.turned_key), at[0]
-            other = other * stage.w.scale
-        other = stage.turn(other, -steps)  # (B, H, tokens, d/H), as it was before the query or key was turned
-        i = torch.isin(stage.head_of(torch.arange(len(stage.w.out))), head).nonzero().flatten()
+            inputs, at = stage.queries(u.rows, state.inputs), queries
+            other = pairs @ stage.by_head(state.turned_key)[:, heads] * stage.w.scale
+        other = stage.turn(other, -at)  # (B, h, tokens, d/H), as it was before the query or key was turned
+        i = (heads[:, None] * other.shape[-1] + torch.arange(other.shape[-1])).flatten()
         if name == self.bias:
-            return i, other.sum((0, 2)).flatten()[i]
-        slopes = torch.einsum("bhti,btf->hif", other, inputs).flatten(0, 1)  # (d, fan_in)
-        return u.places(name, i, inputs.shape[-1]), slopes[i].flatten()
+            return i, other.sum((0, 2)).flatten()
+        return u.places(name, i, inputs.shape[-1]), torch.einsum("bhti,btf->hif", other, inputs).flatten()
 
 
 def enter_stream(u: Units, first: int = 0) -> Rank1:

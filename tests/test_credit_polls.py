@@ -204,6 +204,18 @@ def test_the_search_learns_from_units_alone_and_resumes_exactly():
         assert torch.equal(a, b)
 
 
+def test_a_pass_over_the_units_is_shared_out_evenly_and_polls_each_once():
+    model, _, _, closure = setup()
+    n, polled = closure.n_units, []
+    optimizer = PatternSearch(model.parameters(), polls_per_step=0, units_per_step=n // 3 + 2, step_lengths=[0.01])
+    credit = closure.credit
+    closure.credit = lambda units, *args: polled.append(units.tolist()) or credit(units, *args)
+    for _ in range(3):
+        optimizer.step(closure)
+    assert max(map(len, polled)) - min(map(len, polled)) <= 1
+    assert sorted(sum(polled, [])) == list(range(n))
+
+
 @pytest.mark.parametrize("budget", [1, 5, 9, 10])
 def test_a_budget_is_never_exceeded_by_units(budget):
     model, _, _, closure = setup()
