@@ -213,7 +213,7 @@ def test_a_pass_over_the_units_is_shared_out_evenly_and_polls_each_once():
     for _ in range(3):
         optimizer.step(closure)
     assert max(map(len, polled)) - min(map(len, polled)) <= 1
-    assert sorted(sum(polled, [])) == list(range(n))
+    assert sorted(unit for units in polled for unit in units) == list(range(n))
 
 
 @pytest.mark.parametrize("budget", [1, 5, 9, 10])
