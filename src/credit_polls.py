@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from closure import Coordinates
-from credit_units import KINDS, RANK1, Units, looks, shares
+from credit_units import KINDS, RANK1, Units, shares
 from machine import one_thread
 from structured_polls import StructuredPolls
 from structured_stages import Attention, Embedding, Head, Rows
@@ -106,7 +106,7 @@ class CreditPolls(StructuredPolls):
         own, ties, reach = torch.eye(rows.x.shape[1]), None, [None] * (len(self.stages) + 1)
         for s in range(len(self.stages) - 3, -1, -1):
             if isinstance(self.stages[s], Attention):
-                weights = looks(self._state(rows, s).weights)  # (B, H, queries, T)
+                weights = self._state(rows, s).weights  # (B, H, queries, T)
                 step = weights.square().sum(1) + (own[rows.at] if ties is None else own).to(weights)
                 ties = step if ties is None else ties @ step
             reach[s] = shares(ties)

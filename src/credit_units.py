@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace as Values
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from structured_stages import Attention, Embedding, FeedForward, Head, Rank1, Rows, Stage
@@ -17,11 +16,6 @@ Entry = Rank1 | Tensor | tuple[Tensor, Tensor]  # what a way in of `Stage` gives
 Slopes = tuple[Tensor, Tensor]  # places in a tensor, flattened, and the slopes there, (m,) each
 
 FAINT = 0.05  # a tie whose square is this part of the strongest one's counts half
-
-
-def looks(weights: Tensor) -> Tensor:
-    """Attention weights without those that hardly exist: their products would be denormal numbers, which are slow."""
-    return F.threshold(weights, 1e-6, 0.0)
 
 
 def shares(squares: Tensor) -> Tensor:
@@ -111,15 +105,15 @@ class Scores(Kind):
     def slopes(self, u: Units, name: str, credit: Tensor) -> Slopes:
         stage, state, (queries, keys) = u.stage, u.state, u.stage.positions(u.rows)
         heads, of = stage.head_of(u.i).unique(return_inverse=True)  # (h,)
-        weights = looks(state.weights[:, heads])  # (B, h, queries, T)
+        weights = state.weights[:, heads]  # (B, h, queries, T)
         pairs = torch.zeros_like(weights).index_add_(1, of, credit[..., None] * u.signs[1][:, :, None])
         pairs *= shares(weights.square())
         pairs -= weights * pairs.sum(-1, keepdim=True)  # softmax sees no shift: a query's slopes sum to 0
         if name == "key":
-            inputs, at, other = state.inputs, keys, pairs.mT @ stage.by_head(state.turned_query)[:, heads]
+            inputs, at, other = state.inputs, keys, pairs.mT @ stage.heads(state.turned_query.mT)[:, heads]
         else:
             inputs, at = stage.queries(u.rows, state.inputs), queries
-            other = pairs @ stage.by_head(state.turned_key)[:, heads] * stage.w.scale
+            other = pairs @ stage.heads(state.turned_key.mT)[:, heads] * stage.w.scale
         other = stage.turn(other, -at)  # (B, h, tokens, d/H), as it was before the query or key was turned
         i = (heads[:, None] * other.shape[-1] + torch.arange(other.shape[-1])).flatten()
         if name == self.bias:
@@ -160,7 +154,7 @@ def enter_final_norm(u: Units) -> tuple[Tensor, Tensor]:
 
 def mixed_inputs(u: Units) -> Tensor:
     """(B, k, queries, d): what the head of each unit mixes from the inputs of its values."""
-    by_head = u.state.sources[:, 1 + len(u.stage.w.out) :].unflatten(1, (u.stage.n_heads, -1)).mT
+    by_head = u.stage.heads(u.state.sources[:, 1 + len(u.stage.w.out) :].mT)
     return by_head[:, u.stage.head_of(u.i)]
 
 

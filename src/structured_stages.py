@@ -216,10 +216,6 @@ class Attention(Stage):
         """(..., T, d) -> (..., H, T, d/H)."""
         return x.unflatten(-1, (self.n_heads, -1)).transpose(-2, -3)
 
-    def by_head(self, x: Tensor) -> Tensor:
-        """(B, d, T) -> (B, H, T, d/H)."""
-        return x.unflatten(1, (self.n_heads, -1)).mT
-
     def head_of(self, i: Tensor) -> Tensor:
         """(k,) components of queries, keys or values -> (k,) their heads."""
         return i // (len(self.w.out) // self.n_heads)
