@@ -350,36 +350,27 @@ class Attention(Stage):
         )
 
     def enter_scores(self, w: Values, rows: Rows, state: Values, moves: dict[str, Moves]) -> Tensor:
-        """A query or key weight changes a component of its query or key by what it reads."""
-        inputs, changes = by_column(state.inputs), []  # (B, d, T)
-        for name, m in moves.items():
-            moved = m.step[:, None] * (torch.ones_like(inputs[:, :1]) if name == "query_bias" else inputs[:, m.j])
-            if name != "key":
-                moved = self.queries(rows, moved[..., None])[..., 0]
-            changes.append((name, m.i, moved))  # (B, k, tokens)
-        return self.change_scores(w, rows, state, changes)
-
-    def change_scores(self, w: Values, rows: Rows, state: Values, changes: list[tuple[str, Tensor, Tensor]]) -> Tensor:
-        """The stream if components i (k,) of queries or keys change by scalars (B, k, tokens).
+        """A query or key weight changes a component of its query or key by what it reads.
 
         It changes the scores of its head by a product of a query's and a key's part.
         """
-        d = w.out.shape[0]
+        inputs, size = by_column(state.inputs), len(w.out) // self.n_heads  # (B, d, T)
         at, steps = self.positions(rows)
         heads, lefts, rights = [], [], []
-        for name, i, moved in changes:
-            heads.append(self.head_of(i))
-            is_key = name == "key"
+        for name, m in moves.items():
+            is_key, i = name == "key", m.i
+            moved = m.step[:, None] * (torch.ones_like(inputs[:, :1]) if name == "query_bias" else inputs[:, m.j])
             if not is_key:
-                moved = w.scale * moved
+                moved = w.scale * self.queries(rows, moved[..., None])[..., 0]  # (B, k, tokens)
             other = state.turned_query if is_key else state.turned_key
             pairs = [(moved, other[:, i])]  # (B, k, tokens)
             if self.rotary:  # the moved component turns into itself and its partner in the pair
-                frequency = frequencies(d // self.n_heads)[i % (d // self.n_heads) // 2]
+                frequency = frequencies(size)[i % size // 2]
                 angle = (steps if is_key else at)[..., None, :] * frequency[:, None]  # (k, tokens) or (B, k, tokens)
                 sign = 1 - 2 * (i % 2)[:, None]
                 pairs = [(moved * angle.cos(), other[:, i]), (moved * angle.sin() * sign, other[:, i ^ 1])]
             moved, other = torch.stack([a for a, _ in pairs], -1), torch.stack([b for _, b in pairs], -1)
+            heads.append(self.head_of(i))
             lefts.append(other if is_key else moved)
             rights.append(moved if is_key else other)
         return self.add_to_scores(rows, state, torch.cat(heads), torch.cat(lefts, 1), torch.cat(rights, 1))
