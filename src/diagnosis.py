@@ -92,7 +92,7 @@ class Diagnosis(L.Callback):
         self.polled_at[slopes["visits"] != self.visits] = step
         self.visits = slopes["visits"].clone()
         age = step + 1 - self.polled_at
-        known = (slopes["direction"] != 0) & (age < AGES[-1])
+        known = (slopes["direction"] != 0) & (gradient != 0) & (age < AGES[-1])  # where there is a downhill
         right = (slopes["direction"].sign() == -gradient.sign())[known].double()
         size = (gradient.abs() / gradient.abs().sum())[known].double()
         bins = torch.bucketize(age[known], AGES, right=True) - 1
