@@ -21,7 +21,6 @@ from omegaconf import OmegaConf
 
 from metrics_table import describe
 
-ROOT = Path(__file__).resolve().parents[1]
 LOOKS = {  # of a run that solved its task, and of one that did not
     True: dict(marker="o", markersize=6, alpha=0.8),
     False: dict(marker=">", markersize=7, markerfacecolor="none"),
@@ -46,7 +45,7 @@ def read_costs(*paths: str | Path, by: str = "choices.variant") -> pd.DataFrame:
         if summary["stopped_by"] == "interrupted":
             continue
         if (value := OmegaConf.select(config, by)) is None:
-            raise KeyError(f"{file.parent} has no {by}")
+            raise KeyError(f"{file.parent} has no {by}; give directories of sweeps over it only")
         run = describe(config)
         run["task"] = run["task"].removeprefix("ablation_")
         run |= {"label": value, "solved": summary["stopped_by"] == "solved"}
@@ -101,6 +100,7 @@ def draw(runs: pd.DataFrame) -> Figure:
                 panel.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
                 panel.xaxis.set_minor_formatter("{x:g}")
             else:
+                panel.margins(x=0.08)  # room for half an arrow
                 panel.set_xlim(0)
             panel.set(xlabel=title, title=task, yticks=range(len(labels)), yticklabels=labels)
         row[0].set_ylim(len(labels) - 0.5, -0.5)
@@ -114,16 +114,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, help="directories of sweeps")
     parser.add_argument("--by", default="choices.variant", metavar="KEY", help="the key that was swept")
-    parser.add_argument("--output", type=Path, default=ROOT / "report" / "ablation.png", help="the picture to write")
+    parser.add_argument("--output", type=Path, help="the picture to write (default: ablation.png in the first path)")
     args = parser.parse_args()
     try:
         runs = read_costs(*args.paths, by=args.by)
     except (FileNotFoundError, KeyError) as error:
         sys.exit(f"ablation: {error.args[0]}")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    draw(runs).savefig(args.output, dpi=100)
+    output = args.output or args.paths[0] / "ablation.png"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draw(runs).savefig(output, dpi=100)
     print(tabulate(runs))
-    print(f"\nDrew {len(runs)} run(s): {args.output}")
+    print(f"\nDrew {len(runs)} run(s): {output}")
 
 
 if __name__ == "__main__":

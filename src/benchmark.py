@@ -46,7 +46,6 @@ from state_tracking_data import StateTrackingDataModule
 from structured_polls import StructuredPolls
 from transformer import DecoderOnlyTransformer
 
-REPORT = Path(__file__).resolve().parents[1] / "report" / "benchmark"
 WAYS = ["backward_closure", "plain", "batched_inference", "generic", "structured", "structured_cores"]
 BATCHED_TOKENS = (512, 1024, 2048, 4096, 8192)  # sizes of the larger batch among which the best is taken
 ROUNDS = 5  # of measuring every way in turn
@@ -264,7 +263,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads that torch may use")
     parser.add_argument("--block", type=int, help="candidates a poll; as many as each way likes best if left out")
     parser.add_argument("--sizes", action="store_true", help="measure models of other widths and depths instead")
-    parser.add_argument("--output", type=Path, default=REPORT.with_suffix(".png"), help="the figure to write")
+    parser.add_argument("--output", type=Path, default=Path("benchmark.png"), help="the figure to write")
     args = parser.parse_args()
     if any(not 1 <= batch <= 200 for batch in args.batches) or args.seconds <= 0 or args.threads < 1:
         parser.error("--batches takes sizes from 1 to 200, --seconds and --threads positive numbers")

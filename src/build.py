@@ -28,13 +28,13 @@ def build_model(cfg: DictConfig, datamodule: SequenceDataModule) -> DecoderOnlyT
     Raises:
         ValueError: impossible sizes, or positions that the data could not train.
     """
-    max_len = cfg.model.max_len or datamodule.max_len
+    max_len = cfg.model.get("max_len") or datamodule.max_len  # a model of your own may leave both keys out
     if max_len < datamodule.max_len:
         raise ValueError(
             f"model.max_len={max_len} is shorter than the longest input of the task, {datamodule.max_len} tokens; "
             f"leave model.max_len=null or use {datamodule.max_len}"
         )
-    if cfg.model.positions == "learned" and max_len > datamodule.max_train_len:
+    if cfg.model.get("positions") == "learned" and max_len > datamodule.max_train_len:
         raise ValueError(
             f"model.positions=learned has {max_len} positions, but training reaches {datamodule.max_train_len} only, "
             "so the others would never be trained; use model.positions=rotary, sinusoidal or none"

@@ -1,7 +1,7 @@
 """What a search does on its way: does a step help beyond its batch, how long do slopes stay true, where does it move?
 
-python src/diagnosis.py                                                the main command, looked at in every step
-python src/diagnosis.py experiment=z5 seed=1 --output report/z5.png    any options of src/train.py
+python src/diagnosis.py                                         the main command, looked at in every step
+python src/diagnosis.py experiment=z5 seed=1 --output z5.png    any options of src/train.py
 
 Draws the figure and prints, for each part of the model, what its polls cost and what the moves of its weights gained,
 and for polls of units the cosine of the slopes that they sample with the gradient of the same batch.
@@ -9,6 +9,7 @@ Gradients appear here and nowhere else beside a search: its slopes and moves are
 """
 
 import argparse
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,6 @@ from pattern_search_task import PatternSearchTask, derivative_free, masked_loss
 from refusal import refuse
 from train import silence_libraries
 
-OUTPUT = Path(__file__).resolve().parents[1] / "report" / "diagnosis.png"
 SEQUENCES = 1000  # of the training set, at the most, that stand for all of it
 AGES = torch.tensor([1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90, 140, 200, 1000])  # steps since a poll: edges of bins
 POLLS = 96  # candidates of a part whose polls are timed
@@ -55,6 +55,8 @@ class Diagnosis(L.Callback):
         self.agreement = torch.zeros(len(AGES) - 1, 4, dtype=torch.float64)
 
     def on_train_start(self, trainer: L.Trainer, task: PatternSearchTask) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):  # nothing is saved, so a signal need not wait for the step's end
+            signal.signal(number, signal.SIG_DFL)
         self.search = task.raw_optimizer
         self.parameters = self.search.coordinates.parameters
         names = {id(p): name for name, p in task.model.named_parameters()}
@@ -119,7 +121,7 @@ def diagnose(overrides: list[str]) -> tuple[Diagnosis, pd.DataFrame]:
     datamodule = build_datamodule(cfg)
     task = build_task(cfg, datamodule)
     if not derivative_free(task.make_optimizer):
-        raise ValueError("there is a pattern search to look at with optimizer=pattern_search only, or one like it")
+        raise ValueError("only a pattern search can be looked at: optimizer=pattern_search or pattern_search_credit")
     diagnosis, wanted = Diagnosis(), ("early_stopping", "progress")
     callbacks = [instantiate(cfg.callbacks[name]) for name in wanted if name in cfg.callbacks]
     quiet = dict(logger=False, enable_checkpointing=False)
@@ -231,7 +233,7 @@ def draw(diagnosis: Diagnosis, table: pd.DataFrame, title: str) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="as those of src/train.py")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="the picture to write")
+    parser.add_argument("--output", type=Path, default=Path("diagnosis.png"), help="the picture to write")
     args = parser.parse_args()
     silence_libraries()
     if problems := check_command(DEFAULT_CONFIG, args.overrides):

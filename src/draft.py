@@ -75,7 +75,7 @@ class Draft:
             except Exception as error:  # whatever a constructor refuses, the user gets the reason and not a traceback
                 message = reason(error)
             guilty = self._guilty(nodes, make, message)
-            if self.problems.keys() & set(self._named(message, nodes)):
+            if any(names(message, key) for key in self.problems if key.startswith(tuple(nodes))):
                 break  # it comes of putting a value back
             self.problems.setdefault((guilty or nodes)[0], self._with_key(message, guilty, nodes[0]))
             done = [self.reset(key) for key in guilty]
@@ -114,20 +114,24 @@ class Draft:
 
     def _named(self, message: str, nodes: Sequence[str]) -> list[str]:
         """The keys below the nodes that a message names, or whose value, such as a path, it cites."""
-        names = []
+        named = []
         for key in leaves(self.raw):
             value = dig(self.raw, key)
-            by_name = re.search(rf"(?<!\w){re.escape(key.rpartition('.')[2])}\b", message)
             by_value = isinstance(value, str) and "/" in value and value in message
-            if key.startswith(tuple(f"{node}." for node in nodes)) and (by_name or by_value):
-                names.append(key)
-        return names
+            if key.startswith(tuple(f"{node}." for node in nodes)) and (names(message, key) or by_value):
+                named.append(key)
+        return named
 
     def written(self, key: str) -> str:
         """Where the value of a key was given: there, or at the key that its default takes it from."""
         value = dig(self.raw, key)
         source = re.fullmatch(r"\$\{([\w.]+)\}", str(value))
         return source[1] if source and value == dig(self.defaults, key) else key
+
+
+def names(message: str, key: str) -> bool:
+    """Whether a message names a key, by the last part of its path."""
+    return re.search(rf"(?<!\w){re.escape(key.rpartition('.')[2])}\b", message) is not None
 
 
 def dig(node: Any, path: str, missing: Any = None) -> Any:

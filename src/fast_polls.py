@@ -24,7 +24,7 @@ def make_polls(
     `CreditPolls`, which are `StructuredPolls`, for a `DecoderOnlyTransformer` with the masked cross-entropy as its
     loss, on `threads` threads (by default one a core); `GenericPolls` for everything else, which it says once.
     """
-    if type(module) is DecoderOnlyTransformer and is_masked_cross_entropy(loss, module.head.out_features):
+    if has_units(module) and is_masked_cross_entropy(loss, module.head.out_features):
         return CreditPolls(module, coordinates, loss, threads or available_cores())
     warnings.warn(
         f"{type(module).__name__} with this loss has no structured polls (only DecoderOnlyTransformer with the masked "
@@ -32,6 +32,11 @@ def make_polls(
         stacklevel=2,
     )
     return GenericPolls(module, coordinates, loss)
+
+
+def has_units(module: nn.Module) -> bool:
+    """Whether the fast polls know the module from the inside, so that they can poll units of it."""
+    return type(module) is DecoderOnlyTransformer
 
 
 def is_masked_cross_entropy(loss: Callable[[Any, Any], Tensor], n_classes: int) -> bool:

@@ -20,7 +20,7 @@ from metrics_table import read_runs, read_wandb
 PANELS = {"loss": "loss, nats a token", "exact_match": "exact match"}
 SPLITS = {"train": dict(alpha=0.5, linewidth=0.8), "val": dict(marker="o", markersize=4, markeredgewidth=0)}
 AXES = {"evaluations": "function evaluations (a gradient step counts as one)", "seconds": "training seconds"}
-LABELS = ("model", "optimizer", "variant")  # what colours tell apart
+LABELS = ("model", "optimizer", "variant", "settings")  # what colours tell apart
 
 
 def draw_runs(table: pd.DataFrame) -> Figure:

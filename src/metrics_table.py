@@ -9,7 +9,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ from omegaconf import OmegaConf
 
 AXES = ["step", "evaluations", "seconds"]
 COLUMNS = [*AXES, "metric", "value"]
+KINDS = ["task", "model", "optimizer", "variant"]  # runs that have these in common are of a kind
+SETTINGS = ("datamodule.", "model.", "task.", "optimizer.", "trainer.")  # nodes of the config that decide a result
+OF_THE_TASK = ("datamodule.", "trainer.max_", "trainer.limit_")  # and those that hold for other kinds as well
+PER_RUN = ("seed", "_target_", "task.pattern_search_radius")  # no settings: the last stands at the optimizer too
 
 
 class MetricsTable(Logger):
@@ -57,14 +61,15 @@ class MetricsTable(Logger):
 
 
 def read_runs(*paths: str | Path) -> pd.DataFrame:
-    """The tables of all runs below the paths, with the columns run, chance_loss and those of `describe` added.
+    """The tables of all runs below the paths as one, with columns that say of which run a row is.
 
-    chance_loss is NaN for a run that has not ended yet.
+    They are run, chance_loss (NaN for a run that has not ended yet), those of `describe`, and settings, as
+    `name_settings` gives them.
 
     Raises:
         FileNotFoundError: no run lies below the paths.
     """
-    tables = []
+    tables, configs = [], []
     for table in sorted({t for path in paths for t in Path(path).rglob("metrics.csv")}):
         run = table.parent
         if (run / "config.yaml").exists():
@@ -73,25 +78,36 @@ def read_runs(*paths: str | Path) -> pd.DataFrame:
             )
             summary = json.loads(file.read_text()) if (file := run / "summary.json").exists() else {}
             frame["chance_loss"] = summary.get("chance_loss", math.nan)
-            tables.append(frame.assign(**describe(OmegaConf.load(run / "config.yaml"))))
+            tables.append(frame)
+            configs.append(OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
     if not tables:
         raise FileNotFoundError(f"no run with metrics.csv and config.yaml below {', '.join(map(str, paths))}")
-    return pd.concat(tables, ignore_index=True)
+    return joined(tables, configs)
 
 
 def read_wandb(entity: str | None, project: str) -> pd.DataFrame:
     """The same table as `read_runs`, from the runs of a W&B project (needs an account and a network)."""
     import wandb  # only here: reading local runs must not need it
 
-    tables = []
+    tables, configs = [], []
     for run in wandb.Api().runs(f"{entity}/{project}" if entity else project):
         history = pd.DataFrame(run.scan_history())
         step = "trainer/global_step" if "trainer/global_step" in history else "global_step"  # renamed in newer releases
-        table = tidy(history.rename(columns={step: "step"})).assign(run=run.name, chance_loss=math.nan)
-        tables.append(table.assign(**describe(run.config)))
+        tables.append(tidy(history.rename(columns={step: "step"})).assign(run=run.name, chance_loss=math.nan))
+        configs.append(run.config)
     if not tables:
         raise FileNotFoundError(f"the W&B project {project} has no runs")
-    return pd.concat(tables, ignore_index=True)
+    return joined(tables, configs)
+
+
+def joined(tables: list[pd.DataFrame], configs: list[Mapping]) -> pd.DataFrame:
+    """The tables of runs as one, with what each run was."""
+    settings = name_settings(configs)
+    described = [
+        table.assign(**describe(config), settings=of_run)
+        for table, config, of_run in zip(tables, configs, settings, strict=True)
+    ]
+    return pd.concat(described, ignore_index=True)
 
 
 def tidy(history: pd.DataFrame) -> pd.DataFrame:
@@ -116,3 +132,32 @@ def describe(config: Mapping) -> dict[str, Any]:
         "variant": choices.get("variant") or "",  # of the optimizer, see configs/variant
         "seed": config["seed"],
     }
+
+
+def name_settings(configs: list[Mapping]) -> list[str]:
+    """What tells each run from the others of its kind, such as "length=16, max_steps=100"; the seed does not.
+
+    Settings of the task's data, and limits, also tell it from runs of the same task with another model or optimizer.
+    """
+    settings = [{k: v for k, v in leaves(c) if k.startswith(SETTINGS) and not k.endswith(PER_RUN)} for c in configs]
+    runs, differing = pd.DataFrame(map(describe, configs)), [set() for _ in configs]
+    for kind in (KINDS, ["task"]):
+        for _, of in runs.groupby(kind):
+            for key in {key for i in of.index for key in settings[i]}:
+                compared = kind == KINDS or key.startswith(OF_THE_TASK)
+                if compared and len({str(settings[i].get(key)) for i in of.index}) > 1:
+                    for i in of.index:
+                        differing[i] |= {key} & settings[i].keys()
+    return [
+        ", ".join(f"{key.rpartition('.')[2]}={of_run[key]}" for key in sorted(keys))
+        for of_run, keys in zip(settings, differing, strict=True)
+    ]
+
+
+def leaves(node: Mapping, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a nested dict."""
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from closure import forward_only
 from did_you_mean import unknown
-from fast_polls import make_polls
+from fast_polls import has_units, make_polls
 from sequence_data import IGNORE
 
 Batch = dict[str, Tensor]
@@ -103,10 +103,10 @@ class PatternSearchTask(L.LightningModule):
         if getattr(self.make_optimizer, "keywords", {}).get("last_group_share") is not None:
             parameters = split_at_last_block(self.model, parameters)
         optimizer = self.make_optimizer(parameters)
-        if getattr(optimizer, "options", {}).get("units_per_step") and not self.fast_polls:
+        if getattr(optimizer, "options", {}).get("units_per_step") and not (self.fast_polls and has_units(self.model)):
             raise ValueError(
-                "optimizer.units_per_step polls units, which only the fast polls do: use task.fast_polls=true, or "
-                "optimizer.units_per_step=null and optimizer.polls_per_step=96"
+                "optimizer.units_per_step polls units, which only the fast polls of a DecoderOnlyTransformer do: use "
+                "such a model and task.fast_polls=true, or optimizer.units_per_step=null and optimizer.polls_per_step=96"
             )
         return optimizer
 

@@ -43,14 +43,17 @@ class SearchProgress(Callback):
         self._restored: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"recent": self._recent.state_dict(), "next_hint": self._next_hint} if self._recent else {}
+        if self._recent is None:
+            return {}
+        return {"recent": self._recent.state_dict(), "next_hint": self._next_hint, "accepted": self._accepted}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict  # training has not started yet
 
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         self._trainer, self._task = trainer, task
-        self._started, self._evaluations, self._accepted = time.monotonic(), task.evaluations, 0
+        self._started, self._evaluations = time.monotonic(), task.evaluations
+        self._accepted = self._restored.get("accepted", 0)
         self._loss = self._exact_match = self._eta = None
         self._first_step = trainer.global_step  # not 0 in a run that goes on
         self._polling = 0.0  # seconds in the steps of a search
@@ -108,39 +111,41 @@ class SearchProgress(Callback):
     def _run(self) -> None:
         bar = Progress(
             TextColumn("step {task.fields[step]}"),
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=16 if self.console.width >= 120 else 8),
             TextColumn("{task.description}"),
             console=self.console,
             auto_refresh=False,
             transient=True,
         )
         next_line = time.monotonic() + self.log_every_seconds
+        room = self.console.width - bar.columns[1].bar_width - len("step   ")
         with bar if self.console.is_terminal else threading.Lock():
             row = bar.add_task("starting", total=None, step="0")
             while not self._stop.wait(self.refresh_seconds):
-                done, total, line = self._status()
+                done, total, parts = self._status()
+                step = f"{int(done)}/{total}"
                 if self.console.is_terminal:
                     bar.update(
                         row,
                         completed=done,
-                        step=f"{int(done)}/{total}",
+                        step=step,
                         total=total if total != "?" else None,
-                        description=line,
+                        description=fitting(parts, room - len(step)),
                         refresh=True,
                     )
                 if time.monotonic() >= next_line:
                     next_line += self.log_every_seconds
-                    self._log(f"step {int(done)}/{total} {line}")
-        done, total, line = self._status()
-        self._log(f"step {int(done)}/{total} {line}")
+                    self._log(f"step {step} {' · '.join(parts)}", show=not self.console.is_terminal)
+        done, total, parts = self._status()
+        self._log(f"step {int(done)}/{total} {' · '.join(parts)}", show=True)
 
-    def _log(self, line: str) -> None:
+    def _log(self, line: str, show: bool) -> None:
         log.info(line)
-        if not self.console.is_terminal:
+        if show:
             print(line, flush=True)
 
-    def _status(self) -> tuple[float, int | str, str]:
-        """Steps done (with the share of the current one), steps in all, and what to say."""
+    def _status(self) -> tuple[float, int | str, list[str]]:
+        """Steps done (with the share of the current one), steps in all, and what to say, the most important first."""
         trainer, task = self._trainer, self._task
         optimizer = task.raw_optimizer
         report = getattr(optimizer, "report", None)
@@ -152,11 +157,13 @@ class SearchProgress(Callback):
             loss = report.loss_after
             done, accepted = done + report.polled / report.to_poll, accepted + report.accepted
         elapsed = time.monotonic() - self._started
-        parts = [f"loss {loss:.4f}" if loss is not None else "loss -"]  # what a narrow terminal cuts off comes last
+        parts, left = [f"loss {loss:.4f}" if loss is not None else "loss -"], math.inf
         if isinstance(total, int) and done > self._first_step:
-            parts.append(f"left at most {clock(elapsed * max(total - done, 0) / (done - self._first_step))}")
+            left = elapsed * max(total - done, 0) / (done - self._first_step)
+            parts.append(f"left at most {clock(left)}")
         if self._target is not None:
-            parts.append(f"target in {'-' if self._eta is None else f'about {clock(self._eta)}'}")
+            far = self._eta is None or self._eta > left
+            parts.append("target not in sight" if far else f"target in about {clock(self._eta)}")
         rate = (task.evaluations - self._evaluations) / max(elapsed, 1e-9)
         parts += [f"evaluations {task.evaluations:,} ({rate:,.0f}/s)"]
         if self._exact_match is not None:
@@ -169,7 +176,13 @@ class SearchProgress(Callback):
                 f"polls {min(polling / max(elapsed, 1e-9), 1):.0%} of time",
                 f"radius {'/'.join(radii)}",
             ]
-        return done, total, " · ".join(parts)
+        return done, total, parts
+
+
+def fitting(parts: Sequence[str], width: int) -> str:
+    """As many of the parts, from the first on, as fit into a line of so many columns."""
+    lines = [" · ".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next((line for line in lines if len(line) <= width), lines[-1])
 
 
 def target_of(trainer: L.Trainer, task: L.LightningModule) -> tuple[str, float | None]:

@@ -7,56 +7,34 @@ python src/tables.py runs --metric test/balanced_accuracy
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from omegaconf import OmegaConf
 
-from metrics_table import describe
+from metrics_table import KINDS, describe, name_settings
 
-SETTINGS = ("datamodule.", "model.", "task.", "optimizer.", "trainer.")  # nodes of the config that decide a result
-PER_RUN = ("seed", "_target_")  # keys in them that are not settings
-GROUPED = ["task", "model", "optimizer", "variant"]  # what a row of the table has in common
 SOLVED = 0.99  # a run with at least this value of the metric counts as solved
 
 
 def read_summaries(*paths: str | Path) -> pd.DataFrame:
-    """One row a finished run below the paths: what it was (`describe`), its summary and its test metrics.
+    """One row a finished run below the paths: what it was, its settings, its summary and its test metrics.
 
-    Interrupted runs are left out. Runs that `describe` calls the same but that have different settings (the seed
-    apart) get these settings behind the name of their task.
+    Interrupted runs are left out.
 
     Raises:
         FileNotFoundError: no finished run lies below the paths.
     """
-    rows, settings = [], []
+    summaries, configs = [], []
     for file in sorted({file for path in paths for file in Path(path).rglob("summary.json")}):
         summary = json.loads(file.read_text())
         if summary["stopped_by"] != "interrupted":
-            config = OmegaConf.to_container(OmegaConf.load(file.with_name("config.yaml")))
-            rows.append(describe(config) | summary.pop("test") | summary)
-            settings.append({k: v for k, v in leaves(config) if k.startswith(SETTINGS) and not k.endswith(PER_RUN)})
-    if not rows:
+            summaries.append(summary.pop("test") | summary)
+            configs.append(OmegaConf.to_container(OmegaConf.load(file.with_name("config.yaml"))))
+    if not summaries:
         raise FileNotFoundError(f"no finished run below {', '.join(map(str, paths))}")
-    runs = pd.DataFrame(rows)
-    for _, of in runs.groupby(GROUPED):
-        keys = sorted({key for i in of.index for key in settings[i]})
-        differing = [key for key in keys if len({str(settings[i].get(key)) for i in of.index}) > 1]
-        for i in of.index:
-            words = [f"{key.rpartition('.')[2]}={settings[i][key]}" for key in differing if key in settings[i]]
-            runs.loc[i, "task"] = ", ".join([runs.loc[i, "task"], *words])
-    return runs
-
-
-def leaves(node: dict, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a nested dict."""
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
+    kinds = pd.DataFrame(map(describe, configs)).assign(settings=name_settings(configs))
+    return kinds.join(pd.DataFrame(summaries))
 
 
 def tabulate(runs: pd.DataFrame, metric: str = "test/exact_match") -> str:
@@ -74,10 +52,10 @@ def tabulate(runs: pd.DataFrame, metric: str = "test/exact_match") -> str:
         f"{metric.removeprefix('test/')} | steps | seconds (worst) | evaluations |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (task, model, optimizer, variant), of in runs.groupby(GROUPED, sort=False):
+    for (task, model, optimizer, variant, settings), of in runs.groupby([*KINDS, "settings"], sort=False):
         value, seconds = of[metric], of["seconds"]
         cells = [
-            task,
+            ", ".join(filter(None, [task, settings])),
             model,
             f"{optimizer} {variant}".strip(),
             f"{(value >= SOLVED).sum()} / {len(of)}",

@@ -218,6 +218,31 @@ def test_the_worked_example_of_the_readme_is_a_task(tmp_path):
     assert "tiny" in done.stdout
 
 
+def test_a_model_needs_no_more_than_the_readme_says(tmp_path):
+    for folder in ("src", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    (tmp_path / "src/sums.py").write_text(
+        "from torch import nn\n"
+        "class Sums(nn.Module):\n"
+        "    def __init__(self, vocab_size, n_classes, max_len, width=8):\n"
+        "        super().__init__()\n"
+        "        self.token, self.head = nn.Embedding(vocab_size, width), nn.Linear(width, n_classes)\n"
+        "    def forward(self, x):\n"
+        "        return self.head(self.token(x).cumsum(1).sin())\n"
+    )
+    (tmp_path / "configs/model/sums.yaml").write_text("_target_: sums.Sums\nwidth: 8 # of the embedding\n")
+    command = "python src/train.py model=sums logger=none trainer.max_steps=2"
+    done = run(f"{command} optimizer.polls_per_step=20", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "sums" in done.stdout
+    refused = run(command, tmp_path, cwd=tmp_path)  # 42 weights, 192 polls
+    assert refused.stderr.count("  - ") == 1, refused.stderr
+    assert "optimizer.polls_per_step=192 is more than the 42 directions" in refused.stderr
+    refused = run(f"{command} optimizer=pattern_search_credit", tmp_path, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "only the fast polls of a DecoderOnlyTransformer do" in refused.stderr
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/figures.py")])
 def test_every_figure_command_of_the_readme_draws(command, home):
     if not run_dirs(home):

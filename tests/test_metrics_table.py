@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from figures import AXES, draw_accuracy, draw_runs
-from metrics_table import COLUMNS, MetricsTable, read_runs, read_wandb
+from metrics_table import COLUMNS, MetricsTable, name_settings, read_runs, read_wandb
 from report import draw_progress
 from tables import read_summaries, tabulate
 
@@ -157,3 +157,16 @@ def test_runs_with_different_settings_get_rows_of_their_own(tmp_path):
         (tmp_path / str(i) / "summary.json").write_text(json.dumps(summary))
     rows = tabulate(read_summaries(tmp_path)).splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == [f"| state_tracking Z5, length={n}" for n in (8, 16)]
+
+
+def test_settings_tell_runs_of_a_kind_apart_and_limits_those_of_a_task():
+    def config(name, max_steps, precision, **options):
+        nodes = {"trainer": {"max_steps": max_steps, "precision": precision}, "optimizer": options}
+        return CONFIG | nodes | {"choices": CONFIG["choices"] | {"optimizer": name}}
+
+    configs = [
+        config("pattern_search", 9, 32, memory=0.5, seed=1),
+        config("pattern_search", 9, 32, memory=0.7, seed=2),
+        config("adam", 5, 64, lr=1),
+    ]
+    assert name_settings(configs) == ["memory=0.5, max_steps=9", "memory=0.7, max_steps=9", "max_steps=5"]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import progress
-from progress import SearchProgress, time_to
+from progress import SearchProgress, fitting, time_to
 
 
 def test_the_time_to_the_target_of_an_exponential_is_exact():
@@ -44,3 +44,10 @@ def test_a_hint_is_repeated_at_twice_the_evaluations_only(monkeypatch, capsys):
 
 def test_validation_before_the_start_of_training_is_left_alone():
     SearchProgress().on_validation_end(SimpleNamespace(callback_metrics={}, sanity_checking=True), None)
+
+
+@pytest.mark.parametrize(
+    ("width", "line"), [(30, "one · two · three"), (17, "one · two · three"), (16, "one · two"), (1, "one")]
+)
+def test_a_narrow_terminal_loses_what_matters_least(width, line):
+    assert fitting(["one", "two", "three"], width) == line
