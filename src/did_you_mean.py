@@ -5,10 +5,12 @@ from collections.abc import Iterable
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that was probably meant, if any: the same key of another node, or a similar word."""
-    known = list(dict.fromkeys(known))
-    same_key = [k for k in known if k.rpartition(".")[2] == word]
-    near = same_key or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    """The known word that was probably meant, if any: the same key of another node, one that ends in it, or alike."""
+    known, last = list(dict.fromkeys(known)), word.rpartition(".")[2]
+    names = {k: k.rpartition(".")[2] for k in known}
+    same_key = [k for k in known if names[k] == word] or [k for k in known if names[k].endswith(f"_{word}")]
+    alike = [k for k in known if difflib.get_close_matches(last, [names[k]], cutoff=0.6)]  # whatever they lie in
+    near = same_key or difflib.get_close_matches(word, alike, n=1, cutoff=0.6)
     return near[0] if near else None
 
 

@@ -106,7 +106,7 @@ class PatternSearchTask(L.LightningModule):
         if getattr(optimizer, "options", {}).get("units_per_step") and not (self.fast_polls and has_units(self.model)):
             raise ValueError(
                 "optimizer.units_per_step polls units, which only the fast polls of a DecoderOnlyTransformer do: use "
-                "such a model and task.fast_polls=true, or optimizer.units_per_step=null and optimizer.polls_per_step=96"
+                "such a model and task.fast_polls=true; or optimizer.units_per_step=null, optimizer.polls_per_step=96"
             )
         return optimizer
 

@@ -18,7 +18,8 @@ from draft import Draft
 from refusal import refuse
 from sequence_data import IGNORE, SequenceDataModule
 
-N_EXAMPLES = 2  # of each split
+N_EXAMPLES = 2  # of each split, different ones
+MOST_LOOKED_AT = 1000  # sequences, to find them
 
 
 def load_datamodule(overrides: list[str]) -> SequenceDataModule:
@@ -67,7 +68,8 @@ def main(arguments: list[str]) -> None:
     console.print()
     for name, split in datamodule.splits.items():
         console.print(f"[bold]{name}[/bold]")
-        for row in range(min(N_EXAMPLES, len(split))):
+        distinct = {tuple(x): row for row, x in reversed(list(enumerate(split.x[:MOST_LOOKED_AT].tolist())))}
+        for row in sorted(distinct.values())[:N_EXAMPLES]:
             for line in align(datamodule, name, row, console.width):
                 style = "bold green" if line.startswith("y") else None
                 console.print(line.rstrip(), style=style, markup=False, no_wrap=True, overflow="ellipsis")

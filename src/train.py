@@ -87,6 +87,8 @@ def run(cfg: DictConfig, console: Console, interrupts: Interrupts, checkpoint: P
     with undisguised(trainer):
         trainer.fit(task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     interrupted = bool(interrupts.received)
+    if "val/loss" not in trainer.callback_metrics:
+        console.print("Nothing was validated, so the newest weights are the ones that count.", highlight=False)
     weights = callbacks[-1].best_model_path if interrupted else selected_weights(trainer)
     metrics = {} if interrupted else test(trainer, task, datamodule, weights)
     summary = summarise(cfg, trainer, task, datamodule, metrics, weights)
@@ -128,6 +130,7 @@ def silence_libraries() -> None:
     """What the header and the summary say better, and warnings that are not for the user."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning 2.6 uses a name torch 2.13 renames
+    warnings.filterwarnings("ignore", message=".ModelCheckpoint.* could not find the monitored key")  # `run` says so
     warnings.filterwarnings("ignore", message="Checkpoint directory .* is not empty")  # that of a resumed run never is
 
 
