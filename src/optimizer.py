@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from closure import Candidates, Coordinates, OneByOne
-from did_you_mean import one_of
 from directions import Directions, seeded
-from slopes import SlopeMemory, check_memory
+from search_options import check_group, check_options, check_shares
+from slopes import SlopeMemory
 
 Move = tuple[Tensor, Tensor, Tensor]  # loss there, coordinates, steps
 MAX_BLOCK = 1024  # directions drawn up at a time: memory stays bounded, budgets are looked at in between
@@ -150,36 +150,11 @@ class PatternSearch(torch.optim.Optimizer):
         units_per_step: int | None = None,
         seed: int = 0,
     ):
-        one_of("poll", poll, ("opportunistic", "complete"))
-        for name, value in dict(polls_per_step=polls_per_step, max_evaluations=max_evaluations).items():
-            least = 0 if name == "polls_per_step" and units_per_step else 1
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}, or None (null in YAML) for no limit")
-        if units_per_step is not None and (units_per_step < 1 or not step_lengths):
-            raise ValueError(
-                f"units_per_step={units_per_step} must be at least 1 and needs step_lengths, the search step that uses "
-                "the slopes of units; or None (null in YAML) to poll no units"
-            )
-        if last_group_share is not None and not (0 < last_group_share < 1 and polls_per_step):
-            raise ValueError(
-                f"last_group_share={last_group_share} must lie in (0, 1) and needs polls_per_step, the polls that are "
-                "shared out; or None (null in YAML) to poll all weights equally often"
-            )
-        if max_seconds is not None and not max_seconds > 0:
-            raise ValueError(f"max_seconds={max_seconds} must be above 0, or None (null in YAML) for no limit")
-        if any(not 0 < length < math.inf for length in step_lengths):
-            raise ValueError(f"step_lengths={list(step_lengths)} must be above 0")
-        self.options = dict(poll=poll, polls_per_step=polls_per_step, one_sided=one_sided, seed=seed)
+        self.options = dict(poll=poll, polls_per_step=polls_per_step, last_group_share=last_group_share, seed=seed)
+        self.options |= dict(one_sided=one_sided, units_per_step=units_per_step, join_improving=join_improving)
         self.options |= dict(step_lengths=list(step_lengths), memory=memory, scale_memory=scale_memory, fade=fade)
-        self.options |= dict(
-            units_per_step=units_per_step,
-            last_group_share=last_group_share,
-            join_improving=join_improving,
-            max_evaluations=max_evaluations,
-            max_seconds=max_seconds,
-            target_loss=target_loss,
-        )
-        check_memory(self.options)
+        self.options |= dict(max_evaluations=max_evaluations, max_seconds=max_seconds, target_loss=target_loss)
+        check_options(self.options)
         group_defaults = dict(radius=radius, contraction=contraction, expansion=expansion)
         super().__init__(params, group_defaults | dict(min_radius=min_radius, max_radius=max_radius))
         self.state["slopes"] = {}  # filled by the first step that remembers slopes
@@ -196,7 +171,7 @@ class PatternSearch(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _check_group(group)
+        check_group(group)
         self._coordinates = self._directions = None  # both follow the groups
         if "search" in self.state:  # it has begun: the pass and the slopes are of the directions there were
             self.state["search"]["cursor"] = 0
@@ -438,19 +413,9 @@ class PatternSearch(torch.optim.Optimizer):
                 sizes, shares = [sum(sizes)], [1.0]
             else:
                 shares = [(1 - last) * size / sum(sizes[:-1]) for size in sizes[:-1]] + [last]
-                self._check_shares(sizes, shares)
+                check_shares(self.options, sizes, shares)
             self._directions = Directions(sizes, shares, self.options["one_sided"], self.options["seed"])
         return self._directions
-
-    def _check_shares(self, sizes: list[int], shares: list[float]) -> None:
-        polls = self.options["polls_per_step"] / (1 if self.options["one_sided"] else 2)
-        for size, share in zip(sizes, shares, strict=True):
-            if polls * share + 2 > size:  # 2: what rounding may add
-                raise ValueError(
-                    f"last_group_share={self.options['last_group_share']} of polls_per_step="
-                    f"{self.options['polls_per_step']} polls a group of {size} weights more than once in a step; use "
-                    "another share, or fewer polls"
-                )
 
     def _take(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Directions start .. end of the pass: coordinates (end - start,) and signed steps (end - start,)."""
@@ -476,19 +441,3 @@ def _improves(losses: Tensor, loss: float) -> Tensor:
 
 def _lowest(losses: Tensor) -> int:
     return int(torch.where(torch.isfinite(losses), losses, math.inf).argmin())
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    ranges = {
-        "radius": (0 < group["radius"] < math.inf, "must be above 0 and finite"),
-        "contraction": (0 < group["contraction"] <= 1, "must lie in (0, 1]; 0.5 halves the radius, 1 keeps it"),
-        "expansion": (1 <= group["expansion"] < math.inf, "must be at least 1; 1 never expands"),
-        "min_radius": (0 <= group["min_radius"] < math.inf, "must be at least 0"),
-        "max_radius": (group["max_radius"] > 0, "must be above 0"),
-    }
-    for name, (fits, rule) in ranges.items():
-        if not fits:
-            raise ValueError(f"{name}={group[name]} {rule}")
-    for p in group["params"]:
-        if not p.is_floating_point():
-            raise ValueError(f"a parameter of type {p.dtype} cannot be searched; only floating types can")

@@ -7,7 +7,6 @@ direction fades with its age: it was measured at another incumbent, on another b
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,12 +71,3 @@ class SlopeMemory:
         mean = decay * self.state[name][coordinates] + (1 - decay) * values
         self.state[name][coordinates] = mean
         return mean
-
-
-def check_memory(options: dict[str, Any]) -> None:
-    """Raise a ValueError that names the option outside its range."""
-    for name in ("memory", "scale_memory"):
-        if options[name] is not None and not 0 <= options[name] < 1:
-            raise ValueError(f"{name}={options[name]} must lie in [0, 1); 0 remembers the last slope only")
-    if options["fade"] is not None and not options["fade"] > 0:
-        raise ValueError(f"fade={options['fade']} must be above 0 steps, or null to never fade")
