@@ -197,7 +197,7 @@ def draw(diagnosis: Diagnosis, table: pd.DataFrame, title: str) -> Figure:
     losses.plot(steps.train_before, color=colours[1], label="all training strings")
     fell = (steps.train_after < steps.train_before)[steps.batch_after < steps.batch_before].mean()
     losses.set(xlabel="step", ylabel="loss before the step, nats a token", ylim=0)
-    losses.set_title(f"of the accepted steps, {fell:.0%} lowered the loss of all training strings")
+    losses.set_title(f"{fell:.0%} of the accepted steps lowered the loss of all strings")
     losses.legend()
 
     window = min(max(10, len(steps) // 30), len(steps))
@@ -206,7 +206,7 @@ def draw(diagnosis: Diagnosis, table: pd.DataFrame, title: str) -> Figure:
     decreases.plot(train.rolling(window).mean(), color=colours[1], label="on all training strings")
     decreases.axhline(0, color="0.4", linewidth=1)
     decreases.set(xlabel="step", ylabel=f"decrease of the loss a step, mean of {window}")
-    decreases.set_title(f"the search step is accepted in {steps.search_accepted.mean():.0%} of the steps")
+    decreases.set_title(f"the search step wins in {steps.search_accepted.mean():.0%} of the steps")
     decreases.legend()
 
     seen = diagnosis.agreement[:, 0].numpy() > 0

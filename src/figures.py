@@ -19,7 +19,7 @@ from metrics_table import read_runs, read_wandb
 
 PANELS = {"loss": "loss, nats a token", "exact_match": "exact match"}
 SPLITS = {"train": dict(alpha=0.5, linewidth=0.8), "val": dict(marker="o", markersize=4, markeredgewidth=0)}
-AXES = {"evaluations": "function evaluations (a gradient step counts as one)", "seconds": "training seconds"}
+AXES = {"evaluations": "evaluations (a gradient step: one)", "seconds": "training seconds"}
 LABELS = ("model", "optimizer", "variant", "settings")  # what colours tell apart
 
 
@@ -43,7 +43,8 @@ def draw_runs(table: pd.DataFrame) -> Figure:
     colours = dict(zip(SPLITS if by_split else labels, sns.color_palette(n_colors=20), strict=False))
     sns.set_theme(style="whitegrid", context="notebook")
     shape = (2, 2) if len(tasks) == 1 else (len(tasks), 4)
-    figure = Figure(figsize=(5.5 * shape[1], 3.2 * shape[0] + 0.8), layout="constrained")
+    width = 5.5 if shape[1] == 2 else 4  # four stand beside each other on a page: narrower, or their letters get small
+    figure = Figure(figsize=(width * shape[1], 3.2 * shape[0] + 0.8), layout="constrained")
     panels = figure.subplots(*shape, squeeze=False).reshape(len(tasks), 4)
     for row, task in zip(panels, tasks, strict=True):
         row[2].sharex(row[0])

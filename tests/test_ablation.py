@@ -5,7 +5,7 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
-from ablation import draw, read_costs, tabulate
+from ablation import draw, main, read_costs, tabulate
 
 
 def write_run(path, variant, seed, evaluations, stopped_by, optimizer="pattern_search", std=0.5):
@@ -47,6 +47,13 @@ def test_the_figure_has_a_dot_a_seed_and_an_arrow_a_censored_run(sweep):
     assert sorted(solved.get_xdata()) == [1000, 2000, 3000, 4000]
     assert (list(censored.get_xdata()), censored.get_marker()) == ([9000, 9000], ">")
     assert [tick.get_text() for tick in panel.get_yticklabels()] == ["full", "classic"]
+
+
+def test_the_figure_lies_beside_the_runs(sweep, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["ablation.py", str(sweep)])
+    main()
+    assert f"run(s): {sweep / 'ablation.png'}" in capsys.readouterr().out
+    assert (sweep / "ablation.png").stat().st_size > 10_000
 
 
 def test_runs_are_compared_by_any_key_in_the_order_of_its_values(tmp_path):

@@ -196,16 +196,18 @@ def test_a_run_that_was_moved_goes_on_with_its_best_weights(stopped, tmp_path):
     assert_same(cfg, expected)
 
 
-def test_a_run_that_goes_on_remembers_what_its_hints_look_at(short_run, monkeypatch):
+def test_a_run_that_goes_on_remembers_what_its_display_and_its_hints_look_at(short_run, monkeypatch):
     cfg = short_run("stopped")
     train_interrupted(cfg, monkeypatch, 5, signal.SIGINT)
     cfg.resume = "auto"
     seen = []
     ended = SearchProgress.on_train_end
-    monkeypatch.setattr(SearchProgress, "on_train_end", lambda self, *a: (seen.append(self._recent), ended(self, *a)))
+    monkeypatch.setattr(SearchProgress, "on_train_end", lambda self, *a: (seen.append(self), ended(self, *a)))
     train(cfg)
-    assert len(seen[0].train_losses) == len(seen[0].search_accepted) == 12
-    assert len(seen[0].val_losses) == 2
+    (progress,) = seen
+    assert len(progress._recent.train_losses) == len(progress._recent.search_accepted) == 12
+    assert len(progress._recent.val_losses) == 2
+    assert progress._accepted == sum(progress._recent.accepted) > 6  # of the steps before the stop too
 
 
 def test_a_finished_run_is_not_trained_again(short_run, monkeypatch, capsys):
