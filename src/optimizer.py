@@ -33,6 +33,7 @@ class StepReport:
     to_poll: int = 0  # directions the step may poll at the most
     accepted: int = 0  # moves accepted
     search_accepted: bool = False  # whether one of them was the search step
+    shortened: float = 1.0  # to this part of their first length are its moves, by now
     evaluations: int = 0  # function evaluations, the one at the incumbent included
     seconds: float = 0.0
 
@@ -68,7 +69,8 @@ class PatternSearch(torch.optim.Optimizer):
        slopes of all coordinates, each divided by its running root mean square and faded by its age, make
        one direction (`slopes.py`; simplex slopes, Custodio and Vicente 2007). With `join_improving`, all moves of
        a complete poll that improved are made at the same time (as exploratory moves add up, Hooke and Jeeves
-       1961). The best of the step lengths counts.
+       1961). The best of the step lengths counts. With `half_after`, moves get shorter with the number of evaluations
+       (Robbins and Monro 1951), and slopes fade more slowly in return.
     4. Move to the best of the complete poll and the search, if it is better than the incumbent; else stay.
     5. A pass over all directions without a success of a group is a failed poll of this group: its radius
        is multiplied by `contraction`. Any success multiplies it by `expansion` at the end of the pass
@@ -100,6 +102,8 @@ class PatternSearch(torch.optim.Optimizer):
         join_improving: whether the search step makes all moves of a complete poll that improved too: as they were
             polled at the first step length, and shortened in proportion at the others.
         memory, scale_memory, fade: of the remembered slopes, see `slopes.SlopeMemory`.
+        half_after: function evaluations after which the moves of the search step are half as long, and a third after
+            twice as many; `fade` grows as they shrink. None: they stay as they are.
         max_evaluations: budget of function evaluations, never exceeded.
         max_seconds: budget of seconds spent in steps, looked at before every call of the closure.
         target_loss: the search ends when the incumbent's loss is at or below it.
@@ -147,12 +151,14 @@ class PatternSearch(torch.optim.Optimizer):
         memory: float = 0.5,
         scale_memory: float | None = 0.9,
         fade: float | None = 10.0,
+        half_after: float | None = None,
         units_per_step: int | None = None,
         seed: int = 0,
     ):
         self.options = dict(poll=poll, polls_per_step=polls_per_step, last_group_share=last_group_share, seed=seed)
         self.options |= dict(one_sided=one_sided, units_per_step=units_per_step, join_improving=join_improving)
         self.options |= dict(step_lengths=list(step_lengths), memory=memory, scale_memory=scale_memory, fade=fade)
+        self.options |= dict(half_after=half_after)
         self.options |= dict(max_evaluations=max_evaluations, max_seconds=max_seconds, target_loss=target_loss)
         check_options(self.options)
         group_defaults = dict(radius=radius, contraction=contraction, expansion=expansion)
@@ -217,6 +223,8 @@ class PatternSearch(torch.optim.Optimizer):
         if candidates is None:
             candidates = closure if hasattr(closure, "poll") else OneByOne(closure, self.coordinates)
         self._clock = time.perf_counter()
+        if (half_after := self.options["half_after"]) is not None:
+            report.shortened = 1 / (1 + search["evaluations"] / half_after)
         report.loss_before = report.loss_after = float(closure())
         self._spend(1)
 
@@ -311,6 +319,7 @@ class PatternSearch(torch.optim.Optimizer):
         move = lengths[0] * self.slopes.direction
         for _, where, steps in joined:
             move.index_add_(0, where, steps.to(move))
+        move *= self.report.shortened
         if not move.any() or self._limit_reached() is not None:
             return best
         scales = torch.tensor(lengths[: self._affordable(len(lengths))], dtype=move.dtype) / lengths[0]
@@ -344,6 +353,8 @@ class PatternSearch(torch.optim.Optimizer):
         p = self.coordinates.parameters[0]
         dtype = p.dtype if p.dtype == torch.float64 else torch.float32
         memory = {name: self.options[name] for name in ("memory", "scale_memory", "fade")}
+        if memory["fade"] is not None:
+            memory["fade"] /= self.report.shortened  # shorter moves: slopes stay true for longer
         return SlopeMemory(self.state["slopes"], len(self.coordinates), dtype, **memory)
 
     def _learn(self, coordinates: Tensor, steps: Tensor, losses: Tensor) -> None:

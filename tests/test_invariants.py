@@ -106,6 +106,7 @@ def searches(draw, **fixed):
         "memory": draw(st.sampled_from([0.0, 0.5, 0.9])),
         "scale_memory": draw(st.sampled_from([None, 0.0, 0.9])),
         "fade": draw(st.sampled_from([None, 0.5, 10.0])),
+        "half_after": draw(st.sampled_from([None, 10])),
         "contraction": draw(st.sampled_from([1.0, 0.5])),
         "expansion": draw(st.sampled_from([1.0, 2.0])),
         "min_radius": draw(st.sampled_from([0.0, 0.2])),

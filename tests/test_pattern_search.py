@@ -40,6 +40,7 @@ VARIANTS = {
     "one_sided": dict(poll="opportunistic", one_sided=True),
     "fading": dict(poll="complete", one_sided=True, step_lengths=[0.1, 0.05], contraction=1.0),
     "joined": dict(poll="complete", one_sided=True, step_lengths=[0.1, 0.05], join_improving=True, contraction=1.0),
+    "shorter": dict(poll="complete", step_lengths=[0.1, 0.05], join_improving=True, half_after=40),
     "unscaled": dict(poll="complete", step_lengths=[0.1], scale_memory=None, fade=None, memory=0.0),
 }
 
@@ -388,6 +389,18 @@ def test_joined_moves_are_shortened_with_the_step():
     assert w.tolist() == pytest.approx([0.5, 0.5])
 
 
+def test_moves_get_shorter_with_the_evaluations_and_slopes_fade_more_slowly():
+    w, slope = nn.Parameter(torch.zeros(3, dtype=torch.float64)), torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+    options = dict(radius=1e-3, poll="complete", contraction=1.0, step_lengths=[0.1], memory=0.5, fade=10.0)
+    search, moves = PatternSearch([w], half_after=8, **options), []
+    for _ in range(3):
+        before = w.detach().clone()
+        search.step(lambda: (slope * w).sum())  # a step: 1 + 6 + 1 evaluations
+        moves.append((before - w.detach()).tolist())
+    assert moves == [pytest.approx([0.1 / part, -0.1 / part, 0.1 / part]) for part in (1, 2, 3)]
+    assert search.slopes.fade == pytest.approx(30)
+
+
 def test_polls_of_one_side_take_the_side_remembered_as_downhill():
     w = nn.Parameter(torch.tensor([1.0, -1.0, 1.0]))
     polled = []
@@ -439,6 +452,7 @@ def test_slopes_that_are_not_finite_are_not_remembered():
         ({"memory": 1.0}, r"memory=1.0 must lie in \[0, 1\)"),
         ({"scale_memory": -0.1}, r"scale_memory=-0.1 must lie in \[0, 1\)"),
         ({"fade": 0}, "fade=0 must be above 0 steps"),
+        ({"half_after": 0}, "half_after=0 must be above 0 evaluations"),
         ({"expansion": 0.9}, "expansion=0.9 must be at least 1"),
         ({"poll": "random"}, "poll=random is not known"),
         ({"polls_per_step": 0}, "polls_per_step=0 must be at least 1"),
