@@ -177,7 +177,10 @@ def _misfits(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
     if cfg.resume is None:
         yield f"{shown(run_dir)} holds a run already; resume=auto goes on with it, or choose another directory"
         return
-    for key, (old, new) in differences(_config(run_dir), cfg).items():
+    found, given = differences(_config(run_dir), cfg), dict(_leaves(OmegaConf.to_container(cfg), cfg.output_dir))
+    for key, (old, new) in found.items():
+        if any(given.get(key) == f"${{{other}}}" for other in found):
+            continue  # it follows from the other one
         old, new = ("null" if value is None else value for value in (old, new))
         yield f"{key} is {new} here and was {old} in {shown(run_dir)}; a run goes on only as it began"
     path = Path(cfg.resume)
