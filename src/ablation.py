@@ -25,10 +25,11 @@ LOOKS = {  # of a run that solved its task, and of one that did not
     True: dict(marker="o", markersize=6, alpha=0.8),
     False: dict(marker=">", markersize=7, markerfacecolor="none"),
 }
+VARIANT = "choices.variant"  # the key that is compared unless another one is given
 COSTS = {"evaluations": "function evaluations to solve", "seconds": "training seconds to solve"}
 
 
-def read_costs(*paths: str | Path, by: str = "choices.variant") -> pd.DataFrame:
+def read_costs(*paths: str | Path, by: str = VARIANT) -> pd.DataFrame:
     """One row a finished run below the paths: task, label, seed, evaluations, seconds, solved.
 
     Args:
@@ -56,7 +57,7 @@ def read_costs(*paths: str | Path, by: str = "choices.variant") -> pd.DataFrame:
     runs["rank"] = [(label != "full", label) for label in runs.label]  # the whole search first, numbers by size
     runs = runs.sort_values(["task", "rank"], kind="stable").reset_index(drop=True)
     runs["label"] = runs.label.astype(str)
-    if by != "choices.variant" and runs.optimizer.nunique() > 1:  # a variant says which optimizer it is of
+    if by != VARIANT and runs.optimizer.nunique() > 1:  # a variant says which optimizer it is of
         runs["label"] += " · " + runs.optimizer
     return runs
 
@@ -70,16 +71,19 @@ def median(runs: pd.DataFrame, cost: str) -> str:
     return f"{'' if solved else '> '}{runs[cost].median():,.{1 if cost == 'seconds' else 0}f}"
 
 
-def tabulate(runs: pd.DataFrame) -> str:
+def tabulate(runs: pd.DataFrame, by: str = VARIANT) -> str:
     """A row for each task and label, as a Markdown table."""
-    lines = ["| task | variant | solved / seeds | evaluations: median | seconds: median |", "|---|---|---|---|---|"]
+    lines = [
+        f"| task | {by.removeprefix('choices.')} | solved / seeds | evaluations: median | seconds: median |",
+        "|---|---|---|---|---|",
+    ]
     for (task, label), of in runs.groupby(["task", "label"], sort=False):
         cells = [task, label, f"{of.solved.sum()} / {len(of)}", *(median(of, cost) for cost in COSTS)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def draw(runs: pd.DataFrame) -> Figure:
+def draw(runs: pd.DataFrame, by: str = VARIANT) -> Figure:
     """A row of panels a task, a column a cost: a dot a seed, a hollow arrow to the right for a censored run."""
     sns.set_theme(style="whitegrid", context="notebook")
     tasks, colour = list(dict.fromkeys(runs.task)), sns.color_palette()[0]
@@ -96,14 +100,15 @@ def draw(runs: pd.DataFrame) -> Figure:
                 panel.plot(of_task[cost][chosen], height[chosen], color=colour, linestyle="", **look)
             if of_task[cost].max() > 10 * of_task[cost].min():
                 panel.set_xscale("log")
-                panel.xaxis.set_major_formatter("{x:g}")
-                panel.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-                panel.xaxis.set_minor_formatter("{x:g}")
+                panel.xaxis.set_major_formatter("{x:,g}")
+                wide = of_task[cost].max() > 100 * of_task[cost].min()  # then more labels would run into each other
+                panel.xaxis.set_minor_locator(LogLocator(subs=(3,) if wide else (2, 5)))
+                panel.xaxis.set_minor_formatter("{x:,g}")
             else:
                 panel.margins(x=0.08)  # room for half an arrow
                 panel.set_xlim(0)
             panel.set(xlabel=title, title=task, yticks=range(len(labels)), yticklabels=labels)
-        row[0].set_ylim(len(labels) - 0.5, -0.5)
+        row[0].set(ylim=(len(labels) - 0.5, -0.5), ylabel=by.removeprefix("choices."))
     marks = [Line2D([], [], color=colour, linestyle="", **look) for look in LOOKS.values()]
     names = ["solved, a dot a seed", "not solved: it needs more than this"]
     figure.legend(marks, names, loc="outside upper center", ncols=2, frameon=False)
@@ -113,7 +118,7 @@ def draw(runs: pd.DataFrame) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, help="directories of sweeps")
-    parser.add_argument("--by", default="choices.variant", metavar="KEY", help="the key that was swept")
+    parser.add_argument("--by", default=VARIANT, metavar="KEY", help="the key that was swept")
     parser.add_argument("--output", type=Path, help="the picture to write (default: ablation.png in the first path)")
     args = parser.parse_args()
     try:
@@ -122,8 +127,8 @@ def main() -> None:
         sys.exit(f"ablation: {error.args[0]}")
     output = args.output or args.paths[0] / "ablation.png"
     output.parent.mkdir(parents=True, exist_ok=True)
-    draw(runs).savefig(output, dpi=100)
-    print(tabulate(runs))
+    draw(runs, args.by).savefig(output, dpi=100)
+    print(tabulate(runs, args.by))
     print(f"\nDrew {len(runs)} run(s): {output}")
 
 
