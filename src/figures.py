@@ -84,7 +84,9 @@ def add_legend(figure: Figure, table: pd.DataFrame, colours: dict, by_split: boo
         runs = table.groupby("label").run.nunique()
         for label, count in runs[list(dict.fromkeys(table.label))].items():
             lines[f"{label} ({count} run{'s' if count > 1 else ''})"] = Line2D([], [], color=colours[label])
-    figure.legend(lines.values(), lines, loc="outside upper center", ncols=min(len(lines), 4), frameon=False)
+    columns = int(9 * figure.get_figwidth() / (max(map(len, lines)) + 8))  # about 9 letters an inch, and 8 for a line
+    columns = max(1, min(columns, 4, len(lines)))
+    figure.legend(lines.values(), lines, loc="outside upper center", ncols=columns, frameon=False)
 
 
 def draw_progress(run_dir: str | Path) -> Path:

@@ -139,7 +139,12 @@ def name_settings(configs: list[Mapping]) -> list[str]:
 
     Settings of the task's data, and limits, also tell it from runs of the same task with another model or optimizer.
     """
-    settings = [{k: v for k, v in leaves(c) if k.startswith(SETTINGS) and not k.endswith(PER_RUN)} for c in configs]
+
+    def tells(key: str, value: Any) -> bool:
+        no_limit = key.rpartition(".")[2].startswith("max_") and value in (None, -1)
+        return key.startswith(SETTINGS) and not key.endswith(PER_RUN) and not no_limit
+
+    settings = [{key: value for key, value in leaves(config) if tells(key, value)} for config in configs]
     runs, differing = pd.DataFrame(map(describe, configs)), [set() for _ in configs]
     for kind in (KINDS, ["task"]):
         for _, of in runs.groupby(kind):
