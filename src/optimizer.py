@@ -156,9 +156,9 @@ class PatternSearch(torch.optim.Optimizer):
         seed: int = 0,
     ):
         self.options = dict(poll=poll, polls_per_step=polls_per_step, last_group_share=last_group_share, seed=seed)
-        self.options |= dict(one_sided=one_sided, units_per_step=units_per_step, join_improving=join_improving)
-        self.options |= dict(step_lengths=list(step_lengths), memory=memory, scale_memory=scale_memory, fade=fade)
-        self.options |= dict(half_after=half_after)
+        self.options |= dict(one_sided=one_sided, units_per_step=units_per_step, step_lengths=list(step_lengths))
+        self.options |= dict(join_improving=join_improving, half_after=half_after)
+        self.options |= dict(memory=memory, scale_memory=scale_memory, fade=fade)
         self.options |= dict(max_evaluations=max_evaluations, max_seconds=max_seconds, target_loss=target_loss)
         check_options(self.options)
         group_defaults = dict(radius=radius, contraction=contraction, expansion=expansion)
