@@ -272,5 +272,5 @@ def test_a_part_that_the_model_has_not_is_refused(compose_config):
 
 def test_units_need_the_fast_polls(compose_config):
     cfg = compose_config("model=tiny", "optimizer=pattern_search_credit", "task.fast_polls=false")
-    with pytest.raises(ValueError, match=r"use task.fast_polls=true"):
+    with pytest.raises(ValueError, match=r"and task.fast_polls=true"):
         build_task(cfg, build_datamodule(cfg)).configure_optimizers()
