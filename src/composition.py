@@ -50,11 +50,14 @@ class Command:
 
 def read_command(arguments: Sequence[str]) -> Command | None:
     """Compose a command line, without the program's name; None if it asks for help or to show the config."""
-    args = get_args_parser().parse_args(arguments)
+    args = get_args_parser().parse_intermixed_args(arguments)
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         return None
     jobs, problems = compose_possible(args.config_name or DEFAULT_CONFIG, args.overrides, args.multirun)
-    return Command(list(arguments), args.overrides, args.multirun, jobs, problems)
+    flags, overrides = list(arguments), list(args.overrides)
+    for override in overrides:
+        flags.remove(override)
+    return Command([*flags, *overrides], overrides, args.multirun, jobs, problems)  # Hydra wants flags on one side
 
 
 def compose_jobs(config_name: str, overrides: list[str], multirun: bool = False) -> list[DictConfig]:

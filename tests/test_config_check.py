@@ -10,7 +10,7 @@ import torch
 
 import composition
 import config_check
-from composition import CONFIGS, compose_jobs
+from composition import CONFIGS, compose_jobs, read_command
 from config_check import check_command
 from refusal import refuse, tell
 
@@ -217,3 +217,10 @@ def test_random_mistakes_run_or_are_refused_by_name(monkeypatch):
     assert counts["refused"] + counts["ran"] == 25
     assert counts["refused"] > 5
     assert counts["ran"] > 1
+
+
+def test_flags_may_stand_between_overrides():
+    command = read_command(["model=tiny", "--config-name=train", "seed=0,1", "-m"])
+    assert command.problems == []
+    assert [job.cfg.choices.optimizer for job in command.jobs] == ["adam", "adam"]
+    assert command.arguments == ["--config-name=train", "-m", "model=tiny", "seed=0,1"]  # as Hydra wants them
