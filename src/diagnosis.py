@@ -243,7 +243,7 @@ def main() -> None:
     except ValueError as problem:
         refuse([str(problem)])
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    draw(diagnosis, table, " ".join(["pattern search", *args.overrides])).savefig(args.output, dpi=100)
+    draw(diagnosis, table, " ".join(["python src/train.py", *args.overrides])).savefig(args.output, dpi=100)
     formats = ["{:,.0f}".format] * 2 + ["{:.1%}".format] * 2 + ["{:.2f}".format] * (len(table.columns) - 4)
     print(table.to_string(formatters=formats))
     print(f"\nDrew {len(diagnosis.steps)} steps: {args.output}")
