@@ -9,7 +9,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,8 @@ def name_settings(configs: list[Mapping]) -> list[str]:
         no_limit = key.rpartition(".")[2].startswith("max_") and value in (None, -1)
         return key.startswith(SETTINGS) and not key.endswith(PER_RUN) and not no_limit
 
-    settings = [{key: value for key, value in leaves(config) if tells(key, value)} for config in configs]
+    flat = [pd.json_normalize(config).to_dict("records")[0] for config in configs]  # dotted keys
+    settings = [{key: value for key, value in of_run.items() if tells(key, value)} for of_run in flat]
     runs, differing = pd.DataFrame(map(describe, configs)), [set() for _ in configs]
     for kind in (KINDS, ["task"]):
         for _, of in runs.groupby(kind):
@@ -157,12 +158,3 @@ def name_settings(configs: list[Mapping]) -> list[str]:
         ", ".join(f"{key.rpartition('.')[2]}={of_run[key]}" for key in sorted(keys))
         for of_run, keys in zip(settings, differing, strict=True)
     ]
-
-
-def leaves(node: Mapping, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a nested dict."""
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value

@@ -33,7 +33,7 @@ class StepReport:
     to_poll: int = 0  # directions the step may poll at the most
     accepted: int = 0  # moves accepted
     search_accepted: bool = False  # whether one of them was the search step
-    shortened: float = 1.0  # to this part of their first length are its moves, by now
+    shortened: float = 1.0  # length of the search step's moves by now, as a part of what it was at first
     evaluations: int = 0  # function evaluations, the one at the incumbent included
     seconds: float = 0.0
 

@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
@@ -19,7 +20,6 @@ from refusal import refuse
 from sequence_data import IGNORE, SequenceDataModule
 
 N_EXAMPLES = 2  # of each split, different ones
-MOST_LOOKED_AT = 1000  # sequences, to find them
 
 
 def load_datamodule(overrides: list[str]) -> SequenceDataModule:
@@ -68,8 +68,7 @@ def main(arguments: list[str]) -> None:
     console.print()
     for name, split in datamodule.splits.items():
         console.print(f"[bold]{name}[/bold]")
-        distinct = {tuple(x): row for row, x in reversed(list(enumerate(split.x[:MOST_LOOKED_AT].tolist())))}
-        for row in sorted(distinct.values())[:N_EXAMPLES]:
+        for row in pd.DataFrame(split.x.numpy()).drop_duplicates().index[:N_EXAMPLES]:
             for line in align(datamodule, name, row, console.width):
                 style = "bold green" if line.startswith("y") else None
                 console.print(line.rstrip(), style=style, markup=False, no_wrap=True, overflow="ellipsis")

@@ -87,8 +87,9 @@ def run(cfg: DictConfig, console: Console, interrupts: Interrupts, checkpoint: P
     with undisguised(trainer):
         trainer.fit(task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     interrupted = bool(interrupts.received)
-    if "val/loss" not in trainer.callback_metrics:
-        console.print("Nothing was validated, so the newest weights are the ones that count.", highlight=False)
+    without_best = any(getattr(c, "monitor", None) and not c.best_model_path for c in trainer.checkpoint_callbacks)
+    if without_best and not interrupted:
+        console.print("Nothing was validated, so the newest weights are tested.", highlight=False)
     weights = callbacks[-1].best_model_path if interrupted else selected_weights(trainer)
     metrics = {} if interrupted else test(trainer, task, datamodule, weights)
     summary = summarise(cfg, trainer, task, datamodule, metrics, weights)

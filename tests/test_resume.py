@@ -409,3 +409,15 @@ def test_no_step_is_lost_to_a_checkpoint_by_the_clock(short_run, monkeypatch):
     monkeypatch.setattr(Checkpoints, "_save", lambda self, *args, **kw: (saved.append(1), save(self, *args, **kw)))
     train(short_run("a", "checkpoint.every_steps=null", "checkpoint.every_seconds=0", "trainer.max_epochs=1"))
     assert len(saved) == 7
+
+
+def test_only_a_run_that_never_validated_says_so(short_run, capsys):
+    cfg = short_run("validated")
+    train(cfg)
+    cfg.resume, cfg.trainer.max_epochs, cfg.trainer.max_steps = "auto", -1, 13  # one more step, and no validation
+    assert train(cfg)["steps"] == 13
+    assert "Nothing was validated" not in capsys.readouterr().out
+    cfg = short_run("short")
+    cfg.trainer.max_steps = 1
+    train(cfg)
+    assert "Nothing was validated" in capsys.readouterr().out
