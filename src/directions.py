@@ -1,5 +1,6 @@
 """The directions of a pattern search, + and - each coordinate, and the order in which a pass takes them."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,14 +19,19 @@ class Directions:
 
     Args:
         sizes: weights of each group that are searched; coordinates are numbered group after group.
-        shares: of the polls, of each group; they sum to 1.
+        last_share: of the polls, of the last group; the others share the rest by their sizes. None, or a single group:
+            all coordinates in one order.
         one_sided: one direction a coordinate, on the side that its remembered slope calls downhill.
         seed: of the orders and of the first signs.
     """
 
-    def __init__(self, sizes: Sequence[int], shares: Sequence[float], one_sided: bool, seed: int):
+    def __init__(self, sizes: Sequence[int], last_share: float | None, one_sided: bool, seed: int):
+        if last_share is None or len(sizes) == 1:
+            sizes, shares = [sum(sizes)], [1.0]
+        else:
+            shares = [(1 - last_share) * size / sum(sizes[:-1]) for size in sizes[:-1]] + [last_share]
         self.sizes, self.one_sided, self.seed = torch.tensor(sizes), one_sided, seed
-        self.shares = torch.tensor(shares, dtype=torch.float64)
+        self.shares = torch.tensor(shares, dtype=torch.float64)  # of the polls, of each group
         self.starts = self.sizes.cumsum(0) - self.sizes
         self._drawn: dict[int, tuple[int, Tensor, Tensor]] = {}  # by group: the number, the order, the first signs
 
@@ -73,6 +79,17 @@ class Directions:
             order = torch.randperm(size, generator=generator)
             self._drawn[group] = number, order, torch.randint(2, (size,), generator=generator, dtype=torch.bool)
         return self._drawn[group][1:]
+
+
+def next_units(done: int, n_units: int, at_most: int, seed: int) -> Tensor:
+    """The units to poll after so many polls of units: the next of a random order of all, drawn anew for every pass.
+
+    A pass is shared out evenly among its steps.
+    """
+    turn, start = divmod(done, n_units)
+    order = torch.randperm(n_units, generator=seeded(seed, turn))
+    left = n_units - start
+    return order[start : start + math.ceil(left / math.ceil(left / at_most))]
 
 
 def seeded(seed: int, number: int) -> torch.Generator:

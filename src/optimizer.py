@@ -6,49 +6,20 @@ closure stands in `closure.py`.
 
 import copy
 import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from closure import Candidates, Coordinates, OneByOne
-from directions import Directions, seeded
+from directions import Directions, next_units, seeded
+from ledger import Budget, StepReport, initial_state
 from search_options import check_group, check_options, check_shares
 from slopes import SlopeMemory
 
 Move = tuple[Tensor, Tensor, Tensor]  # loss there, coordinates, steps
 MAX_BLOCK = 1024  # directions drawn up at a time: memory stays bounded, budgets are looked at in between
-
-
-@dataclass
-class StepReport:
-    """What one step did. Filled while the step runs, so that a display can follow a long poll."""
-
-    loss_before: float = math.nan  # on the batch at hand, before any move
-    loss_after: float = math.nan  # on the same batch, at the incumbent the step ends with
-    polled: int = 0  # directions polled
-    to_poll: int = 0  # directions the step may poll at the most
-    accepted: int = 0  # moves accepted
-    search_accepted: bool = False  # whether one of them was the search step
-    shortened: float = 1.0  # length of the search step's moves by now, as a part of what it was at first
-    evaluations: int = 0  # function evaluations, the one at the incumbent included
-    seconds: float = 0.0
-
-
-def initial_state() -> dict[str, Any]:
-    """All that changes from step to step beside weights and radii; plain values, so it can be saved."""
-    return {
-        "evaluations": 0,  # function evaluations so far
-        "seconds": 0.0,  # spent in steps so far
-        "polls": 0,  # passes over all directions begun so far, the current one included
-        "cursor": 0,  # directions of the current pass that are done
-        "units": 0,  # units polled so far
-        "improved": [],  # per group: any success in this pass?
-        "stopped_by": None,  # which limit ended the search
-    }
 
 
 class PatternSearch(torch.optim.Optimizer):
@@ -205,7 +176,11 @@ class PatternSearch(torch.optim.Optimizer):
 
     def look_at_limits(self) -> None:
         """Take back that a limit ended the search, if it no longer would: a loaded search has the limits given here."""
+        self._budget = Budget(self.options, self.state["search"], self.report)
         self.state["search"]["stopped_by"] = self._limit_reached()
+
+    def _limit_reached(self) -> str | None:
+        return self._budget.exhausted_by(self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor], candidates: Candidates | None = None) -> float:
@@ -222,11 +197,11 @@ class PatternSearch(torch.optim.Optimizer):
             return report.loss_after
         if candidates is None:
             candidates = closure if hasattr(closure, "poll") else OneByOne(closure, self.coordinates)
-        self._clock = time.perf_counter()
+        self._budget = Budget(self.options, search, report)
         if (half_after := self.options["half_after"]) is not None:
             report.shortened = 1 / (1 + search["evaluations"] / half_after)
         report.loss_before = report.loss_after = float(closure())
-        self._spend(1)
+        self._budget.spend(1)
 
         if search["cursor"] == 0:  # a new pass over all directions begins
             search["polls"] += 1
@@ -262,13 +237,13 @@ class PatternSearch(torch.optim.Optimizer):
             start, ahead = search["cursor"], 1
             coordinates, steps = self._take(start, min(end, start + MAX_BLOCK))
             while (done := search["cursor"] - start) < len(coordinates) and self._limit_reached() is None:
-                asked = slice(done, done + self._affordable(min(ahead, candidates.block)))
+                asked = slice(done, done + self._budget.affordable(min(ahead, candidates.block)))
                 losses = candidates.poll(coordinates[asked], steps[asked])
                 better = _improves(losses, report.loss_after).nonzero().flatten().tolist()
                 # what lies behind the first success was asked for too early: it is asked for again, and not counted
                 used = better[0] + 1 if better else len(losses)
                 ahead = 1 if better else 2 * ahead  # so ask for few where successes are frequent
-                self._spend(used)
+                self._budget.spend(used)
                 self._advance(used, end)
                 self._learn(coordinates[done : done + used], steps[done : done + used], losses[:used])
                 if better:
@@ -281,10 +256,10 @@ class PatternSearch(torch.optim.Optimizer):
         """Poll the directions up to `end` at the same incumbent; the best move that improves on it, and all of them."""
         search, best_loss, best, improving = self.state["search"], self.report.loss_after, None, []
         while search["cursor"] < end and self._limit_reached() is None:
-            size = self._affordable(min(candidates.block, MAX_BLOCK, end - search["cursor"]))
+            size = self._budget.affordable(min(candidates.block, MAX_BLOCK, end - search["cursor"]))
             coordinates, steps = self._take(search["cursor"], search["cursor"] + size)
             losses = candidates.poll(coordinates, steps)
-            self._spend(size)
+            self._budget.spend(size)
             self._advance(size, end)
             self._learn(coordinates, steps, losses)
             k = _lowest(losses)
@@ -301,16 +276,13 @@ class PatternSearch(torch.optim.Optimizer):
                 "units_per_step needs a closure that answers `credit`; `credit_polls.CreditPolls` does for a "
                 "DecoderOnlyTransformer (task.fast_polls=true on a CPU); else use units_per_step=None (null in YAML)"
             )
-        done = self.state["search"]["units"]
-        turn, start = divmod(done, candidates.n_units)
-        order = torch.randperm(candidates.n_units, generator=seeded(self.options["seed"], turn))
-        left = len(order) - start
-        size = math.ceil(left / math.ceil(left / self.options["units_per_step"]))  # a pass is shared out evenly
-        units = order[start : start + self._affordable(size)]
+        done, seed = self.state["search"]["units"], self.options["seed"]
+        units = next_units(done, candidates.n_units, self.options["units_per_step"], seed)
+        units = units[: self._budget.affordable(len(units))]
         steps = self._radii(candidates.unit_parameter[units])
-        coordinates, slopes = candidates.credit(units, steps, seeded(self.options["seed"], done))
+        coordinates, slopes = candidates.credit(units, steps, seeded(seed, done))
         self.state["search"]["units"] += len(units)
-        self._spend(len(units))
+        self._budget.spend(len(units))
         self.slopes.learn(coordinates, slopes)
 
     def _search(self, candidates: Candidates, best: Move | None, joined: list[Move]) -> Move | None:
@@ -322,9 +294,9 @@ class PatternSearch(torch.optim.Optimizer):
         move *= self.report.shortened
         if not move.any() or self._limit_reached() is not None:
             return best
-        scales = torch.tensor(lengths[: self._affordable(len(lengths))], dtype=move.dtype) / lengths[0]
+        scales = torch.tensor(lengths[: self._budget.affordable(len(lengths))], dtype=move.dtype) / lengths[0]
         losses = candidates.trial(coordinates, move, scales)
-        self._spend(len(scales))
+        self._budget.spend(len(scales))
         k = _lowest(losses)
         if not _improves(losses[k], float(best[0]) if best is not None else self.report.loss_after):
             return best
@@ -358,15 +330,8 @@ class PatternSearch(torch.optim.Optimizer):
         return SlopeMemory(self.state["slopes"], len(self.coordinates), dtype, **memory)
 
     def _learn(self, coordinates: Tensor, steps: Tensor, losses: Tensor) -> None:
-        if not self.slopes:
-            return
-        slopes = (losses - self.report.loss_after) / steps
-        if self.options["one_sided"]:
-            return self.slopes.learn(coordinates, slopes)
-        second = torch.zeros(len(coordinates), dtype=torch.bool)  # the other side of the coordinate before
-        second[1:] = coordinates[1:] == coordinates[:-1]
-        for side in (~second, second):
-            self.slopes.learn(coordinates[side], slopes[side])
+        if self.slopes:
+            self.slopes.learn_polls(coordinates, (losses - self.report.loss_after) / steps)
 
     def _advance(self, directions: int, end: int) -> None:
         cursor = min(self.state["search"]["cursor"] + directions, end)
@@ -379,32 +344,6 @@ class PatternSearch(torch.optim.Optimizer):
                 group["radius"] *= group["contraction"]
             elif group["radius"] < group["max_radius"]:
                 group["radius"] = min(group["radius"] * group["expansion"], group["max_radius"])
-
-    # --- budgets ---
-
-    def _spend(self, evaluations: int) -> None:
-        """Count evaluations and seconds; the one place where either is counted."""
-        now = time.perf_counter()
-        for ledger in (self.state["search"], vars(self.report)):
-            ledger["evaluations"] += evaluations
-            ledger["seconds"] += now - self._clock
-        self._clock = now
-
-    def _affordable(self, size: int) -> int:
-        limit = self.options["max_evaluations"]
-        return size if limit is None else min(size, limit - self.evaluations)
-
-    def _limit_reached(self) -> str | None:
-        search, options = self.state["search"], self.options
-        if options["target_loss"] is not None and -math.inf < self.report.loss_after <= options["target_loss"]:
-            return "target_loss"
-        if options["max_evaluations"] is not None and search["evaluations"] >= options["max_evaluations"]:
-            return "max_evaluations"
-        if options["max_seconds"] is not None and search["seconds"] >= options["max_seconds"]:
-            return "max_seconds"
-        if all(group["radius"] < group["min_radius"] for group in self.param_groups):
-            return "min_radius"
-        return None
 
     # --- coordinates and directions ---
 
@@ -420,12 +359,9 @@ class PatternSearch(torch.optim.Optimizer):
         """The directions of a pass: two for every weight, or one if it is polled on one side only."""
         if self._directions is None:
             sizes = [len(Coordinates(group["params"])) for group in self.param_groups]
-            if (last := self.options["last_group_share"]) is None or len(sizes) == 1:
-                sizes, shares = [sum(sizes)], [1.0]
-            else:
-                shares = [(1 - last) * size / sum(sizes[:-1]) for size in sizes[:-1]] + [last]
-                check_shares(self.options, sizes, shares)
-            self._directions = Directions(sizes, shares, self.options["one_sided"], self.options["seed"])
+            share, one_sided, seed = (self.options[name] for name in ("last_group_share", "one_sided", "seed"))
+            self._directions = Directions(sizes, share, one_sided, seed)
+            check_shares(self.options, self._directions.sizes.tolist(), self._directions.shares.tolist())
         return self._directions
 
     def _take(self, start: int, end: int) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,8 @@ def check_group(group: dict[str, Any]) -> None:
 
 def check_shares(options: dict[str, Any], sizes: Sequence[int], shares: Sequence[float]) -> None:
     """Raise a ValueError if the shares of the polls have a step poll a group, of so many weights, more than once."""
+    if len(shares) == 1:
+        return
     polls = options["polls_per_step"] / (1 if options["one_sided"] else 2)
     for size, share in zip(sizes, shares, strict=True):
         if polls * share + 2 > size:  # 2: what rounding may add

@@ -67,6 +67,13 @@ class SlopeMemory:
         self.state["visits"][coordinates] = visits
         self.state["direction"][coordinates] = downhill
 
+    def learn_polls(self, coordinates: Tensor, slopes: Tensor) -> None:
+        """Take in slopes (K,) of polls, in their order: a coordinate stands twice if both sides were polled."""
+        second = torch.zeros(len(coordinates), dtype=torch.bool)
+        second[1:] = coordinates[1:] == coordinates[:-1]
+        for side in (~second, second):
+            self.learn(coordinates[side], slopes[side])
+
     def _average(self, name: str, coordinates: Tensor, values: Tensor, decay: float) -> Tensor:
         mean = decay * self.state[name][coordinates] + (1 - decay) * values
         self.state[name][coordinates] = mean

@@ -257,7 +257,7 @@ def test_the_budget_of_seconds_is_looked_at_before_every_question(drawn_search, 
     def clock():
         return float(landscape.calls)  # each call takes a second
 
-    with mock.patch("optimizer.time.perf_counter", clock):
+    with mock.patch("ledger.time.perf_counter", clock):
         for _ in range(budget):
             assert search.stopped_by is None or landscape.calls >= budget
             step(search, landscape)
