@@ -38,6 +38,7 @@ from transformer import DecoderOnlyTransformer
 
 CHUNK_TOKENS = 4096  # tokens of all candidates at a time: large enough to hide the cost of calling an operator
 ROW_TOKENS = 4096  # tokens of the incumbent at a time, so that a chunk never holds more
+PART_COST = 2**20  # tokens x weights of the blocks: measured, about what it costs to call the operators for more rows
 CACHE_BYTES = 2**28  # what may be remembered of the incumbent; rows beyond are computed anew in every call
 
 
@@ -102,13 +103,13 @@ class StructuredPolls:
         x = x.masked_fill(torch.arange(x.shape[1]) >= last[:, None], 0)  # the others cannot change a scored one
         pairs, count = torch.cat([x, y], 1)[last > 0].unique(dim=0, return_counts=True)
         weight = count.double() / scored.sum()
-        # rows of a length together, so that a chunk is no longer than it must be
-        order = (pairs[:, x.shape[1] :] != IGNORE).mul(torch.arange(1, x.shape[1] + 1)).amax(1).argsort(stable=True)
-        n_chunks = max(1, -(-len(pairs) * x.shape[1] // ROW_TOKENS))
-        dtype = self.model.head.weight.dtype
-        closure.rows = [
-            Rows(*pairs[some].chunk(2, 1), weight[some], dtype) for some in order.chunk(n_chunks) if len(some)
-        ]
+        ends = (pairs[:, x.shape[1] :] != IGNORE) * torch.arange(1, x.shape[1] + 1)
+        lengths, order = ends.amax(1).sort(stable=True)
+        closure.rows, dtype = [], self.model.head.weight.dtype
+        weights = sum(p.numel() for p in self.model.blocks.parameters())
+        for some in order.split(part_sizes(lengths, PART_COST // weights + 24)):
+            n_chunks = math.ceil(len(some) * x.shape[1] / ROW_TOKENS)
+            closure.rows += [Rows(*pairs[chunk].chunk(2, 1), weight[chunk], dtype) for chunk in some.chunk(n_chunks)]
         return closure
 
     @property
@@ -259,3 +260,29 @@ class StructuredPolls:
         if len(wrong):
             losses[wrong] = plain(wrong)
         return losses
+
+
+def part_sizes(lengths: Tensor, overhead: float) -> list[int]:
+    """How to part rows by length, so that short ones are not filled up to the longest: the cheapest way there is.
+
+    A part costs its rows times the longest of them, and an overhead. Rows of one length stay together.
+
+    Args:
+        lengths: (B,) of the rows in tokens, in ascending order.
+        overhead: of a part, in tokens.
+    """
+    values, counts = lengths.unique_consecutive(return_counts=True)
+    ends = [0, *counts.cumsum(0).tolist()]
+    cost, begin = (
+        [0.0],
+        [0],
+    )  # of the best way to part the rows of the first so many lengths; where its last part begins
+    for j, length in enumerate(values.tolist(), start=1):
+        costs = [cost[i] + overhead + (ends[j] - ends[i]) * length for i in range(j)]
+        begin.append(min(range(j), key=costs.__getitem__))
+        cost.append(costs[begin[j]])
+    sizes, j = [], len(values)
+    while j:
+        sizes.append(ends[j] - ends[begin[j]])
+        j = begin[j]
+    return sizes[::-1]
