@@ -23,7 +23,7 @@ def fit(task, data, logger=False, **options):
     return trainer
 
 
-SEARCHES = ["pattern_search", "pattern_search_classic", "pattern_search_credit"]
+SEARCHES = ["pattern_search", "pattern_search_classic", "pattern_search_credit", "pattern_search_credit_long"]
 
 
 @pytest.mark.parametrize(

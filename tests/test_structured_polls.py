@@ -1,6 +1,7 @@
 """The structured path against the plain forward: exact for every tensor, layout, position kind and radius."""
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -16,7 +17,7 @@ from generic_polls import GenericPolls
 from optimizer import PatternSearch
 from pattern_search_task import masked_loss
 from sequence_data import IGNORE
-from structured_polls import StructuredPolls
+from structured_polls import StructuredPolls, part_sizes
 from transformer import POSITIONS, DecoderOnlyTransformer
 
 MODELS = {
@@ -332,6 +333,37 @@ def test_a_large_batch_in_several_chunks_is_exact():
     chosen = some_of_every_tensor(coordinates, n=1)
     steps = torch.full((len(chosen),), 0.1, dtype=torch.float64)
     torch.testing.assert_close(closure.poll(chosen, steps), plain.poll(chosen, steps), rtol=0, atol=1e-5)
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8).map(sorted), overhead=st.floats(0, 30))
+def test_rows_are_parted_by_length_the_cheapest_way(lengths, overhead):
+    def cost(sizes):
+        ends = list(itertools.accumulate(sizes))
+        return sum(overhead + size * lengths[end - 1] for size, end in zip(sizes, ends, strict=True))
+
+    every_way = [
+        [b - a for a, b in itertools.pairwise((0, *cuts, len(lengths)))]
+        for n in range(len(lengths))
+        for cuts in itertools.combinations(range(1, len(lengths)), n)
+    ]
+    sizes = part_sizes(torch.tensor(lengths), overhead)
+    assert sum(sizes) == len(lengths)
+    assert cost(sizes) == pytest.approx(min(map(cost, every_way)))
+    if len(set(lengths)) == 1:
+        assert sizes == [len(lengths)]
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_parts_by_length_give_the_losses_of_the_whole(positions, monkeypatch):
+    losses, n_parts = [], []
+    for cost in (0, 10**9):
+        monkeypatch.setattr(structured_polls, "PART_COST", cost)
+        _, coordinates, closure, _ = setup("ragged", n_rows=40, positions=positions)
+        chosen = some_of_every_tensor(coordinates, n=2)
+        losses.append(closure.poll(chosen, torch.full((len(chosen),), 0.1, dtype=torch.float64)))
+        n_parts.append(len(closure.rows))
+    assert n_parts[0] > 1 and n_parts[1] == 1
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-5)
 
 
 def test_equal_rows_are_evaluated_once():
