@@ -273,10 +273,8 @@ def part_sizes(lengths: Tensor, overhead: float) -> list[int]:
     """
     values, counts = lengths.unique_consecutive(return_counts=True)
     ends = [0, *counts.cumsum(0).tolist()]
-    cost, begin = (
-        [0.0],
-        [0],
-    )  # of the best way to part the rows of the first so many lengths; where its last part begins
+    # of the best way to part the rows of the first j lengths: what it costs, and with which length its last part begins
+    cost, begin = [0.0], [0]
     for j, length in enumerate(values.tolist(), start=1):
         costs = [cost[i] + overhead + (ends[j] - ends[i]) * length for i in range(j)]
         begin.append(min(range(j), key=costs.__getitem__))
