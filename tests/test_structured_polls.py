@@ -362,7 +362,8 @@ def test_parts_by_length_give_the_losses_of_the_whole(positions, monkeypatch):
         chosen = some_of_every_tensor(coordinates, n=2)
         losses.append(closure.poll(chosen, torch.full((len(chosen),), 0.1, dtype=torch.float64)))
         n_parts.append(len(closure.rows))
-    assert n_parts[0] > 1 and n_parts[1] == 1
+    assert n_parts[0] > 1
+    assert n_parts[1] == 1
     torch.testing.assert_close(*losses, rtol=0, atol=1e-5)
 
 
