@@ -59,7 +59,7 @@ def check_group(group: dict[str, Any]) -> None:
 
 def check_shares(options: dict[str, Any], sizes: Sequence[int], shares: Sequence[float]) -> None:
     """Raise a ValueError if the shares of the polls have a step poll a group, of so many weights, more than once."""
-    if len(shares) == 1:
+    if len(shares) == 1:  # nothing is shared out: a pass takes each weight once
         return
     polls = options["polls_per_step"] / (1 if options["one_sided"] else 2)
     for size, share in zip(sizes, shares, strict=True):

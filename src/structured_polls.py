@@ -98,13 +98,12 @@ class StructuredPolls:
         closure.incumbent = Incumbent()
         closure.generic = self.generic.on(batch)
         x, y = batch["x"], batch["y"]
-        scored = y != IGNORE
-        last = (scored * torch.arange(1, x.shape[1] + 1)).amax(1)  # (B,) tokens up to the last scored one
+        scored, ordinals = y != IGNORE, torch.arange(1, x.shape[1] + 1)
+        last = (scored * ordinals).amax(1)  # (B,) tokens up to the last scored one
         x = x.masked_fill(torch.arange(x.shape[1]) >= last[:, None], 0)  # the others cannot change a scored one
         pairs, count = torch.cat([x, y], 1)[last > 0].unique(dim=0, return_counts=True)
         weight = count.double() / scored.sum()
-        ends = (pairs[:, x.shape[1] :] != IGNORE) * torch.arange(1, x.shape[1] + 1)
-        lengths, order = ends.amax(1).sort(stable=True)
+        lengths, order = ((pairs[:, x.shape[1] :] != IGNORE) * ordinals).amax(1).sort(stable=True)
         closure.rows, dtype = [], self.model.head.weight.dtype
         weights = sum(p.numel() for p in self.model.blocks.parameters())
         for some in order.split(part_sizes(lengths, PART_COST // weights + 24)):
