@@ -10,8 +10,8 @@ The ways, each measured in turn, several times over; the medians are reported:
     backward_closure   a polling optimizer under Lightning's automatic optimization: zero_grad, forward, backward
     plain              one forward a candidate, without gradients: the readable reference
     batched_inference  the plain forward of a larger batch at its best size: the ceiling without structure
-    generic            vmap over the perturbed tensor, for any module (`generic_polls.py`)
-    structured         rank-1 entries into the residual stream, for the transformer (`structured_polls.py`)
+    generic            vmap over the perturbed tensor, for any module (`polls/generic.py`)
+    structured         rank-1 entries into the residual stream, for the transformer (`polls/structured.py`)
     structured_cores   the same, candidates spread over all cores, as a run does it
 
 Candidates are uniform over all parameters. The last line printed is JSON, in evaluations a second.
@@ -37,13 +37,13 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from closure import Coordinates, OneByOne, forward_only
-from generic_polls import GenericPolls
-from machine import available_cores, keep_freed_memory
+from data.sequences import IGNORE
 from pattern_search_task import masked_loss
-from sequence_data import IGNORE
+from polls.generic import GenericPolls
+from polls.structured import StructuredPolls
+from run.cpu import available_cores, keep_freed_memory
+from search.closure import Coordinates, OneByOne, forward_only
 from state_tracking_data import StateTrackingDataModule
-from structured_polls import StructuredPolls
 from transformer import DecoderOnlyTransformer
 
 WAYS = ["backward_closure", "plain", "batched_inference", "generic", "structured", "structured_cores"]

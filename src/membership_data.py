@@ -12,9 +12,9 @@ from functools import partial
 
 import numpy as np
 
-from did_you_mean import one_of
-from formal_languages import ALPHABETS, LANGUAGES, ONE_MEMBER_A_LENGTH, contains, draw_strings, is_member
-from sequence_data import MAX_LENGTH, SequenceDataModule, Sequences, lay_out, split_by_hash
+from config.did_you_mean import one_of
+from data.formal_languages import ALPHABETS, LANGUAGES, ONE_MEMBER_A_LENGTH, contains, draw_strings, is_member
+from data.sequences import MAX_LENGTH, SequenceDataModule, Sequences, lay_out, split_by_hash
 
 __all__ = ["LANGUAGES", "MembershipDataModule", "draw_sets", "is_member"]
 

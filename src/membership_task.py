@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from data.sequences import IGNORE
 from membership_data import CLASSES
 from pattern_search_task import PatternSearchTask, Scores
-from sequence_data import IGNORE
 
 
 class MembershipScores(Scores):

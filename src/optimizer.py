@@ -1,7 +1,7 @@
 """PatternSearch: direct search on signed coordinates, as a torch optimizer.
 
 It knows parameters and losses, and nothing of Lightning, models or tasks. What it may ask of a
-closure stands in `closure.py`.
+closure stands in `search/closure.py`.
 """
 
 import copy
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from closure import Candidates, Coordinates, OneByOne
-from directions import Directions, next_units, seeded
-from ledger import Budget, StepReport, initial_state
-from search_options import check_group, check_options, check_shares
-from slopes import SlopeMemory
+from search.budget import Budget, StepReport, initial_state
+from search.closure import Candidates, Coordinates, OneByOne
+from search.directions import Directions, next_units, seeded
+from search.options import check_group, check_options, check_shares
+from search.slopes import SlopeMemory
 
 Move = tuple[Tensor, Tensor, Tensor]  # loss there, coordinates, steps
 MAX_BLOCK = 1024  # directions drawn up at a time: memory stays bounded, budgets are looked at in between
@@ -35,11 +35,11 @@ class PatternSearch(torch.optim.Optimizer):
        `poll="complete"` polls them all at the same incumbent. `poll="opportunistic"` moves to each that
        improves, goes on from there, and skips the way back (exploratory moves, Hooke and Jeeves 1961).
        With `units_per_step`, units are polled before: one evaluation tells the slopes of all weights of a unit
-       from the losses of single tokens (`credit_polls.py`).
+       from the losses of single tokens (`polls/nodes.py`).
     3. SEARCH, if there are `step_lengths`: every poll gives the slope of its coordinate. The remembered
        slopes of all coordinates, each divided by its running root mean square and faded by its age, make
-       one direction (`slopes.py`; simplex slopes, Custodio and Vicente 2007). With `join_improving`, all moves of
-       a complete poll that improved are made at the same time (as exploratory moves add up, Hooke and Jeeves
+       one direction (`search/slopes.py`; simplex slopes, Custodio and Vicente 2007). With `join_improving`, all moves
+       of a complete poll that improved are made at the same time (as exploratory moves add up, Hooke and Jeeves
        1961). The best of the step lengths counts. With `half_after`, moves get shorter with the number of evaluations
        (Robbins and Monro 1951), and slopes fade more slowly in return.
     4. Move to the best of the complete poll and the search, if it is better than the incumbent; else stay.
@@ -72,7 +72,7 @@ class PatternSearch(torch.optim.Optimizer):
             slopes all agree; none for no search step.
         join_improving: whether the search step makes all moves of a complete poll that improved too: as they were
             polled at the first step length, and shortened in proportion at the others.
-        memory, scale_memory, fade: of the remembered slopes, see `slopes.SlopeMemory`.
+        memory, scale_memory, fade: of the remembered slopes, see `search.slopes.SlopeMemory`.
         half_after: function evaluations after which the moves of the search step are half as long, and a third after
             twice as many; `fade` grows as they shrink. None: they stay as they are.
         max_evaluations: budget of function evaluations, never exceeded.
@@ -95,8 +95,8 @@ class PatternSearch(torch.optim.Optimizer):
         ('min_radius', [0.0, 0.0])
 
     The closure is called without gradients and must return the same loss for the same weights
-    throughout a step: evaluate the module in eval mode (`closure.forward_only`). If it also
-    answers `poll` (see `closure.py`), candidates are asked for many at a time, and the search
+    throughout a step: evaluate the module in eval mode (`search.closure.forward_only`). If it also
+    answers `poll` (see `search/closure.py`), candidates are asked for many at a time, and the search
     takes the same decisions.
     """
 
@@ -273,7 +273,7 @@ class PatternSearch(torch.optim.Optimizer):
         """Poll the next units of a random order of all: each tells the slopes of all its weights."""
         if not hasattr(candidates, "credit"):
             raise ValueError(
-                "units_per_step needs a closure that answers `credit`; `credit_polls.CreditPolls` does for a "
+                "units_per_step needs a closure that answers `credit`; `polls.nodes.CreditPolls` does for a "
                 "DecoderOnlyTransformer (task.fast_polls=true on a CPU); else use units_per_step=None (null in YAML)"
             )
         done, seed = self.state["search"]["units"], self.options["seed"]

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from closure import forward_only
-from did_you_mean import unknown
-from fast_polls import has_units, make_polls
-from sequence_data import IGNORE
+from config.did_you_mean import unknown
+from data.sequences import IGNORE
+from polls.make import has_units, make_polls
+from search.closure import forward_only
 
 Batch = dict[str, Tensor]
 

@@ -1,116 +1,27 @@
-"""What a run says about itself: the header, the summary table, summary.json."""
+"""Show runs: what they came to, how they went, and what each part of the search is worth.
 
-import logging
-from pathlib import Path
-from typing import Any
+python src/report.py tables runs             a table of finished runs, in Markdown
+python src/report.py figures runs            loss and exact match against evaluations and seconds
+python src/report.py ablation runs/sweep_A   evaluations and seconds of each variant of the search
+python src/report.py diagnosis model=tiny    train, and look at every step of the search from outside
+python src/report.py figures --help          the options of one of them
+"""
 
-import lightning as L
-from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
+import importlib
+import sys
 
-from machine import available_cores
-from pattern_search_task import PatternSearchTask
-from progress import clock
-from sequence_data import SequenceDataModule
+COMMANDS = ("tables", "figures", "ablation", "diagnosis")
 
 
-def print_header(console: Console, cfg: DictConfig, task: PatternSearchTask, datamodule: SequenceDataModule) -> None:
-    """Two lines: what is trained on what, and where it is written."""
-    weights = f"{sum(p.numel() for p in task.model.parameters()):,}"
-    trained = f"{sum(p.numel() for p in task.parameters_trained):,}"
-    weights = weights if trained == weights else f"{trained} of {weights}"
-    sizes = ", ".join(f"{len(split):,} {name}" for name, split in datamodule.splits.items())
-    console.print(
-        f"[bold]{cfg.choices.optimizer}[/] trains [bold]{cfg.choices.model}[/] ({weights} weights) on "
-        f"[bold]{cfg.choices.task}[/]: {sizes} sequences, chance loss {datamodule.chance_loss:.3f}, seed {cfg.seed}",
-        highlight=False,
-    )
-    threads = f"; candidates on {available_cores()} thread(s)" if not task.automatic_optimization else ""
-    console.print(f"Run directory: {shown(cfg.output_dir)}{threads}", soft_wrap=True, highlight=False)
+def main(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    name, *rest = arguments
+    if name not in COMMANDS:
+        sys.exit(f"report: {name} is not known. Known: {', '.join(COMMANDS)}")
+    importlib.import_module(f"results.{name}").main(rest)  # only what is asked for is imported
 
 
-def summarise(
-    cfg: DictConfig,
-    trainer: L.Trainer,
-    task: PatternSearchTask,
-    datamodule: SequenceDataModule,
-    metrics: dict[str, float],
-    checkpoint: str | None,
-) -> dict[str, Any]:
-    """The content of summary.json."""
-    return {
-        "test": metrics,
-        "chance_loss": datamodule.chance_loss,
-        "evaluations": int(task.evaluations),
-        "seconds": round(task.seconds, 3),
-        "steps": trainer.global_step,
-        "stopped_by": stopped_by(trainer, task),
-        "checkpoint": checkpoint,
-        "config": str(Path(cfg.output_dir) / "config.yaml"),
-    }
-
-
-def stopped_by(trainer: L.Trainer, task: PatternSearchTask) -> str:
-    """Why training ended: the limit's key, "solved" (early stopping on validation) or "interrupted"."""
-    if trainer.interrupted:
-        return "interrupted"
-    if task.stopped_by is not None:
-        return task.stopped_by
-    if any(callback.stopped_epoch for callback in trainer.early_stopping_callbacks):
-        return "solved"
-    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
-        return "max_steps"
-    if trainer.max_epochs != -1 and trainer.current_epoch >= trainer.max_epochs:
-        return "max_epochs"
-    return "max_time"
-
-
-def draw_progress(run_dir: str | Path) -> None:
-    """Leave progress.png in the run's directory, or a warning: no run fails for its picture."""
-    try:
-        import figures  # only here: its libraries would slow down the start of every run
-
-        figures.draw_progress(run_dir)
-    except Exception as error:
-        logging.getLogger(__name__).warning("progress.png was not drawn: %s: %s", type(error).__name__, error)
-
-
-def print_summary(console: Console, cfg: DictConfig, summary: dict[str, Any], datamodule: SequenceDataModule) -> None:
-    """A short table, and what to type next."""
-    title = f"{cfg.choices.optimizer} · {cfg.choices.task} · {cfg.choices.model} · seed {cfg.seed}"
-    table = Table(title=title, min_width=len(title) + 2)
-    table.add_column("held-out test", justify="left")
-    table.add_column("value", justify="right")
-    for name, value in summary["test"].items():
-        if not name.rpartition("/")[2].startswith("accuracy_at_"):  # by position: for figures, too many for a table
-            table.add_row(name, f"{value:.4f}")
-    table.add_row("chance loss", f"{datamodule.chance_loss:.4f}", end_section=True)
-    table.add_row("stopped by", summary["stopped_by"])
-    table.add_row("steps", f"{summary['steps']:,}")
-    table.add_row("function evaluations", f"{summary['evaluations']:,}")
-    table.add_row("training time", f"{clock(summary['seconds'])} ({summary['seconds']:.1f} s)")
-    console.print(table)
-    run_dir = shown(cfg.output_dir)
-    lines = []
-    if summary["stopped_by"] == "interrupted":
-        lines.append(f"Interrupted, so not tested. The newest weights: {shown(summary['checkpoint'] or 'none yet')}")
-    lines.append(f"Run:  {run_dir}")
-    if (Path(cfg.output_dir) / "progress.png").exists():
-        script, beside = shown(Path(__file__).with_name("figures.py")), shown(Path(cfg.output_dir).parent)
-        lines.append(f"Plot: {run_dir}/progress.png; all runs beside it: python {script} {beside}")
-    if (Path(cfg.output_dir) / "wandb").exists():
-        offline = cfg.logger.get("offline")
-        lines.append(
-            f"W&B:  offline, nothing was uploaded; upload with: wandb sync {run_dir}/wandb/offline-run-*"
-            if offline
-            else f"W&B:  online; should it fail to take everything: wandb sync {run_dir}/wandb/run-*"
-        )
-    for line in lines:
-        console.print(line, soft_wrap=True, highlight=False)
-
-
-def shown(path: str | Path) -> str:
-    """A path as short as it can be typed from here."""
-    path = Path(path)
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+if __name__ == "__main__":
+    main(sys.argv[1:])

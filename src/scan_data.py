@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from did_you_mean import one_of
-from scan_grammar import ACTIONS, VERBS, WORDS, corpus, interpret, sentences
-from sequence_data import SequenceDataModule, Sequences, lay_out
+from config.did_you_mean import one_of
+from data.scan_grammar import ACTIONS, VERBS, WORDS, corpus, interpret, sentences
+from data.sequences import SequenceDataModule, Sequences, lay_out
 
 __all__ = ["RULE_SPLITS", "ScanDataModule", "corpus", "interpret", "read_file", "split_by_rule"]
 

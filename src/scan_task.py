@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from data.sequences import IGNORE
 from pattern_search_task import PatternSearchTask, Scores
-from sequence_data import IGNORE
 
 
 @torch.no_grad()

@@ -12,12 +12,12 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from build import build_datamodule
-from composition import DEFAULT_CONFIG, compose_possible
-from config_check import check_text
-from draft import Draft
-from refusal import refuse
-from sequence_data import IGNORE, SequenceDataModule
+from config.check import check_text
+from config.composition import DEFAULT_CONFIG, compose_possible
+from config.draft import Draft
+from config.refusal import refuse
+from data.sequences import IGNORE, SequenceDataModule
+from run.build import build_datamodule
 
 N_EXAMPLES = 2  # of each split, different ones
 

@@ -15,8 +15,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from did_you_mean import one_of
-from sequence_data import MAX_LENGTH, SequenceDataModule, Sequences, lay_out, split_strings
+from config.did_you_mean import one_of
+from data.sequences import MAX_LENGTH, SequenceDataModule, Sequences, lay_out, split_strings
 
 KNOWN_GROUPS = ("parity", "Z2", "Z3", "Z5", "Z60", "S3", "S5", "A5", "A4xZ5")
 MAX_ORDER = 5040  # the product table of S7 has 25 million entries; larger groups are refused

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from data.sequences import IGNORE
 from pattern_search_task import PatternSearchTask, Scores
-from sequence_data import IGNORE
 
 
 class StateTrackingScores(Scores):

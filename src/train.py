@@ -14,8 +14,8 @@ import sys
 if __name__ == "__main__":  # nothing has begun: Ctrl-C during the slow imports and the check of the command
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-from composition import DEFAULT_CONFIG, read_command
-from refusal import refuse, tell
+from config.composition import DEFAULT_CONFIG, read_command
+from config.refusal import refuse, tell
 
 if __name__ == "__main__":
     command = read_command(sys.argv[1:])
@@ -32,16 +32,16 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-import wandb_run
-from build import build_datamodule, build_task
-from checkpoints import AtomicCheckpointIO, Checkpoints, selected_weights, write
-from config_check import check_command_line
-from interrupts import Interrupts, undisguised
-from machine import prepare_machine
-from metrics_table import MetricsTable
-from report import draw_progress, print_header, print_summary, shown, summarise
-from resume import begin, finished, in_sweep, limits, resumable
-from run_directory import RunDirectoryError, locked, record_start
+from config.check import check_command_line
+from run import wandb_logger
+from run.build import build_datamodule, build_task
+from run.checkpoints import AtomicCheckpointIO, Checkpoints, selected_weights, write
+from run.cpu import prepare_machine
+from run.directory import RunDirectoryError, locked, record_start
+from run.interrupts import Interrupts, undisguised
+from run.metrics_table import MetricsTable
+from run.resume import begin, finished, in_sweep, limits, resumable
+from run.summary import draw_progress, print_header, print_summary, shown, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("PATTERN_SEARCH_ROOT", str(ROOT))  # configs/hydra puts runs below it
@@ -123,7 +123,7 @@ def main(cfg: DictConfig) -> float:
             raise  # one job of a sweep: the others go on
         refuse([str(problem)])
     finally:
-        wandb_run.finish(mode, exit_code)
+        wandb_logger.finish(mode, exit_code)
     return summary["test"].get("test/loss", float("nan"))
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from did_you_mean import one_of
+from config.did_you_mean import one_of
 
 MAX_LAYERS = 1000
 POSITIONS = ("learned", "sinusoidal", "rotary", "none")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from composition import compose_jobs
-from machine import prepare_machine
+from config.composition import compose_jobs
+from run.cpu import prepare_machine
 from state_tracking_data import StateTrackingDataModule
 from transformer import DecoderOnlyTransformer
 

@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import lightning as L
 from omegaconf import OmegaConf
 
-import composition
-from config_check import check_command
+from config import composition
+from config.check import check_command
 from train import train
 
 SECONDS = 30  # of computing a case may take; ten times that on the clock, since the machine may be shared

@@ -28,10 +28,10 @@ from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from composition import compose_jobs
-from machine import prepare_machine
-from metrics_table import MetricsTable
+from config.composition import compose_jobs
 from pattern_search_task import PatternSearchTask
+from run.cpu import prepare_machine
+from run.metrics_table import MetricsTable
 from train import train
 
 SHORT = "model=tiny logger=none callbacks.progress.log_every_seconds=0.1 checkpoint.every_seconds=null "

@@ -13,6 +13,7 @@ import time
 import pandas as pd
 import pytest
 import torch
+
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -90,7 +91,7 @@ def test_a_run_from_src_leaves_everything_a_run_must_leave(options, tmp_path):
 
 
 def test_a_finished_run_can_be_loaded_and_gives_the_metrics_it_reported(tmp_path):
-    from build import load_run
+    from run.build import load_run
 
     run("python src/train.py model=tiny trainer.max_epochs=2 logger=none", tmp_path)
     (run_dir,) = run_dirs(tmp_path)
@@ -243,7 +244,7 @@ def test_a_model_needs_no_more_than_the_readme_says(tmp_path):
     assert "only the fast polls of a DecoderOnlyTransformer do" in refused.stderr
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/figures.py")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/report.py figures")])
 def test_every_figure_command_of_the_readme_draws(command, home):
     if not run_dirs(home):
         run(short("python src/train.py model=tiny logger=none"), home)
@@ -264,7 +265,7 @@ def test_the_search_of_the_readme_works_alone_and_learns(tmp_path):
     assert loss < 0.1, done.stdout + done.stderr  # it starts near 1, the variance of the target
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/tables.py")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/report.py tables")])
 def test_every_table_command_of_the_readme_prints_a_row_a_group(command, home):
     if not run_dirs(home):
         run(short("python src/train.py model=tiny logger=none"), home)
@@ -273,7 +274,7 @@ def test_every_table_command_of_the_readme_prints_a_row_a_group(command, home):
     assert "| tiny | pattern_search |" in done.stdout
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/diagnosis.py")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/report.py diagnosis")])
 def test_every_diagnosis_of_the_readme_draws(command, tmp_path):
     done = run(f"{command} trainer.max_steps=5 callbacks=none --output {tmp_path}/seen.png", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -294,8 +295,8 @@ def test_the_benchmark_ends_with_its_rates_as_json(tmp_path):
 
 
 def test_every_command_of_the_readme_is_run_by_a_test():
-    scripts = ("train", "show_data", "figures", "tables", "diagnosis")
-    tested = tuple(f"python src/{name}.py" for name in scripts)
+    scripts = ("train.py", "show_data.py", "report.py figures", "report.py tables", "report.py diagnosis")
+    tested = tuple(f"python src/{name}" for name in scripts)
     others = {
         "make train",
         "make test",
@@ -307,7 +308,7 @@ def test_every_command_of_the_readme_is_run_by_a_test():
 
 
 def test_figures_of_a_place_without_runs_say_so(tmp_path):
-    done = run(f"python src/figures.py {tmp_path}", tmp_path)
+    done = run(f"python src/report.py figures {tmp_path}", tmp_path)
     assert done.returncode == 1
     assert "no run" in done.stderr
     assert "Traceback" not in done.stderr

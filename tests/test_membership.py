@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from formal_languages import (
+from data.formal_languages import (
     ALPHABETS,
     ONE_MEMBER_A_LENGTH,
     contains,
@@ -18,9 +18,9 @@ from formal_languages import (
     sample_members,
     sample_non_members,
 )
+from data.sequences import IGNORE
 from membership_data import LANGUAGES, MembershipDataModule, is_member
 from membership_task import MembershipScores
-from sequence_data import IGNORE
 
 
 def tomita3(string):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from closure import OneByOne
 from optimizer import PatternSearch
-from slopes import SlopeMemory
+from search.closure import OneByOne
+from search.slopes import SlopeMemory
 
 
 def sphere(w):

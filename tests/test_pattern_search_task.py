@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from build import build_datamodule, build_task
-from metrics_table import MetricsTable, read_runs
+from data.sequences import IGNORE, SequenceLoader
 from optimizer import PatternSearch
 from pattern_search_task import PatternSearchTask, Scores, masked_loss
-from sequence_data import IGNORE, SequenceLoader
+from run.build import build_datamodule, build_task
+from run.metrics_table import MetricsTable, read_runs
 from state_tracking_task import StateTrackingTask
 
 

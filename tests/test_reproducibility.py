@@ -8,6 +8,7 @@ import sys
 
 import pandas as pd
 import pytest
+
 from conftest import ROOT
 
 KEY = "".join(f"{(7 * i) % 16:x}" for i in range(40))  # of the form of a W&B key

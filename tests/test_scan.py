@@ -8,11 +8,11 @@ from collections import Counter
 import pytest
 import torch
 
+from data.scan_grammar import ACTIONS, WORDS, sentences
+from data.sequences import IGNORE
 from pattern_search_task import masked_loss
 from scan_data import RULE_SPLITS, ScanDataModule, corpus, interpret, read_file, split_by_rule
-from scan_grammar import ACTIONS, WORDS, sentences
 from scan_task import ScanScores, greedy_decode
-from sequence_data import IGNORE
 from transformer import DecoderOnlyTransformer
 
 DIGEST = "6be4b39bc8bf3a20be810b6991250d0493e608560609db6765dd679e1ed1c98e"  # of the sorted lines of tasks.txt

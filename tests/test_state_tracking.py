@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sequence_data import IGNORE
+from data.sequences import IGNORE
 from state_tracking_data import Group, StateTrackingDataModule
 from state_tracking_task import StateTrackingScores
 

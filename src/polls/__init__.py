@@ -1,0 +1,1 @@
+"""How candidates are evaluated: many in one pass, exactly as one after the other."""

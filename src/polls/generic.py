@@ -1,0 +1,239 @@
+"""Losses of many candidates in one pass, for any module: the closure behind most models.
+
+Candidates that move a weight of the same tensor go through one vectorised forward in which only that
+tensor is stacked. What lies before it is computed once for all of them, and every other weight is shared.
+
+    polls = GenericPolls(module, Coordinates(module.parameters()), loss)
+    closure = polls.on(batch)  # cheap: once a step
+    closure(), closure.poll(coordinates, steps), closure.trial(coordinates, changes, scales)
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from search.closure import Coordinates, OneByOne, forward_only
+
+CHUNK_TOKENS = 12_800  # tokens at a time: enough to share the prefix and vmap's own cost; fixed, so results are too
+FEW = 4  # fewer candidates of a tensor are not worth vmap's own cost
+CHUNK_WEIGHTS = 2**22  # stacked weights at a time: 16 MiB in float32, whatever the number of candidates
+WILD = 1e12  # changes beyond this square to the largest float32: order of operations decides what comes out
+
+
+class GenericPolls:
+    """Answers `poll` and `trial` (see `search/closure.py`) for any `nn.Module`, exact up to rounding.
+
+    The module is evaluated in eval mode, without gradients, and left in the mode it was in: dropout is
+    off and BatchNorm uses its running statistics. A tensor used in several places (tied weights) moves
+    in all of them. A candidate that ties with the incumbent within rounding is evaluated once more by
+    the plain forward, so that a dead weight is exactly as good as the incumbent and never accepted;
+    so is one whose loss is not finite.
+    What cannot be vectorised is evaluated one by one; one warning names the reason.
+
+    Args:
+        module: any module.
+        coordinates: numbers the weights that may move, all of them parameters of `module`.
+        loss: (outputs of the module, batch) -> scalar loss.
+        inputs: batch -> positional arguments of the module.
+
+    Raises:
+        ValueError: a tensor that is not a parameter of the module or not of a floating type.
+            `poll` and `trial` raise it for an empty block, for lengths that differ and for a forward
+            that draws random numbers in eval mode, IndexError for a coordinate out of range.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        coordinates: Coordinates,
+        loss: Callable[[Any, Any], Tensor],
+        inputs: Callable[[Any], tuple] = lambda batch: (batch["x"],),
+    ):
+        self.module, self.coordinates, self.loss, self.inputs = module, coordinates, loss, inputs
+        self.names = names_of(module, coordinates)
+        self.refused: list[str] = []  # why vmap refused this module; shared by the closures of all batches
+
+    def on(self, batch: Any) -> "GenericPolls":
+        """The closure that answers about this batch."""
+        closure = copy.copy(self)
+        closure.batch, closure.incumbent = batch, Incumbent()
+        x = self.inputs(batch)[0]
+        # tokens are numbers; vectors have their features, and images their channels, in the second axis
+        closure.tokens = x[:, :1].numel() if x.is_floating_point() and x.ndim > 1 else x.numel()
+        return closure
+
+    @property
+    def block(self) -> int:
+        """Candidates per call that keep the chunks of most tensors full."""
+        return 1 if self.refused else max(16, min(1024, 2**19 // max(1, self.tokens)))
+
+    def __call__(self) -> Tensor:
+        """The loss at the incumbent; see `Incumbent`."""
+        return self.incumbent(self.module.parameters(), self.plain)
+
+    def plain(self) -> Tensor:
+        """The loss at the current weights by the plain forward."""
+        with forward_only(self.module):
+            return self._loss({})
+
+    def poll(self, coordinates: Tensor, steps: Tensor) -> Tensor:
+        """Losses (K,) of the candidates weight[coordinates[k]] + steps[k]; coordinates and steps are (K,)."""
+        check_block(self.coordinates, coordinates, steps)
+        if self.refused:
+            return OneByOne(self.plain, self.coordinates).poll(coordinates, steps)
+        incumbent, plain = self(), self.plain()
+        if plain.isfinite() and not within_rounding(incumbent, plain):
+            raise ValueError(
+                f"two evaluations of {type(self.module).__name__} at the same weights differ ({incumbent}, {plain}): a "
+                "search needs a forward that is deterministic in eval mode; draw random numbers only if self.training"
+            )
+        losses = torch.empty(len(coordinates), dtype=torch.float64)
+        with forward_only(self.module):
+            for p, index, rows in self.coordinates.touched(coordinates):
+                for some in torch.arange(len(rows)).split(self._chunk(p.numel())):
+                    if len(some) < FEW:
+                        losses[rows[some]] = self.plain_poll(coordinates[rows[some]], steps[rows[some]])
+                        continue
+                    stack = p.expand(len(some), *p.shape).clone()  # (k, *shape of p)
+                    stack[(torch.arange(len(some)), *(i[some] for i in index))] += steps[rows[some]].to(p)
+                    found = self._losses({self.names[id(p)]: stack})
+                    if found is None:
+                        return self.poll(coordinates, steps)
+                    losses[rows[some]] = found
+        beyond = (~losses.isfinite() | (steps.abs() > WILD)).nonzero().flatten()
+        losses[beyond] = self.plain_poll(coordinates[beyond], steps[beyond])
+        tie = within_rounding(losses, plain).nonzero().flatten()
+        # weights that change nothing share one value, bit by bit: one of them is evaluated for all
+        values, which = losses[tie].unique(return_inverse=True)
+        example = tie[torch.empty_like(values, dtype=torch.long).scatter_(0, which, torch.arange(len(tie)))]
+        losses[tie] = self.plain_poll(coordinates[example], steps[example])[which]
+        losses = torch.where(losses == plain, incumbent, losses)
+        self.incumbent.polled = losses
+        return losses
+
+    def plain_poll(self, coordinates: Tensor, steps: Tensor) -> Tensor:
+        """The same losses (K,) by one plain forward for each candidate; no weight is moved."""
+        losses = []
+        with forward_only(self.module):
+            for coordinate, step in zip(coordinates.tolist(), steps.tolist(), strict=True):
+                owner, index = self.coordinates.locate(coordinate)
+                p = self.coordinates.parameters[owner].clone()
+                p[index] += step
+                losses.append(float(self._loss({self.names[id(self.coordinates.parameters[owner])]: p})))
+        return torch.tensor(losses, dtype=torch.float64)
+
+    def trial(self, coordinates: Tensor, changes: Tensor, scales: Tensor) -> Tensor:
+        """Losses (S,) of the combinations weight[coordinates] + scales[s] * changes; both (M,), scales (S,)."""
+        check_block(self.coordinates, coordinates, changes)
+        check_scales(scales)
+        spread = self.coordinates.spread(coordinates, changes)
+        losses = []
+        with forward_only(self.module):
+            for scale in scales.split(1):  # a few: not worth vmap's own cost
+                new = {self.names[id(p)]: p + (scale * change).to(p) for p, change in spread}
+                losses.append(float(self._loss(new)))
+        return torch.tensor(losses, dtype=torch.float64)
+
+    def _chunk(self, weights: int) -> int:
+        """Candidates at a time, if each of them stacks so many weights."""
+        return max(1, min(CHUNK_TOKENS // max(1, self.tokens), CHUNK_WEIGHTS // weights))
+
+    def _loss(self, tensors: dict[str, Tensor]) -> Tensor:
+        """The loss with some of the module's tensors replaced by name."""
+        return self.loss(functional_call(self.module, tensors, self.inputs(self.batch)), self.batch)
+
+    def _losses(self, stacked: dict[str, Tensor]) -> Tensor | None:
+        """Losses (k,) in float64 for tensors (k, *shape); None if the module cannot be vectorised."""
+        try:
+            with plain_attention():
+                return vmap(self._loss)(stacked).double()
+        except Exception as reason:  # vmap raises what the operator raises that it does not know
+            self._loss({})  # an error of the module itself is no reason to go on one by one
+            first_line = str(reason).strip().split("\n")[0]
+            self.refused.append(first_line)
+            warnings.warn(
+                f"{type(self.module).__name__} cannot be vectorised, so candidates are evaluated one by one, "
+                f"which is slower: {first_line}",
+                stacklevel=4,
+            )
+            return None
+
+
+class Incumbent:
+    """The incumbent's loss as a search knows it: once it moved to a candidate, the loss polled for this candidate.
+
+    Computed from the new weights it might differ from that in the last digit, and then a weight that
+    changes nothing would pass for an improvement.
+    """
+
+    def __init__(self) -> None:
+        self.weights, self.loss, self.polled = None, None, torch.empty(0, dtype=torch.float64)
+
+    def __call__(self, weights: Iterable[Tensor], compute: Callable[[], Tensor]) -> Tensor:
+        """The loss in float64; computed only if a weight was changed since the last call."""
+        weights = [version(p) for p in weights]
+        if weights != self.weights:
+            loss = compute()
+            same = self.polled[within_rounding(self.polled, loss)]
+            self.weights, self.loss = weights, torch.cat([same, loss.double()[None]]).max()
+        return self.loss
+
+
+def version(p: Tensor) -> tuple[int, int, torch.dtype]:
+    """Changes whenever a tensor is changed in place or its memory exchanged."""
+    return p._version, p.data_ptr(), p.dtype
+
+
+def within_rounding(losses: Tensor, loss: Tensor) -> Tensor:
+    """Which losses (K,) differ from `loss` by no more than the order of its operations may."""
+    return (losses - loss).abs() <= 8 * torch.finfo(loss.dtype).eps * loss.abs()
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention as single operations: vmap would run the fused ones once for each candidate."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def names_of(module: nn.Module, coordinates: Coordinates) -> dict[int, str]:
+    """id of each parameter -> its name in the module; raises ValueError for one that cannot be searched."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    for i, p in enumerate(coordinates.parameters):
+        if id(p) not in names:
+            raise ValueError(
+                f"parameter {i} of shape {tuple(p.shape)} is not a parameter of {type(module).__name__}: "
+                "moving it could not change the loss; give the optimizer parameters of the module it evaluates"
+            )
+        if not p.is_floating_point():
+            raise ValueError(f"{names[id(p)]} is of type {p.dtype}; only floating types can be searched")
+    return names
+
+
+def check_block(coordinates: Coordinates, asked: Tensor, steps: Tensor) -> None:
+    """Raise unless `asked` (K,) and `steps` (K,) are one block of candidates, every coordinate in range."""
+    if asked.shape != steps.shape or asked.ndim != 1:
+        raise ValueError(f"coordinates {tuple(asked.shape)} and steps {tuple(steps.shape)} must both be (K,)")
+    if not len(asked):
+        raise ValueError("an empty block: ask for at least one candidate")
+    low, high = int(asked.min()), int(asked.max())
+    if low < 0 or high >= len(coordinates):
+        wrong = low if low < 0 else high
+        raise IndexError(f"coordinate {wrong} is out of range: there are {len(coordinates)}, numbered from 0")
+
+
+def check_scales(scales: Tensor) -> None:
+    if scales.ndim != 1 or not len(scales):
+        raise ValueError(f"scales {tuple(scales.shape)} must be (S,) with at least one step length")

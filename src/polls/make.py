@@ -1,0 +1,50 @@
+"""Which of the fast ways to evaluate candidates a module gets."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.sequences import IGNORE
+from polls.generic import GenericPolls
+from polls.nodes import CreditPolls
+from run.cpu import available_cores
+from search.closure import Coordinates
+from transformer import DecoderOnlyTransformer
+
+
+def make_polls(
+    module: nn.Module, coordinates: Coordinates, loss: Callable[[Any, Any], Tensor], threads: int | None = None
+) -> CreditPolls | GenericPolls:
+    """The fastest exact evaluator there is for this module: an object whose `on(batch)` is a closure.
+
+    `CreditPolls`, which are `StructuredPolls`, for a `DecoderOnlyTransformer` with the masked cross-entropy as its
+    loss, on `threads` threads (by default one a core); `GenericPolls` for everything else, which it says once.
+    """
+    if has_units(module) and is_masked_cross_entropy(loss, module.head.out_features):
+        return CreditPolls(module, coordinates, loss, threads or available_cores())
+    warnings.warn(
+        f"{type(module).__name__} with this loss has no structured polls (only DecoderOnlyTransformer with the masked "
+        "cross-entropy has): candidates go through vmap, at about the speed of batched inference",
+        stacklevel=2,
+    )
+    return GenericPolls(module, coordinates, loss)
+
+
+def has_units(module: nn.Module) -> bool:
+    """Whether the fast polls know the module from the inside, so that they can poll units of it."""
+    return type(module) is DecoderOnlyTransformer
+
+
+def is_masked_cross_entropy(loss: Callable[[Any, Any], Tensor], n_classes: int) -> bool:
+    """Whether a loss is the mean cross-entropy over the scored tokens, judged by a small example."""
+    logits = torch.linspace(-2, 2, 6 * n_classes).sin().mul(3).view(2, 3, n_classes)
+    y = torch.tensor([[IGNORE, 0, n_classes - 1], [n_classes // 2, IGNORE, IGNORE]])
+    expected = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE)
+    try:
+        return torch.allclose(loss(logits, {"x": torch.zeros_like(y), "y": y}), expected)
+    except (KeyError, TypeError, ValueError, RuntimeError):  # it needs more of a batch than x and y
+        return False

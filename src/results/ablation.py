@@ -1,0 +1,133 @@
+"""What each part of the search is worth: evaluations and seconds that each variant needs to solve its task.
+
+python src/train.py -m experiment=ablation_parity     every variant, seeds 0-4 (hours)
+python src/report.py ablation runs/sweep_A runs/sweep_B      the figure, and the table in Markdown
+python src/report.py ablation runs/sweep_C --by model.embedding_std    the same over the values of a key
+
+A run that ended without solving its task is censored: it would have needed more than it had.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
+from omegaconf import OmegaConf
+
+from run.metrics_table import describe
+
+LOOKS = {  # of a run that solved its task, and of one that did not
+    True: dict(marker="o", markersize=6, alpha=0.8),
+    False: dict(marker=">", markersize=7, markerfacecolor="none"),
+}
+VARIANT = "choices.variant"  # the key that is compared unless another one is given
+COSTS = {"evaluations": "function evaluations to solve", "seconds": "training seconds to solve"}
+
+
+def read_costs(*paths: str | Path, by: str = VARIANT) -> pd.DataFrame:
+    """One row a finished run below the paths: task, label, seed, evaluations, seconds, solved.
+
+    Args:
+        paths: directories of sweeps.
+        by: the key of the config whose values are compared; the optimizer is added where it differs.
+
+    Raises:
+        FileNotFoundError: no finished run lies below the paths.
+        KeyError: a run's config has no such key, or leaves it null.
+    """
+    rows = []
+    for file in sorted({file for path in paths for file in Path(path).rglob("summary.json")}):
+        summary, config = json.loads(file.read_text()), OmegaConf.load(file.with_name("config.yaml"))
+        if summary["stopped_by"] == "interrupted":
+            continue
+        if (value := OmegaConf.select(config, by)) is None:
+            raise KeyError(f"{file.parent} has no {by}; give directories of sweeps over it only")
+        run = describe(config)
+        run["task"] = run["task"].removeprefix("ablation_")
+        run |= {"label": value, "solved": summary["stopped_by"] == "solved"}
+        rows.append(run | {cost: summary[cost] for cost in COSTS})
+    if not rows:
+        raise FileNotFoundError(f"no finished run below {', '.join(map(str, paths))}")
+    runs = pd.DataFrame(rows).sort_values("seed")
+    runs["rank"] = [(label != "full", label) for label in runs.label]  # the whole search first, numbers by size
+    runs = runs.sort_values(["task", "rank"], kind="stable").reset_index(drop=True)
+    runs["label"] = runs.label.astype(str)
+    if by != VARIANT and runs.optimizer.nunique() > 1:  # a variant says which optimizer it is of
+        runs["label"] += " · " + runs.optimizer
+    return runs
+
+
+def median(runs: pd.DataFrame, cost: str) -> str:
+    """The median of a cost, or a lower bound of it, marked ">", where the run in the middle is censored.
+
+    A censored run needs more than it had, so it counts as dearer than every solved one.
+    """
+    solved = runs.solved.sum() > len(runs) // 2
+    return f"{'' if solved else '> '}{runs[cost].median():,.{1 if cost == 'seconds' else 0}f}"
+
+
+def tabulate(runs: pd.DataFrame, by: str = VARIANT) -> str:
+    """A row for each task and label, as a Markdown table."""
+    lines = [
+        f"| task | {by.removeprefix('choices.')} | solved / seeds | evaluations: median | seconds: median |",
+        "|---|---|---|---|---|",
+    ]
+    for (task, label), of in runs.groupby(["task", "label"], sort=False):
+        cells = [task, label, f"{of.solved.sum()} / {len(of)}", *(median(of, cost) for cost in COSTS)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(runs: pd.DataFrame, by: str = VARIANT) -> Figure:
+    """A row of panels a task, a column a cost: a dot a seed, a hollow arrow to the right for a censored run."""
+    sns.set_theme(style="whitegrid", context="notebook")
+    tasks, colour = list(dict.fromkeys(runs.task)), sns.color_palette()[0]
+    sizes = [runs[runs.task == task].label.nunique() for task in tasks]
+    figure = Figure(figsize=(12, 0.42 * sum(sizes) + 1.1 * len(tasks) + 0.6), layout="constrained")
+    panels = figure.subplots(len(tasks), len(COSTS), squeeze=False, sharey="row", height_ratios=sizes)
+    for row, task in zip(panels, tasks, strict=True):
+        of_task = runs[runs.task == task]
+        labels = list(dict.fromkeys(of_task.label))
+        height = of_task.label.map(labels.index) + 0.1 * (of_task.groupby("label").cumcount() - 2)  # seeds side by side
+        for panel, (cost, title) in zip(row, COSTS.items(), strict=True):
+            for solved, look in LOOKS.items():
+                chosen = of_task.solved == solved
+                panel.plot(of_task[cost][chosen], height[chosen], color=colour, linestyle="", **look)
+            if of_task[cost].max() > 10 * of_task[cost].min():
+                panel.set_xscale("log")
+                panel.xaxis.set_major_formatter("{x:,g}")
+                wide = of_task[cost].max() > 100 * of_task[cost].min()  # then more labels would run into each other
+                panel.xaxis.set_minor_locator(LogLocator(subs=(3,) if wide else (2, 5)))
+                panel.xaxis.set_minor_formatter("{x:,g}")
+            else:
+                panel.margins(x=0.08)  # room for half an arrow
+                panel.set_xlim(0)
+            panel.set(xlabel=title, title=task, yticks=range(len(labels)), yticklabels=labels)
+        row[0].set(ylim=(len(labels) - 0.5, -0.5), ylabel=by.removeprefix("choices."))
+    marks = [Line2D([], [], color=colour, linestyle="", **look) for look in LOOKS.values()]
+    names = ["solved, a dot a seed", "not solved: it needs more than this"]
+    figure.legend(marks, names, loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def main(arguments: list[str]) -> None:
+    look = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("report.py ablation", description=__doc__, formatter_class=look)
+    parser.add_argument("paths", nargs="+", type=Path, help="directories of sweeps")
+    parser.add_argument("--by", default=VARIANT, metavar="KEY", help="the key that was swept")
+    parser.add_argument("--output", type=Path, help="the picture to write (default: ablation.png in the first path)")
+    args = parser.parse_args(arguments)
+    try:
+        runs = read_costs(*args.paths, by=args.by)
+    except (FileNotFoundError, KeyError) as error:
+        sys.exit(f"ablation: {error.args[0]}")
+    output = args.output or args.paths[0] / "ablation.png"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draw(runs, args.by).savefig(output, dpi=100)
+    print(tabulate(runs, args.by))
+    print(f"\nDrew {len(runs)} run(s): {output}")

@@ -1,0 +1,250 @@
+"""What a search does on its way: does a step help beyond its batch, how long do slopes stay true, where does it move?
+
+python src/report.py diagnosis                                         the main command, looked at in every step
+python src/report.py diagnosis experiment=z5 seed=1 --output z5.png    any options of src/train.py
+
+Draws the figure and prints, for each part of the model, what its polls cost and what the moves of its weights gained,
+and for polls of units the cosine of the slopes that they sample with the gradient of the same batch.
+Gradients appear here and nowhere else beside a search: its slopes and moves are compared with them.
+"""
+
+import argparse
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from hydra.utils import instantiate
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from config.check import check_command
+from config.composition import DEFAULT_CONFIG, compose_jobs
+from config.refusal import refuse
+from pattern_search_task import PatternSearchTask, derivative_free, masked_loss
+from run.build import build_datamodule, build_task
+from run.cpu import prepare_machine
+from search.closure import forward_only
+from search.directions import seeded
+from train import silence_libraries
+
+SEQUENCES = 1000  # of the training set, at the most, that stand for all of it
+AGES = torch.tensor([1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90, 140, 200, 1000])  # steps since a poll: edges of bins
+POLLS = 96  # candidates of a part whose polls are timed
+
+
+class Diagnosis(L.Callback):
+    """Looks at every step of a pattern search from outside, with the loss and the gradient of the training set.
+
+    Attributes:
+        steps: a dict a step: batch_before, batch_after, train_before, train_after (losses, nats a scored token),
+            search_accepted, and for each part of the model how far its moves lowered the training loss
+            to first order (minus gradient times move).
+        agreement: (bins of AGES, 4) sums over coordinates and steps: coordinates; those whose remembered direction has
+            the sign of the downhill gradient; the share of the gradient (sum of sizes) they have; that of all.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.agreement = torch.zeros(len(AGES) - 1, 4, dtype=torch.float64)
+
+    def on_train_start(self, trainer: L.Trainer, task: PatternSearchTask) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):  # nothing is saved, so a signal need not wait for the step's end
+            signal.signal(number, signal.SIG_DFL)
+        self.search = task.raw_optimizer
+        self.parameters = self.search.coordinates.parameters
+        names = {id(p): name for name, p in task.model.named_parameters()}
+        self.parts = [part_of(names[id(p)]) for p in self.parameters]
+        self.visits, self.polled_at = torch.zeros(2, len(self.search.coordinates))
+
+    def on_train_batch_start(self, trainer: L.Trainer, task: PatternSearchTask, batch: Any, batch_idx: int) -> None:
+        self.weights = [p.detach().clone() for p in self.parameters]
+        with torch.enable_grad():  # the one gradient, and the search never sees it
+            loss = self._training_loss(trainer, task)
+            self.gradient = torch.autograd.grad(loss, self.parameters)
+        self.row = {"train_before": float(loss.detach())}
+        if self.search.state["slopes"]:
+            self._compare_slopes(trainer.global_step, torch.cat([g.flatten() for g in self.gradient]))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, task: PatternSearchTask, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        report = self.search.report
+        self.row |= dict(batch_before=report.loss_before, batch_after=report.loss_after)
+        with torch.no_grad():
+            self.row["train_after"] = float(self._training_loss(trainer, task))
+        self.row["search_accepted"] = report.search_accepted
+        self.row |= dict.fromkeys(self.parts, 0.0)
+        for part, p, before, slope in zip(self.parts, self.parameters, self.weights, self.gradient, strict=True):
+            self.row[part] -= float(((p.detach() - before) * slope).sum())
+        self.steps.append(self.row)
+
+    def _training_loss(self, trainer: L.Trainer, task: PatternSearchTask) -> Tensor:
+        split = trainer.datamodule.splits["train"]
+        return masked_loss(task.model(split.x[:SEQUENCES]), split.y[:SEQUENCES])
+
+    def _compare_slopes(self, step: int, gradient: Tensor) -> None:
+        slopes = self.search.state["slopes"]
+        self.polled_at[slopes["visits"] != self.visits] = step
+        self.visits = slopes["visits"].clone()
+        age = step + 1 - self.polled_at
+        known = (slopes["direction"] != 0) & (gradient != 0) & (age < AGES[-1])  # where there is a downhill
+        right = (slopes["direction"].sign() == -gradient.sign())[known].double()
+        size = (gradient.abs() / gradient.abs().sum())[known].double()
+        bins = torch.bucketize(age[known], AGES, right=True) - 1
+        self.agreement.index_add_(0, bins, torch.stack([torch.ones_like(right), right, size * right, size], 1))
+
+
+def part_of(parameter: str) -> str:
+    """The part of the model that a parameter belongs to: block 0 attention, block 0 ff, ..., or its first name."""
+    names = parameter.split(".")
+    if names[0] == "blocks":
+        return f"block {names[1]} {names[2].removesuffix('_norm')}"
+    return "norm, head" if names[0] in ("norm", "head") else "embeddings" if "embedding" in names[0] else names[0]
+
+
+def diagnose(overrides: list[str]) -> tuple[Diagnosis, pd.DataFrame]:
+    """Run the search of a command; what was seen, and the table of the model's parts.
+
+    Raises:
+        ValueError: the optimizer is no pattern search.
+    """
+    cfg = compose_jobs(DEFAULT_CONFIG, overrides)[0]
+    prepare_machine()
+    L.seed_everything(cfg.seed, verbose=False)
+    datamodule = build_datamodule(cfg)
+    task = build_task(cfg, datamodule)
+    if not derivative_free(task.make_optimizer):
+        raise ValueError("only a pattern search can be looked at: optimizer=pattern_search or pattern_search_credit")
+    diagnosis, wanted = Diagnosis(), ("early_stopping", "progress")
+    callbacks = [instantiate(cfg.callbacks[name]) for name in wanted if name in cfg.callbacks]
+    quiet = dict(logger=False, enable_checkpointing=False)
+    trainer = instantiate(cfg.trainer, callbacks=[*callbacks, diagnosis], **quiet)
+    trainer.fit(task, datamodule=datamodule)
+    batch = next(iter(datamodule.train_dataloader()))
+    with forward_only(task.model):
+        closure = task.make_closure(batch)
+        table = tabulate(diagnosis, poll_rates(closure, diagnosis))
+        if diagnosis.search.options["units_per_step"]:
+            with torch.enable_grad():
+                gradient = torch.autograd.grad(task.loss(batch), diagnosis.parameters)
+            table["cosine of samples"] = sample_cosines(closure, diagnosis, gradient)
+    return diagnosis, table
+
+
+def sample_cosines(closure: Any, diagnosis: Diagnosis, gradient: Sequence[Tensor]) -> dict[str, float]:
+    """Of the slopes that one evaluation a unit gives to each part, with the gradient of the same batch."""
+    steps = torch.full((closure.n_units,), diagnosis.search.param_groups[0]["radius"])
+    where, found = closure.credit(torch.arange(closure.n_units), steps, seeded(0, 0))
+    slopes = torch.zeros(len(diagnosis.search.coordinates), dtype=torch.float64).index_put_((where,), found)
+    by_part: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    pieces = zip(diagnosis.parts, slopes.split([g.numel() for g in gradient]), gradient, strict=True)
+    for part, sample, true in pieces:
+        by_part.setdefault(part, []).append((sample, true.flatten().double()))
+    joined = {part: [torch.cat(side) for side in zip(*pairs, strict=True)] for part, pairs in by_part.items()}
+    return {part: float(torch.cosine_similarity(*sides, dim=0)) for part, sides in joined.items()}
+
+
+def poll_rates(closure: Any, diagnosis: Diagnosis) -> dict[str, float]:
+    """Candidates a second of polls of each part alone; the median of 5."""
+    ends, rates = diagnosis.search.coordinates.ends, {}
+    if not hasattr(closure, "poll"):
+        return dict.fromkeys(diagnosis.parts, float("nan"))
+    for part in dict.fromkeys(diagnosis.parts):
+        parameters = zip(diagnosis.parts, diagnosis.parameters, ends, strict=True)
+        own = torch.cat([torch.arange(end - p.numel(), end) for owner, p, end in parameters if owner == part])
+        chosen, steps = own[torch.randint(len(own), (POLLS,))], torch.full((POLLS,), 0.05, dtype=torch.float64)
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            closure.poll(chosen, steps)
+            times.append(time.perf_counter() - start)
+        rates[part] = POLLS / float(np.median(times[1:]))
+    return rates
+
+
+def tabulate(diagnosis: Diagnosis, rates: dict[str, float]) -> pd.DataFrame:
+    """A row a part: weights, candidates a second, share of the seconds of uniform polls, share of the decrease.
+
+    `gain a second` is the second share over the first: 1 is what uniform polls get on the whole model.
+    """
+    steps = pd.DataFrame(diagnosis.steps)
+    table = pd.DataFrame({"polls a second": rates})
+    sizes = pd.Series([p.numel() for p in diagnosis.parameters]).groupby(diagnosis.parts).sum()
+    table.insert(0, "weights", sizes[table.index])
+    cost, gain = table.weights / table["polls a second"], steps[list(table.index)].sum()
+    table["share of time"], table["share of decrease"] = cost / cost.sum(), gain / gain.sum()
+    table["gain a second"] = table["share of decrease"] / table["share of time"]
+    return table
+
+
+def draw(diagnosis: Diagnosis, table: pd.DataFrame, title: str) -> Figure:
+    """Losses by step, decrease on the batch against decrease on all, age of slopes, and parts by time and cost."""
+    sns.set_theme(style="whitegrid", context="notebook")
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    figure.suptitle(title)
+    (losses, decreases), (ages, parts) = figure.subplots(2, 2)
+    steps = pd.DataFrame(diagnosis.steps)
+    colours = sns.color_palette()
+
+    losses.plot(steps.batch_before, color=colours[0], alpha=0.35, linewidth=0.8, label="batch at hand")
+    losses.plot(steps.train_before, color=colours[1], label="all training strings")
+    fell = (steps.train_after < steps.train_before)[steps.batch_after < steps.batch_before].mean()
+    losses.set(xlabel="step", ylabel="loss before the step, nats a token", ylim=0)
+    losses.set_title(f"{fell:.0%} of the accepted steps lowered the loss of all strings")
+    losses.legend()
+
+    window = min(max(10, len(steps) // 30), len(steps))
+    batch, train = (steps[f"{of}_before"] - steps[f"{of}_after"] for of in ("batch", "train"))
+    decreases.plot(batch.rolling(window).mean(), color=colours[0], label="on the batch that decided")
+    decreases.plot(train.rolling(window).mean(), color=colours[1], label="on all training strings")
+    decreases.axhline(0, color="0.4", linewidth=1)
+    decreases.set(xlabel="step", ylabel=f"decrease of the loss a step, mean of {window}")
+    decreases.set_title(f"the search step wins in {steps.search_accepted.mean():.0%} of the steps")
+    decreases.legend()
+
+    seen = diagnosis.agreement[:, 0].numpy() > 0
+    middle = (AGES[:-1] * (AGES[1:] - 1).clamp_min(1)).double().sqrt().numpy()[seen]
+    count, right, weighted, size = diagnosis.agreement.numpy()[seen].T
+    ages.plot(middle, right / count, marker="o", color=colours[2], label="coordinates")
+    ages.plot(middle, weighted / size, marker="o", color=colours[3], label="weighted by the gradient's size")
+    ages.axhline(0.5, color="0.4", linestyle="--", linewidth=1)
+    ages.set(xlabel="age of a remembered slope, steps", ylabel="share that points downhill", xscale="log")
+    ages.set_title("against the gradient of all training strings")
+    ages.legend()
+
+    shares = steps[list(table.index)].rolling(window).sum().iloc[window - 1 :]
+    shares = shares.clip(lower=0).div(shares.clip(lower=0).sum(axis=1), axis=0)
+    labels = [f"{part} ({row['gain a second']:.1f})" for part, row in table.iterrows()]
+    parts.stackplot(shares.index, shares.to_numpy().T, labels=labels, colors=sns.color_palette("husl", len(labels)))
+    parts.set(xlabel="step", ylabel="share of the decrease", ylim=(0, 1), xlim=(window - 1, len(steps) - 1))
+    parts.set_title("where moves lower the loss")
+    legend = parts.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, reverse=True)
+    legend.set_title("part (gain a second of its\npolls; 1: uniform polls)")
+    return figure
+
+
+def main(arguments: list[str]) -> None:
+    look = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("report.py diagnosis", description=__doc__, formatter_class=look)
+    parser.add_argument("overrides", nargs="*", help="as those of src/train.py")
+    parser.add_argument("--output", type=Path, default=Path("diagnosis.png"), help="the picture to write")
+    args = parser.parse_args(arguments)
+    silence_libraries()
+    if problems := check_command(DEFAULT_CONFIG, args.overrides):
+        refuse(problems)
+    try:
+        diagnosis, table = diagnose(args.overrides)
+    except ValueError as problem:
+        refuse([str(problem)])
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    draw(diagnosis, table, " ".join(["python src/train.py", *args.overrides])).savefig(args.output, dpi=100)
+    formats = ["{:,.0f}".format] * 2 + ["{:.1%}".format] * 2 + ["{:.2f}".format] * (len(table.columns) - 4)
+    print(table.to_string(formatters=formats))
+    print(f"\nDrew {len(diagnosis.steps)} steps: {args.output}")

@@ -1,0 +1,281 @@
+"""Checkpoints that a killed run goes on from, as if nothing had happened.
+
+`Checkpoints` is part of every run. It saves at one kind of moment only, just before a step, where everything the
+steps so far have caused is done: validation, rows of the metrics table, best weights. What a step needs is in the
+file, so the continued run takes the same decisions; `run/resume.py` chooses the file.
+"""
+
+import io
+import os
+import random
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from run.interrupts import Interrupts
+from run.metrics_table import MetricsTable
+
+RESUMABLE = ("last.ckpt", "previous.ckpt")  # in checkpoints/, newest first
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` when it is complete: whatever happens, one of the two is there.
+
+    Raises:
+        OSError: it cannot be written; `path` is as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")  # the same name each time: a kill leaves no litter
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say what was written
+            error.filename = str(path)
+        raise
+    os.replace(unfinished, path)
+    sync_directory(path.parent)
+
+
+def write(path: str | Path, text: str) -> None:
+    """Write a file as a whole, or not at all."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def sync_directory(directory: Path) -> None:
+    """Have the names of the files in it survive a crash of the machine too."""
+    if hasattr(os, "O_DIRECTORY"):  # not on Windows
+        descriptor = os.open(directory, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint, verified against its own checksums; tensors are on the CPU.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is cut off or damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch itself does not look at the checksums
+        if damaged is None:
+            return torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of many kinds, according to where the file is cut
+        raise ValueError(f"{path} is damaged: {error}") from error
+    raise ValueError(f"{path} is damaged: the checksum of {damaged} is wrong")
+
+
+def selected_weights(trainer: L.Trainer) -> str | None:
+    """The checkpoint that the first checkpoint callback kept: the best on validation, or the newest if none is."""
+    return next((c.best_model_path for c in trainer.checkpoint_callbacks if c.best_model_path), None)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes every checkpoint of Lightning, best.ckpt too, so that no kill leaves half a file."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        content = io.BytesIO()
+        torch.save(checkpoint, content)  # straight to a full disk it would raise a RuntimeError that names no reason
+        with replacing(path) as file:
+            file.write(content.getbuffer())
+
+
+class Checkpoints(Checkpoint):
+    """Keeps `checkpoints/last.ckpt` and the one before, previous.ckpt, and goes on from either.
+
+    Args:
+        run_dir: the run's directory.
+        limits: what ends the run. A run that ended goes on only if they have changed.
+        interrupts: a signal that came is answered before the next step, once its checkpoint is written.
+        every_seconds: between two checkpoints; None not to look at the time.
+        every_steps: the same in steps.
+
+    Raises:
+        Interrupted: from within `Trainer.fit`, when a signal came.
+        OSError: a checkpoint cannot be written; those on the disk are as they were.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        limits: dict[str, Any],
+        interrupts: Interrupts,
+        every_seconds: float | None = 15,
+        every_steps: int | None = None,
+    ):
+        self.run_dir, self.limits, self.interrupts = Path(run_dir), limits, interrupts
+        self.every_seconds, self.every_steps = every_seconds, every_steps
+        self._to_add: dict[str, Any] | None = None  # to the checkpoint that is being written
+        self._restored: dict[str, Any] | None = None  # until the first step that follows
+
+    @property
+    def last(self) -> Path:
+        return self.run_dir / "checkpoints" / RESUMABLE[0]
+
+    @property
+    def best_model_path(self) -> str | None:
+        """The newest checkpoint, the best one if nothing is monitored. (The name is that of Lightning's callback.)"""
+        return str(self.last) if self.last.exists() else None
+
+    def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        self.interrupts.listen()
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+    def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._restored is not None:
+            self._restore(trainer)
+        accumulating = batch_idx % trainer.accumulate_grad_batches != 0  # gradients that no checkpoint holds
+        if not accumulating and (self.interrupts.received or self._due(trainer.global_step)):
+            self._save(trainer, trainer.fit_loop.state_dict())
+        if not accumulating:
+            self.interrupts.raise_if_received()
+
+    def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        self._save(trainer, as_before_next_step(trainer), ended=self.limits)
+
+    def _due(self, step: int) -> bool:
+        seconds, steps = time.monotonic() - self._saved_at, step - self._saved_step
+        return (self.every_seconds is not None and seconds >= self.every_seconds) or (
+            self.every_steps is not None and steps >= self.every_steps
+        )
+
+    # --- saving ---
+
+    def _save(self, trainer: L.Trainer, fit_loop: dict[str, Any], ended: dict[str, Any] | None = None) -> None:
+        table = next(logger for logger in trainer.loggers if isinstance(logger, MetricsTable))
+        self._to_add = {
+            "fit_loop": fit_loop,
+            "ended": ended,
+            "generators": generator_states(),
+            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "table_bytes": table.sync(),
+            "run_dir": str(self.run_dir),
+        }
+        newest = self.last.with_name("newest.ckpt")
+        trainer.save_checkpoint(newest)
+        self._to_add = None
+        if self.last.exists():
+            os.replace(self.last, self.last.with_name(RESUMABLE[1]))
+        os.replace(newest, self.last)
+        sync_directory(self.last.parent)
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+    def on_save_checkpoint(self, trainer: L.Trainer, task: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._to_add is not None:  # it is none of best.ckpt, which is written amid the loops: nothing goes on there
+            checkpoint["resume"] = self._to_add
+
+    # --- going on ---
+
+    def on_load_checkpoint(self, trainer: L.Trainer, task: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != "fit":  # a test wants the weights; what the callbacks know of the run stays
+            checkpoint["callbacks"] = {}
+            return
+        self._restored = checkpoint["resume"]
+        MetricsTable(self.run_dir).cut(self._restored["table_bytes"])
+        checkpoint["loops"]["fit_loop"] = as_lightning_restarts(self._restored["fit_loop"])
+        checkpoint["callbacks"] = moved(checkpoint["callbacks"], self._restored["run_dir"], str(self.run_dir))
+        if self._restored["ended"] == self.limits:
+            trainer.should_stop = True
+
+    def _restore(self, trainer: L.Trainer) -> None:
+        """Lightning guesses its counters from what was saved; here they are what they were at this very place."""
+        trainer.fit_loop.load_state_dict(self._restored["fit_loop"])
+        trainer.fit_loop.restarting = False
+        trainer.callback_metrics.update({name: torch.tensor(x) for name, x in self._restored["metrics"].items()})
+        set_generator_states(self._restored["generators"])
+        if self._restored["ended"] is not None:  # and now its limits are larger
+            for optimizer in trainer.optimizers:
+                getattr(optimizer, "look_at_limits", lambda: None)()
+            for callback in trainer.early_stopping_callbacks:
+                callback.stopped_epoch = 0
+        self._restored = None
+
+
+# --- the counters of Lightning's loops: what was begun is counted as `ready`, what was done as `completed` ---
+
+
+def as_before_next_step(trainer: L.Trainer) -> dict[str, Any]:
+    """The state of the loops after the end, as it will be before the next step if the run is ever prolonged."""
+    state = trainer.fit_loop.state_dict()
+    batches, epochs = state["epoch_loop.batch_progress"], state["epoch_progress"]
+    if batches["current"]["completed"] == trainer.num_training_batches:  # the next step begins an epoch
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+        begun, done, loader_epochs = 1, 0, 1
+    else:  # it goes on with the one that the end cut short, which was counted as done
+        begun, done, loader_epochs = 0, -1, 0
+    for count in (epochs["total"], epochs["current"]):
+        add(count, begun, done)
+    for count in (batches["total"], batches["current"]):
+        count["ready"] += 1
+    batches["is_last_batch"] = batches["current"]["ready"] == trainer.num_training_batches
+    for loader in state["state_dict"].get("combined_loader", []):
+        loader["epoch"] += loader_epochs
+    return state
+
+
+def add(count: dict[str, int], begun: int, done: int) -> None:
+    for name in ("ready", "started"):
+        count[name] += begun
+    for name in ("processed", "completed"):
+        count[name] += done
+
+
+def as_lightning_restarts(fit_loop: dict[str, Any]) -> dict[str, Any]:
+    """The state before a step, such that Lightning comes by itself to the same step with the same batch."""
+    batches = fit_loop["epoch_loop.batch_progress"]
+    done = batches["current"]["completed"]
+    loaders = [loader | {"position": done} for loader in fit_loop["state_dict"].get("combined_loader", [])]
+    return fit_loop | {
+        "epoch_loop.batch_progress": batches | {"is_last_batch": False},  # of the step to come, not of the one done
+        "state_dict": fit_loop["state_dict"] | {"combined_loader": loaders},  # the batch of that step was taken already
+    }
+
+
+def moved(state: Any, old: str, new: str) -> Any:
+    """The state of callbacks, with the paths in the run's directory where it lies now."""
+    if isinstance(state, dict):
+        return {moved(key, old, new): moved(value, old, new) for key, value in state.items()}
+    return new + state.removeprefix(old) if isinstance(state, str) and Path(state).is_relative_to(old) else state
+
+
+# --- the generators that belong to nobody: dropout draws from torch's ---
+
+
+def generator_states() -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),  # an array would not load with weights_only
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_generator_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])

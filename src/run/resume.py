@@ -1,0 +1,289 @@
+"""Going on with a run: which one `resume` means, whether its config fits, and from which checkpoint.
+
+`run/checkpoints.py` writes and restores the state; here it is only found. A run is a directory with config.yaml. It is
+finished when it has a summary.json that does not say "interrupted".
+"""
+
+import json
+import logging
+import os
+import re
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from yaml import YAMLError
+
+from run.checkpoints import RESUMABLE, read_checkpoint
+from run.directory import RunDirectoryError, owner, unusable
+from run.interrupts import Interrupts
+from run.summary import shown
+
+# where a run ends, not where it goes: may be changed when it goes on
+LIMITS = (
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.max_time",
+    "optimizer.max_evaluations",
+    "optimizer.max_seconds",
+    "optimizer.target_loss",
+    "callbacks.early_stopping.stopping_threshold",
+)
+# no step depends on these, alone or with all that lies below
+FREE = (
+    "resume",
+    "output_dir",
+    "checkpoint",
+    "choices",
+    "logger",
+    "wandb",
+    "allowed_packages",
+    "callbacks.progress",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+)
+
+
+def plan(cfgs: Sequence[DictConfig], overrides: Sequence[str], multirun: bool) -> tuple[list[Path], list[str]]:
+    """The directories in which the jobs of a command will run, and what speaks against it.
+
+    Args:
+        cfgs: of the jobs; `output_dir` is where a job would run if it did not resume.
+        overrides: of the command.
+        multirun: whether the command is a sweep, whose jobs stay in their own directories.
+    """
+    if multirun and (problems := list(_sweep_problems(cfgs, overrides))):
+        return [], problems
+    planned = [_plan_job(cfg, overrides, multirun) for cfg in cfgs]
+    return [run_dir for run_dir, _ in planned], list(dict.fromkeys(p for _, found in planned for p in found))
+
+
+def _sweep_problems(cfgs: Sequence[DictConfig], overrides: Sequence[str]) -> Iterator[str]:
+    resume, own = cfgs[0].resume, any(o.startswith("hydra.sweep.dir=") for o in overrides)
+    if resume is not None and not (resume == "auto" and own):
+        yield f"resume={resume}: a sweep resumes with resume=auto hydra.sweep.dir=<its own>"
+    for run_dir, jobs in Counter(cfg.output_dir for cfg in cfgs).items():
+        if jobs > 1:
+            yield (
+                f"{jobs} jobs would write to {shown(run_dir)}; leave output_dir and hydra.sweep.subdir out, and each "
+                "has its own directory"
+            )
+
+
+def _plan_job(cfg: DictConfig, overrides: Sequence[str], multirun: bool) -> tuple[Path, list[str]]:
+    try:
+        run_dir = _run_directory(cfg, multirun or any(o.startswith("hydra.run.dir=") for o in overrides))
+    except RunDirectoryError as error:
+        return Path(cfg.output_dir), [str(error)]
+    problems = [problem] if (problem := unusable(run_dir)) else []
+    if pid := owner(run_dir):
+        problems.append(f"{shown(run_dir)} is in use by process {pid}; wait for it, or end it")
+    elif holds_run(run_dir):
+        problems += _misfits(cfg, run_dir)
+    return run_dir, problems
+
+
+def _run_directory(cfg: DictConfig, directory_given: bool) -> Path:
+    run_dir = Path(cfg.output_dir)
+    if cfg.resume in (None, "auto"):
+        searched = cfg.resume == "auto" and not directory_given and not holds_run(run_dir)
+        return (newest_unfinished(cfg) if searched else None) or run_dir
+    path = Path(cfg.resume).absolute()
+    found = path.parents[1] if path.is_file() else path
+    if not holds_run(found):
+        raise RunDirectoryError(f"resume={cfg.resume}: no run is there; give the directory that holds its config.yaml")
+    return found
+
+
+def newest_unfinished(cfg: DictConfig) -> Path | None:
+    """The newest unfinished run below runs/ that takes the same way as `cfg`."""
+    runs = Path(os.environ["PATTERN_SEARCH_ROOT"]) / "runs"
+    candidates = [*runs.glob("*/config.yaml"), *runs.glob("*/[!.]*/config.yaml")]  # runs, and the jobs of sweeps
+    candidates.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    for run_dir in (path.parent for path in candidates):
+        if holds_run(run_dir) and saved_summary(run_dir) is None and not differences(_config(run_dir), cfg):
+            return run_dir
+    return None
+
+
+def holds_run(run_dir: Path) -> bool:
+    return _config(run_dir) is not None
+
+
+def _config(run_dir: Path) -> DictConfig | None:
+    try:
+        cfg = OmegaConf.load(run_dir / "config.yaml")
+    except (OSError, YAMLError):
+        return None
+    return cfg if "output_dir" in cfg else None
+
+
+def saved_summary(run_dir: Path) -> dict[str, Any] | None:
+    """The summary of a finished run; None if the run has not finished."""
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return summary if summary["stopped_by"] != "interrupted" else None
+
+
+def finished(cfg: DictConfig) -> dict[str, Any] | None:
+    """The summary of the run in `output_dir`, if it is this run, resumed, and nothing is left to do."""
+    if not cfg.resume:
+        return None
+    run_dir = Path(cfg.output_dir)
+    summary = saved_summary(run_dir)
+    if summary is None or (old := _config(run_dir)) is None or differences(old, cfg):
+        return None
+    return summary if limits(old) == limits(cfg) else None
+
+
+def limits(cfg: DictConfig) -> dict[str, Any]:
+    return {key: OmegaConf.select(cfg, key) for key in LIMITS}
+
+
+def differences(old: DictConfig, new: DictConfig) -> dict[str, tuple[Any, Any]]:
+    """The keys by which two configs lead to different weights, each with both values."""
+    flat = [dict(_leaves(OmegaConf.to_container(cfg, resolve=True), cfg.output_dir)) for cfg in (old, new)]
+    keys = [key for key in flat[0] | flat[1] if key not in LIMITS and not _is_free(key)]
+    missing = "(missing)"
+    pairs = {key: (flat[0].get(key, missing), flat[1].get(key, missing)) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def _leaves(node: Any, run_dir: str, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key with its value; a path in the run's directory counts the same wherever that is."""
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from _leaves(value, run_dir, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node.replace(run_dir, "") if isinstance(node, str) else node
+
+
+def _misfits(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
+    """What speaks against going on with the run in a directory."""
+    if cfg.resume is None:
+        yield f"{shown(run_dir)} holds a run already; resume=auto goes on with it, or choose another directory"
+        return
+    found, given = differences(_config(run_dir), cfg), dict(_leaves(OmegaConf.to_container(cfg), cfg.output_dir))
+    for key, (old, new) in found.items():
+        if any(given.get(key) == f"${{{other}}}" for other in found):
+            continue  # it follows from the other one
+        old, new = ("null" if value is None else value for value in (old, new))
+        yield f"{key} is {new} here and was {old} in {shown(run_dir)}; a run goes on only as it began"
+    path = Path(cfg.resume)
+    if path.is_file() and (path.parent.name, path.name) not in (("checkpoints", name) for name in RESUMABLE):
+        yield f"resume={cfg.resume}: only checkpoints/last.ckpt and previous.ckpt hold a place to go on from"
+
+
+def begin(cfg: DictConfig, console: Console) -> Path | None:
+    """Make the run's directory ready, say in one line where the run goes on, and return its checkpoint.
+
+    None if there is nothing to go on from; then the directory is as good as empty.
+
+    Raises:
+        RunDirectoryError: the directory holds a run that `cfg` does not go on with, or no checkpoint of it can be read.
+    """
+    run_dir = Path(cfg.output_dir)
+    if not holds_run(run_dir):
+        if cfg.resume:
+            console.print("No unfinished run of this config, so it starts anew.", highlight=False)
+        return None
+    if problems := list(_misfits(cfg, run_dir)):
+        raise RunDirectoryError("; ".join(problems))
+    checkpoint, content = _newest_readable(cfg, run_dir, console)
+    epochs = OmegaConf.select(cfg, "trainer.max_epochs")
+    if checkpoint is not None and epochs is not None and -1 < epochs < content["epoch"]:
+        raise RunDirectoryError(f"trainer.max_epochs={epochs}: {content['epoch']} epochs are done already")
+    for newer in RESUMABLE[: RESUMABLE.index(checkpoint.name)] if checkpoint else ():
+        (run_dir / "checkpoints" / newer).unlink(
+            missing_ok=True
+        )  # damaged, or not wanted: it must not become the spare
+    (run_dir / "summary.json").unlink(missing_ok=True)
+    if checkpoint is None:
+        (run_dir / "metrics.csv").unlink(missing_ok=True)
+        console.print(f"{shown(run_dir)} has no checkpoint yet, so it starts anew.", highlight=False)
+    else:
+        line = f"Goes on from step {content['global_step']:,}, {shown(checkpoint)}"
+        console.print(line, soft_wrap=True, highlight=False)
+        logging.getLogger(__name__).info(line)  # in train.log
+    return checkpoint
+
+
+def _newest_readable(cfg: DictConfig, run_dir: Path, console: Console) -> tuple[Path | None, dict[str, Any]]:
+    paths = [run_dir / "checkpoints" / name for name in RESUMABLE]
+    if Path(cfg.resume).is_file():
+        paths = [Path(cfg.resume).absolute()]
+    damaged = []
+    for path in paths:
+        try:
+            content = read_checkpoint(path)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            damaged.append(str(error))
+            continue
+        for line in damaged:
+            console.print(f"{line}; the one before is taken.", soft_wrap=True, highlight=False)
+        return path, content
+    if damaged:
+        raise RunDirectoryError("; ".join([*damaged, f"nothing of {shown(run_dir)} can go on: begin a new run"]))
+    return None, {}
+
+
+@contextmanager
+def resumable(run_dir: Path, interrupts: Interrupts) -> Iterator[None]:
+    """Whatever stops the run, say how to go on with it, and exit: 130 or 143 after a signal, 1 if it cannot write."""
+    try:
+        yield
+        if not interrupts.received:
+            return
+        code = interrupts.exit_code
+    except KeyboardInterrupt:
+        code = interrupts.exit_code
+    except OSError as error:  # most often a full disk; the checkpoints on it are whole
+        logging.getLogger(__name__).info("stopped", exc_info=True)
+        print(f"Stopped: {error}", file=sys.stderr)
+        code = 1
+    if not in_sweep():  # which says it at its end
+        print(f"Go on with: {resume_command(run_dir)}", flush=True)
+    sys.exit(code)
+
+
+def in_sweep() -> bool:
+    """Whether this process runs a job of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def resume_command(run_dir: Path) -> str:
+    """What to type to go on with a run of this process."""
+    words = ["python", shown(Path(__file__).parents[1] / "train.py")]
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    if hydra and hydra.job.config_name != "pattern_search_train":
+        words.append(f"--config-name={hydra.job.config_name}")
+    if hydra:
+        words += [o for o in hydra.overrides.task if not o.startswith("resume=")]
+    return shlex.join([*words, f"resume={quoted(shown(run_dir))}"])
+
+
+def hydra_arguments(run_dir: Path, arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command, such that it runs in `run_dir`."""
+    kept = [a for a in arguments if not a.startswith("hydra.run.dir=")]
+    return [*kept, f"hydra.run.dir={quoted(str(run_dir))}"]
+
+
+def quoted(value: str) -> str:
+    """A value as Hydra's grammar reads it back."""
+    return value if re.fullmatch(r"[\w./:@%+-]+", value) else "'" + value.replace("'", r"\'") + "'"

@@ -1,0 +1,1 @@
+"""The search: what an optimizer that needs losses only may ask, and how it decides."""

@@ -1,0 +1,70 @@
+"""What a pattern search may be told: what is out of range is refused by name. `PatternSearch` says what it means."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from config.did_you_mean import one_of
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise a ValueError that names the option which is out of range, or lacks another one that it needs."""
+    one_of("poll", options["poll"], ("opportunistic", "complete"))
+    units, share, seconds = (options[name] for name in ("units_per_step", "last_group_share", "max_seconds"))
+    for name in ("polls_per_step", "max_evaluations"):
+        least = 0 if name == "polls_per_step" and units else 1
+        if options[name] is not None and options[name] < least:
+            raise ValueError(f"{name}={options[name]} must be at least {least}, or None (null in YAML) for no limit")
+    if units is not None and (units < 1 or not options["step_lengths"]):
+        raise ValueError(
+            f"units_per_step={units} must be at least 1 and needs step_lengths, the search step that uses the slopes "
+            "of units; or None (null in YAML) to poll no units"
+        )
+    if share is not None and not (0 < share < 1 and options["polls_per_step"]):
+        raise ValueError(
+            f"last_group_share={share} must lie in (0, 1) and needs polls_per_step, the polls that are shared out; or "
+            "None (null in YAML) to poll all weights equally often"
+        )
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"max_seconds={seconds} must be above 0, or None (null in YAML) for no limit")
+    if any(not 0 < length < math.inf for length in options["step_lengths"]):
+        raise ValueError(f"step_lengths={options['step_lengths']} must be above 0")
+    for name in ("memory", "scale_memory"):
+        if options[name] is not None and not 0 <= options[name] < 1:
+            raise ValueError(f"{name}={options[name]} must lie in [0, 1); 0 remembers the last slope only")
+    if options["fade"] is not None and not options["fade"] > 0:
+        raise ValueError(f"fade={options['fade']} must be above 0 steps, or null to never fade")
+    if options["half_after"] is not None and not options["half_after"] > 0:
+        raise ValueError(
+            f"half_after={options['half_after']} must be above 0 evaluations, or null for moves that stay as long"
+        )
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raise a ValueError that names what is wrong with a parameter group."""
+    ranges = {
+        "radius": (0 < group["radius"] < math.inf, "must be above 0 and finite"),
+        "contraction": (0 < group["contraction"] <= 1, "must lie in (0, 1]; 0.5 halves the radius, 1 keeps it"),
+        "expansion": (1 <= group["expansion"] < math.inf, "must be at least 1; 1 never expands"),
+        "min_radius": (0 <= group["min_radius"] < math.inf, "must be at least 0"),
+        "max_radius": (group["max_radius"] > 0, "must be above 0"),
+    }
+    for name, (fits, rule) in ranges.items():
+        if not fits:
+            raise ValueError(f"{name}={group[name]} {rule}")
+    for p in group["params"]:
+        if not p.is_floating_point():
+            raise ValueError(f"a parameter of type {p.dtype} cannot be searched; only floating types can")
+
+
+def check_shares(options: dict[str, Any], sizes: Sequence[int], shares: Sequence[float]) -> None:
+    """Raise a ValueError if the shares of the polls have a step poll a group, of so many weights, more than once."""
+    if len(shares) == 1:  # nothing is shared out: a pass takes each weight once
+        return
+    polls = options["polls_per_step"] / (1 if options["one_sided"] else 2)
+    for size, share in zip(sizes, shares, strict=True):
+        if polls * share + 2 > size:  # 2: what rounding may add
+            raise ValueError(
+                f"last_group_share={options['last_group_share']} of polls_per_step={options['polls_per_step']} polls a "
+                f"group of {size} weights more than once in a step; use another share, or fewer polls"
+            )

@@ -1,0 +1,226 @@
+"""Every option of every group composes and passes the check; what is wrong is named, with what to do."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fuzz_config
+from config import check, composition
+from config.check import check_command
+from config.composition import CONFIGS, compose_jobs, read_command
+from config.refusal import refuse, tell
+
+PRIMARIES = ["pattern_search_train", "train"]
+OPTIONS = sorted(
+    (group.name, option.stem) for group in CONFIGS.iterdir() if group.is_dir() for option in group.glob("*.yaml")
+)
+
+
+def problems(*overrides, config_name="pattern_search_train"):
+    """What the check says about a command, one string a problem."""
+    return check_command(config_name, overrides)
+
+
+@pytest.mark.parametrize("primary", PRIMARIES)
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_of_every_group_composes_and_passes(primary, group, option):
+    of_a_search = group == "variant" or option.startswith("ablation")
+    found = problems(f"{group}={option}", *["optimizer=pattern_search"] * of_a_search, config_name=primary)
+    if option == "gpu" and not torch.cuda.is_available():
+        assert found == ["trainer.accelerator=gpu: this machine has no CUDA GPU; use trainer.accelerator=cpu"]
+    else:
+        assert found == []
+
+
+def test_every_value_has_a_comment_with_its_meaning():
+    def needs_none(line):
+        explained_above = line.startswith(("  task: ", "  model: ", "  optimizer: ", "  experiment: ", "  variant: "))
+        return not line.strip() or line.lstrip().startswith(("#", "_", "-")) or line.endswith(":") or explained_above
+
+    bare = [
+        f"{path.relative_to(CONFIGS)}: {line}"
+        for path in CONFIGS.rglob("*.yaml")
+        if path.parent.name != "hydra"
+        for line in path.read_text().splitlines()
+        if " #" not in line and not needs_none(line)
+    ]
+    assert bare == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.d_modell=8"], "key model.d_modell is not known; did you mean model.d_model?"),
+        (["d_model=8"], "key d_model is not known; did you mean model.d_model?"),
+        (["+model.n_layer=3"], "key model.n_layer is not known; did you mean model.n_layers?"),
+        (["model=gigantic"], "model=gigantic is not known. Known: large, medium, small, tiny"),
+        (["model=medim"], "model=medim is not known; did you mean medium? Known: large, medium, small, tiny"),
+        (["logger=null"], "logger=null: a group cannot be left out; choose one of csv, none, tensorboard, wandb"),
+        (["~model"], "model is missing, and cannot be left out"),
+        (["~trainer"], "trainer is missing, and cannot be left out"),
+        (["optimizer=adam", "optimizer.radius=0.1"], "key optimizer.radius is not known."),
+        (["epochs=3"], "key epochs is not known; did you mean trainer.max_epochs?"),
+        (["optimizer=adam", "optimizer.lr=-1"], "optimizer.lr=-1: Invalid learning rate: -1"),
+        (["foo"], "Error parsing override 'foo': give key=value"),
+        (["modle=tiny"], "key modle is not known; did you mean model?"),
+        (["model.d_model=wide"], "model.d_model=wide: expected int"),
+        (["model.d_model=66"], "model.d_model=66 is not divisible by model.n_heads=4; try"),
+        (["model.n_layers=1.5"], "model.n_layers=1.5: expected int"),
+        (["model.max_len=4"], "model.max_len=4 is shorter than the longest input of the task, 16 tokens"),
+        (["datamodule.test_lengths=[16]"], "use model.positions=rotary"),
+        (["datamodule.n_samples=300"], "there are only 256 strings of length 8"),
+        (["datamodule.n_samples=0"], "datamodule.n_samples=0 must be at least 1"),
+        (["datamodule.batch_size=201"], "datamodule.batch_size=201 is larger than the training set of 200"),
+        (["datamodule.group=Z_5"], "datamodule.group=Z_5 is not known; did you mean Z5"),
+        (["datamodule.format=sequence"], "datamodule.format=sequence is not known. Known: seq, tag"),
+        (["optimizer.radius=-1"], "radius=-1 must be above 0"),
+        (["task.pattern_search_radius=big"], "task.pattern_search_radius=big: expected float"),
+        (["optimizer.polls_per_step=0"], "polls_per_step=0 must be at least 1"),
+        (["optimizer=adam", "optimizer.lr=fast"], "optimizer.lr=fast: expected float"),
+        (["trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
+        (["trainer.max_epochs=many"], "trainer.max_epochs=many: expected"),
+        (["trainer.accelerator=gpu"], "this machine has no CUDA GPU; use trainer.accelerator=cpu"),
+        (["trainer.precision=16-mixed"], "16-mixed hides the closure from a search"),
+        (["logger.offline=False"], "run `wandb login`, or set WANDB_API_KEY"),
+        (["logger.offline=perhaps"], "logger.offline=perhaps: expected bool"),
+        (["seed=-1"], "seed=-1"),
+        (["seed=zero"], "seed=zero: expected int"),
+        (["callbacks.progress._target_=run.progress.Progres"], "cannot be imported"),
+        (["callbacks.progress._target_=os.system"], "package os is not allowed; add it to allowed_packages"),
+        (["datamodule.seed=${sed}"], "Interpolation key 'sed' not found; did you mean ${seed}?"),
+        (["model.d_model=???"], "model.d_model=???: Missing mandatory value"),
+        (["seed=1,2"], "several values are a sweep, which needs -m"),
+        (["task.pattern_search_radius=-1"], "task.pattern_search_radius=-1: radius=-1 must be above 0"),
+        (["optimizer.memory=2"], "optimizer.memory=2 must lie in [0, 1)"),
+        (["callbacks.early_stopping.monitor=val/los"], "did you mean val/loss?"),
+        (["callbacks.best.mode=mini"], "callbacks.best.mode=mini: `mode` can be"),
+        (["+callbacks.mine._target_=torch.nn.Linear"], "callbacks.mine._target_=torch.nn.Linear is not a Callback"),
+        (["optimizer._target_=torch.optim.Adamm"], "optimizer._target_=torch.optim.Adamm cannot be imported"),
+        (["+trainer.logger=false"], "trainer.logger is filled in by the program"),
+        (["+model.vocab_size=3"], "model.vocab_size is filled in by the program"),
+        (["+logger.projct=x"], "key logger.projct is not known; did you mean logger.project?"),
+        (["trainer.devices=2"], "trainer.devices=2: a run uses one process"),
+        (["model.d_model=1000000"], "model.d_model=1000000: a model of"),
+        (["wandb=mine"], "wandb=mine: expected keys below it"),
+        (["hydra.run.dirr=x"], "did you mean hydra.run.dir?"),
+        # settings that nothing would read
+        (["optimizer=adam", "task.pattern_search_radius=.3"], "optimizer=adam does not read it"),
+        (["optimizer=adam", "task.fast_polls=false"], "only a search reads it"),
+        (["optimizer.radius=.3", "task.pattern_search_radius=.3"], "task.pattern_search_radius=0.3 has no effect"),
+        (["model.dropout=.1"], "it is off while a search polls"),
+        (["++trainer.fast_dev_run=3"], "trainer.fast_dev_run=3: Lightning would take loggers and checkpoints away"),
+        (
+            ["+callbacks.mine.key=3"],
+            "callbacks.mine._target_ is missing, the class to build (given: callbacks.mine.key)",
+        ),
+        (["logger=csv", "wandb.project=mine"], "wandb.project=mine has no effect"),
+        (["task=membership", "datamodule.length=20"], "datamodule.length=20 has no effect"),
+        (["task=scan", "datamodule.oversample=false"], "datamodule.oversample=false has no effect"),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_to_do(overrides, message, monkeypatch):
+    monkeypatch.setattr(check, "wandb_key", lambda: None)
+    monkeypatch.setattr(check.torch.cuda, "is_available", lambda: False)
+    found = problems(*overrides)
+    assert len(found) == 1, found
+    assert message in found[0]
+
+
+def test_all_problems_are_found_at_once():
+    """A group, a key, a type, a range, two sizes that do not fit, and an optimizer's own rule."""
+    found = problems("model=tny", "optimizer.fadee=3", "datamodule.batch_size=abc", "task.pattern_search_radius=-1")
+    assert found == [
+        "model=tny is not known; did you mean tiny? Known: large, medium, small, tiny",
+        "key optimizer.fadee is not known; did you mean optimizer.fade?",
+        "datamodule.batch_size=abc: expected int",
+        "task.pattern_search_radius=-1: radius=-1 must be above 0 and finite",
+    ]
+    found = problems(
+        "model.d_model=66", "model.dropout=2", "datamodule.length=0", "optimizer.polls_per_step=0", "seed=-1"
+    )
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong", "message"),
+    [
+        ("model/tiny.yaml", "n_layers:", "n_leyers:", "key model.n_leyers is not known; did you mean model.n_layers?"),
+        ("model/tiny.yaml", "n_layers: 1", "n_layers: 0", "model.n_layers=0 must be at least 1"),
+        ("model/tiny.yaml", "_target_", "_targt_", "did you mean it by model._targt_?"),
+        ("experiment/z5.yaml", "override /model", "override /modle", "modle"),
+        ("experiment/z5.yaml", "datamodule:", "datamodle:", "key datamodle is not known; did you mean datamodule?"),
+        ("experiment/z5.yaml", "model: tiny", "model: tinny", "model=tinny is not known; did you mean tiny?"),
+        ("pattern_search_train.yaml", "seed: 0", "sed: 0", "key sed is not known; did you mean seed?"),
+        ("pattern_search_train.yaml", "variant: null", "varriant: null", "group varriant is not known; did you mean"),
+        ("pattern_search_train.yaml", "radius: 0.05", "radius: -1", "task.pattern_search_radius=-1: radius=-1 must"),
+        ("optimizer/pattern_search_credit.yaml", "${seed}", "${sead}", "did you mean ${seed}?"),
+    ],
+)
+def test_mistakes_in_yaml_files_are_found(file, right, wrong, message, tmp_path, monkeypatch):
+    shutil.copytree(CONFIGS, tmp_path / "configs")
+    path = tmp_path / "configs" / file
+    assert right in path.read_text()
+    path.write_text(path.read_text().replace(right, wrong))
+    monkeypatch.setattr(composition, "CONFIGS", tmp_path / "configs")
+    found = problems("experiment=z5")
+    assert any(message in problem for problem in found), found
+
+
+def test_what_cannot_be_composed_is_told_before_the_slow_imports():
+    slow = "{'torch', 'lightning', 'pandas'}"
+    code = f"import sys, config.composition, config.refusal; sys.exit(bool(sys.modules.keys() & {slow}))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=CONFIGS.parent / "src").returncode == 0
+
+
+def test_a_reason_is_told_once(capsys):
+    tell(["a"])
+    with pytest.raises(SystemExit):
+        refuse(["a", "b"])
+    assert capsys.readouterr().err == "This cannot run:\n  - a\n  - b\n"
+
+
+def test_a_setting_that_some_job_of_a_sweep_reads_has_an_effect():
+    overrides = ["optimizer=pattern_search,adam", "task.pattern_search_radius=.2"]
+    assert check_command("pattern_search_train", overrides, multirun=True) == []
+
+
+def test_every_job_of_a_sweep_is_checked():
+    jobs = compose_jobs("pattern_search_train", ["optimizer=pattern_search,adam", "seed=0,1,2"], multirun=True)
+    assert [(cfg.choices.optimizer, cfg.seed) for cfg in jobs] == [
+        (optimizer, seed) for optimizer in ("pattern_search", "adam") for seed in (0, 1, 2)
+    ]
+
+
+def test_the_sweep_that_an_experiment_names_is_composed_and_the_command_line_wins():
+    jobs = compose_jobs("pattern_search_train", ["experiment=ablation_z5", "seed=7"], multirun=True)
+    variants = sorted(path.stem for path in (CONFIGS / "variant").glob("*.yaml"))
+    assert sorted(cfg.choices.variant for cfg in jobs) == variants
+    assert {(cfg.seed, cfg.datamodule.group, cfg.optimizer.max_evaluations) for cfg in jobs} == {(7, "Z5", 135_000)}
+    searches = {str(dict(cfg.optimizer) | {"max_seconds": None}) for cfg in jobs}
+    assert len(searches) == len(variants)  # no two are the same search
+
+
+def test_packages_can_be_allowed(tmp_path, monkeypatch):
+    (tmp_path / "fake_callbacks.py").write_text("import lightning\nclass Mine(lightning.Callback): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    overrides = ["allowed_packages=[fake_callbacks]", "+callbacks.mine._target_=fake_callbacks.Mine"]
+    assert problems(*overrides) == []
+
+
+def test_random_mistakes_run_or_are_refused_by_name(monkeypatch):
+    """A few cases of tests/fuzz_config.py, which runs any number of them."""
+    monkeypatch.setattr(composition, "CONFIGS", CONFIGS)
+    counts = fuzz_config.run(range(25), seed=7)
+    assert counts["refused"] + counts["ran"] == 25
+    assert counts["refused"] > 5
+    assert counts["ran"] > 1
+
+
+def test_flags_may_stand_between_overrides():
+    command = read_command(["model=tiny", "--config-name=train", "seed=0,1", "-m"])
+    assert command.problems == []
+    assert [job.cfg.choices.optimizer for job in command.jobs] == ["adam", "adam"]
+    assert command.arguments == ["--config-name=train", "-m", "model=tiny", "seed=0,1"]  # as Hydra wants them

@@ -1,0 +1,247 @@
+"""Slopes of units from the losses of single tokens: against a plain forward with hooks, and against autograd."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_structured import LAYOUTS, loss, make_batch, make_model
+
+from data.sequences import IGNORE
+from optimizer import PatternSearch
+from polls import node_kinds
+from polls.nodes import CreditPolls
+from search.closure import Coordinates
+from search.directions import seeded
+
+
+def setup(layout="seq", **options):
+    model = make_model(**options)
+    coordinates = Coordinates(model.parameters())
+    batch = make_batch(layout)
+    return model, coordinates, batch, CreditPolls(model, coordinates, loss).on(batch)
+
+
+def gradient(model, batch):
+    loss(model(batch["x"]), batch).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+
+
+def cosine(a, b):
+    return float(F.cosine_similarity(a, b, dim=0))
+
+
+@pytest.mark.parametrize(("layout", "positions"), [("seq", "learned"), ("ragged", "rotary"), ("one", "none")])
+def test_samples_of_every_unit_average_to_the_gradient(layout, positions, monkeypatch):
+    monkeypatch.setattr(node_kinds, "FAINT", 0.0)  # without bias: every tie counts
+    model, coordinates, batch, closure = setup(layout, positions=positions, dtype=torch.float64)
+    mean, units, samples = torch.zeros(len(coordinates), dtype=torch.float64), torch.arange(closure.n_units), 150
+    for seed in range(samples):
+        where, slopes = closure.credit(units, torch.full((len(units),), 1e-3), seeded(seed, 0))
+        assert len(where.unique()) == len(where)
+        mean[where] += slopes / samples
+    expected, start = gradient(model, batch), 0
+    for (name, _), end in zip(model.named_parameters(), coordinates.ends, strict=True):
+        if expected[start:end].norm() > 1e-9:
+            assert cosine(mean[start:end], expected[start:end]) > 0.7, name
+        start = end
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_sample_of_a_unit_behind_the_last_attention_is_its_slope(layout):
+    model, coordinates, batch, closure = setup(layout, dtype=torch.float64)
+    where, slopes = closure.credit(torch.arange(closure.n_units), torch.full((closure.n_units,), 1e-6), seeded(0, 0))
+    found = torch.zeros(len(coordinates), dtype=torch.float64)
+    found[where] = slopes
+    expected, start = gradient(model, batch), 0
+    for (name, _), end in zip(model.named_parameters(), coordinates.ends, strict=True):
+        if name.startswith(("blocks.1.ff", "norm", "head", "blocks.1.attention.value", "blocks.1.attention.out")):
+            torch.testing.assert_close(found[start:end], expected[start:end], atol=1e-6, rtol=1e-4, msg=name)
+        start = end
+
+
+class PlainAttention:
+    """Stands in for torch's attention: softmax written out, which can be looked into and moved at the n-th call."""
+
+    def __init__(self, at=None, scores=0.0, mixed=0.0):
+        self.at, self.scores, self.mixed, self.seen = at, scores, mixed, []
+
+    def __call__(self, query, key, value, is_causal, dropout_p):
+        moved = len(self.seen) == self.at
+        scores = query @ key.mT / query.shape[-1] ** 0.5 + (self.scores if moved else 0.0)
+        weights = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1) == 1, -torch.inf).softmax(-1)
+        self.seen.append((query, key, weights))
+        return weights @ value + (self.mixed if moved else 0.0)
+
+
+def count_ties(ties):
+    return ties / (ties + 0.05 * ties.amax(-1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("blocks.0.ff.inner", "output"),
+        ("blocks.0.ff.outer", "output"),
+        ("blocks.0.attention_norm", "output"),
+        ("blocks.0.attention.value", "mixed"),
+        ("blocks.1.attention.value", "mixed"),
+        ("blocks.0.attention.key", "scores"),
+        ("blocks.1.attention.key", "scores"),
+    ],
+)
+def test_a_sample_is_what_the_plain_forward_gives_with_the_unit_moved_at_every_token(name, kind, monkeypatch):
+    """The readable reference: the unit is moved by a hook, one forward gives the losses of all tokens."""
+    model, coordinates, _, polls = setup(dtype=torch.float64)
+    x = torch.randint(3, (5, 16), generator=torch.Generator().manual_seed(0)).unique(dim=0)
+    batch = {"x": x, "y": torch.where(torch.arange(16) < 8, IGNORE, x.roll(1, 1))}
+    closure, unit, step, head, size = polls.on(batch), 3, 0.1, 0, 8
+    (rows,) = closure.rows
+    order = [int((x == row).all(1).nonzero()) for row in rows.x]  # the closure sorts the rows
+    batch = {key: value[order] for key, value in batch.items()}
+    module, block = model.get_submodule(name), int(name.split(".")[1])
+    number = next(n for n, p in enumerate(coordinates.parameters) if p is module.weight)
+    units = (closure.unit_parameter == number).nonzero().flatten()[[unit]]
+    where, slopes = closure.credit(units, torch.tensor([step]), seeded(7, 0))
+    sign = torch.randint(2, (2, len(x), 1, 16), generator=seeded(7, 0))[:, :, 0] * 2.0 - 1  # (2, B, T)
+    reads = []
+
+    def token_losses(change, attention):
+        def move(_, inputs, out):
+            reads.append(inputs[0])
+            if kind == "output":
+                out = out.clone()
+                out[..., unit] += change
+            return out
+
+        handle = module.register_forward_hook(move)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+        with torch.no_grad():
+            losses = F.cross_entropy(model(batch["x"]).mT, batch["y"], ignore_index=IGNORE, reduction="none")
+        handle.remove()
+        return losses
+
+    plain, moved = PlainAttention(), PlainAttention(block)
+    before = token_losses(0.0, plain)
+    (_, _, first), (query, key, second) = plain.seen
+    query, key, weights = plain.seen[block]
+    if kind == "mixed":
+        moved.mixed = torch.zeros(5, 2, 16, size, dtype=torch.float64)
+        moved.mixed[:, head, :, unit] = step * sign[0]
+    elif kind == "scores":
+        moved.scores = torch.zeros(5, 2, 16, 16, dtype=torch.float64)
+        moved.scores[:, head] = step * sign[0][:, :, None] * sign[1][:, None]
+    gain = (token_losses(step * sign[0], moved) - before) / (batch["y"] != IGNORE).sum()  # (B, T)
+    own = torch.eye(16, dtype=torch.float64)
+    ties = own + second.square().sum(1)  # (B, loss at a token, what it looks at)
+    if name.endswith("norm"):  # in front of both attentions
+        ties = ties @ (own + first.square().sum(1))
+    reach = own if block == 1 else count_ties(ties)
+    credit = (gain[:, None] @ reach)[:, 0] * sign[0] / step  # (B, T)
+    read = reads[0]
+    if kind == "scores":
+        pairs = credit[:, :, None] * sign[1][:, None] * count_ties(weights[:, head].square())
+        pairs = pairs - weights[:, head] * pairs.sum(-1, keepdim=True)
+        scale = size**-0.5
+        expected = {
+            "key": torch.einsum("bqk,bqi,bkf->if", pairs, query[:, head] * scale, read),
+            "query": torch.einsum("bqk,bki,bqf->if", pairs, key[:, head] * scale, read),
+        }
+        parameter = {part: model.get_submodule(name.replace("key", part)).weight for part in expected}
+    elif kind == "mixed":
+        expected, parameter = {"": torch.einsum("bqk,bkf,bq->f", weights[:, head], read, credit)}, {"": module.weight}
+    elif module.weight.ndim == 1:  # a norm: its gain reads the normed component
+        normed = F.layer_norm(read, read.shape[-1:])[..., unit]
+        expected, parameter = {"": (credit * normed).sum()[None]}, {"": module.weight}
+    else:
+        expected, parameter = {"": torch.einsum("bt,bti->i", credit, read)}, {"": module.weight}
+    found = torch.full((len(coordinates),), torch.nan, dtype=torch.float64)
+    found[where] = slopes
+    for part, value in expected.items():
+        n = next(n for n, p in enumerate(coordinates.parameters) if p is parameter[part])
+        place = found[coordinates.ends[n] - coordinates.parameters[n].numel() : coordinates.ends[n]]
+        place = place.view_as(parameter[part])[: size if kind == "scores" else None]
+        torch.testing.assert_close(place if kind == "scores" else place[unit].reshape(-1), value, atol=1e-9, rtol=1e-6)
+    if getattr(module, "bias", None) is not None:
+        bias = next(n for n, p in enumerate(coordinates.parameters) if p is module.bias)
+        slope = found[coordinates.ends[bias] - len(module.bias) + unit]
+        torch.testing.assert_close(slope, credit.sum(), atol=1e-9, rtol=1e-6)
+
+
+def test_threads_and_rows_at_a_time_make_no_difference():
+    model, coordinates, batch, closure = setup("ragged")
+    other = CreditPolls(model, coordinates, loss, threads=2).on(batch)
+    units = torch.randperm(closure.n_units)
+    steps = torch.full((len(units),), 0.05)
+    for a, b in zip(*(c.credit(units, steps, seeded(3, 0)) for c in (closure, other)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_search_learns_from_units_alone_and_resumes_exactly():
+    model, _, batch, _ = setup()
+    first = copy.deepcopy(model)
+
+    def search(model, steps, state=None):
+        optimizer = PatternSearch(
+            model.parameters(), radius=0.05, poll="complete", polls_per_step=0, one_sided=True, units_per_step=40,
+            step_lengths=[0.01, 0.005], fade=None, contraction=1.0,
+        )  # fmt: skip
+        if state:
+            optimizer.load_state_dict(state)
+        closure = CreditPolls(model, optimizer.coordinates, loss).on(batch)
+        for _ in range(steps):
+            optimizer.step(closure)
+        return optimizer
+
+    whole = search(model, 12)
+    assert whole.evaluations <= 12 * 43  # the loss, the units, two step lengths; fewer where a pass over the units ends
+    with torch.no_grad():
+        assert loss(model(batch["x"]), batch) < loss(first(batch["x"]), batch) - 0.01
+    halves = search(first, 5)
+    halves = search(first, 7, copy.deepcopy(halves.state_dict()))
+    assert halves.evaluations == whole.evaluations
+    for a, b in zip(first.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_pass_over_the_units_is_shared_out_evenly_and_polls_each_once():
+    model, _, _, closure = setup()
+    n, polled = closure.n_units, []
+    optimizer = PatternSearch(model.parameters(), polls_per_step=0, units_per_step=n // 3 + 2, step_lengths=[0.01])
+    credit = closure.credit
+    closure.credit = lambda units, *args: polled.append(units.tolist()) or credit(units, *args)
+    for _ in range(3):
+        optimizer.step(closure)
+    assert max(map(len, polled)) - min(map(len, polled)) <= 1
+    assert sorted(unit for units in polled for unit in units) == list(range(n))
+
+
+@pytest.mark.parametrize("budget", [1, 5, 9, 10])
+def test_a_budget_is_never_exceeded_by_units(budget):
+    model, _, _, closure = setup()
+    options = dict(polls_per_step=0, units_per_step=8, step_lengths=[0.01], max_evaluations=budget)
+    optimizer = PatternSearch(model.parameters(), **options)
+    for _ in range(3):
+        optimizer.step(closure)
+    assert optimizer.evaluations == budget
+    assert optimizer.stopped_by == "max_evaluations"
+
+
+def test_frozen_tensors_get_no_slopes():
+    model, _, batch, _ = setup()
+    chosen = list(model.blocks[1].parameters())
+    coordinates = Coordinates(chosen)
+    closure = CreditPolls(model, coordinates, loss).on(batch)
+    where, _ = closure.credit(torch.arange(closure.n_units), torch.full((closure.n_units,), 0.05), seeded(0, 0))
+    assert sorted(where.tolist()) == list(range(len(coordinates)))
+
+
+def test_a_unit_out_of_range_and_a_closure_without_credit_are_refused():
+    model, _, batch, closure = setup()
+    with pytest.raises(IndexError, match=f"unit {closure.n_units} is out of range"):
+        closure.credit(torch.tensor([0, closure.n_units]), torch.ones(2), seeded(0, 0))
+    optimizer = PatternSearch(model.parameters(), polls_per_step=0, units_per_step=4, step_lengths=[0.01])
+    with pytest.raises(ValueError, match="answers `credit`"):
+        optimizer.step(lambda: loss(model(batch["x"]), batch))
+    with pytest.raises(ValueError, match="needs step_lengths"):
+        PatternSearch(model.parameters(), units_per_step=4)

@@ -1,0 +1,427 @@
+"""The structured path against the plain forward: exact for every tensor, layout, position kind and radius."""
+
+import copy
+import itertools
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data.sequences import IGNORE
+from optimizer import PatternSearch
+from pattern_search_task import masked_loss
+from polls import structured
+from polls.generic import GenericPolls
+from polls.make import make_polls
+from polls.structured import StructuredPolls, part_sizes
+from search.closure import Coordinates, OneByOne
+from transformer import POSITIONS, DecoderOnlyTransformer
+
+MODELS = {
+    "learned": dict(),
+    "rotary": dict(positions="rotary"),
+    "sinusoidal": dict(positions="sinusoidal", n_layers=1, n_heads=1),
+    "none": dict(positions="none", n_heads=8, d_ff=20, dropout=0.1),
+    "default": dict(d_model=64, n_heads=4),
+}
+LAYOUTS = ("seq", "tag", "one", "ragged")
+
+
+def loss(logits, batch):
+    return masked_loss(logits, batch["y"])
+
+
+def make_model(n_classes=3, scale=1.0, dtype=torch.float32, **sizes):
+    torch.manual_seed(1)
+    model = DecoderOnlyTransformer(3, n_classes, 16, **dict(d_model=16, n_layers=2, n_heads=2) | sizes)
+    with torch.no_grad():
+        for p in model.parameters():  # no gain may be 1 and no bias 0, or a wrong fold would pass
+            p.mul_(scale).add_(0.05 * torch.randn_like(p))
+    return model.to(dtype)
+
+
+def make_batch(layout="seq", n_rows=9, length=16, n_classes=3, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(3, (n_rows, length), generator=generator)
+    y = torch.randint(n_classes, (n_rows, length), generator=generator)
+    if layout == "seq":
+        y[:, : length // 2] = IGNORE
+    elif layout == "one":
+        y[:, : length - 2] = y[:, length - 1 :] = IGNORE
+    elif layout == "ragged":  # any mask at all: gaps, different lengths, rows without a scored token
+        y[torch.rand(y.shape, generator=generator) < 0.8] = IGNORE
+        y[0], y[1, :] = IGNORE, IGNORE
+        y[1, 0] = 1
+    x[3], y[3] = x[2], y[2]  # equal rows are evaluated once
+    return {"x": x, "y": y}
+
+
+def some_of_every_tensor(coordinates, n=4, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    draws = [
+        end - p.numel() + torch.randint(p.numel(), (n,), generator=generator)
+        for p, end in zip(coordinates.parameters, coordinates.ends, strict=True)
+    ]
+    chosen = torch.cat(draws)
+    return chosen[torch.randperm(len(chosen), generator=generator)]
+
+
+def setup(layout="seq", n_rows=9, **model_options):
+    model = make_model(**model_options)
+    coordinates = Coordinates(model.parameters())
+    batch = make_batch(layout, n_rows)
+    polls = StructuredPolls(model, coordinates, loss)
+    closure = polls.on(batch)
+    return model, coordinates, closure, OneByOne(closure.generic.plain, coordinates)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_a_poll_is_exact(kind, layout, scale):
+    model, coordinates, closure, plain = setup(layout, scale=scale, **MODELS[kind])
+    referee = GenericPolls(double := copy.deepcopy(model).double(), Coordinates(double.parameters()), loss)
+    referee = referee.on(make_batch(layout))
+    chosen = some_of_every_tensor(coordinates, n=2)
+    assert abs(float(closure()) - float(closure.generic.plain())) < 1e-5
+    for radius in (0.01, -0.1, 1.0):
+        steps = torch.full((len(chosen),), radius, dtype=torch.float64)
+        losses = closure.poll(chosen, steps)
+        expected, exact = plain.poll(chosen, steps), referee.poll(chosen, steps)
+        assert (expected - float(closure())).abs().max() > 1e-5  # the candidates do differ from the incumbent
+        torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(losses, exact, rtol=0, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    sizes=st.fixed_dictionaries(
+        {
+            "n_heads": st.sampled_from([1, 2, 4]),
+            "n_layers": st.integers(1, 3),
+            "d_ff": st.integers(1, 40),
+            "positions": st.sampled_from(POSITIONS),
+        }
+    ),
+    head_width=st.sampled_from([2, 4, 8]),
+    n_rows=st.integers(4, 40),
+    layout=st.sampled_from(LAYOUTS),
+    data=st.data(),
+)
+def test_polls_and_trials_of_any_sizes_batches_and_coordinates_are_exact(sizes, head_width, n_rows, layout, data):
+    sizes |= {"d_model": head_width * sizes["n_heads"], "dtype": torch.float64}
+    _, coordinates, closure, plain = setup(layout, n_rows, **sizes)
+    indices = st.integers(0, len(coordinates) - 1)
+    chosen = torch.tensor(data.draw(st.lists(indices, min_size=1, max_size=30)))
+    radius = data.draw(st.floats(0.001, 2.0))
+    steps = torch.where(torch.arange(len(chosen)) % 2 == 0, radius, -radius).double()
+    torch.testing.assert_close(closure.poll(chosen, steps), plain.poll(chosen, steps), rtol=0, atol=1e-10)
+    chosen = chosen.unique()
+    scales = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    expected = plain.trial(chosen, steps[: len(chosen)], scales)
+    torch.testing.assert_close(closure.trial(chosen, steps[: len(chosen)], scales), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_polls_and_trials_are_exact_to_the_last_digits_in_float64(kind, layout):
+    _, coordinates, closure, plain = setup(layout, dtype=torch.float64, **MODELS[kind] | dict(n_layers=3))
+    chosen = some_of_every_tensor(coordinates)
+    steps = torch.linspace(-1, 1, len(chosen), dtype=torch.float64)
+    torch.testing.assert_close(closure.poll(chosen, steps), plain.poll(chosen, steps), rtol=0, atol=1e-12)
+    scales = torch.tensor([0.3, 0.1, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(
+        closure.trial(chosen, steps, scales), plain.trial(chosen, steps, scales), rtol=0, atol=1e-12
+    )
+    last = (coordinates.owner(chosen) >= len(coordinates.parameters) - 4).nonzero().flatten()  # only the last stages
+    torch.testing.assert_close(
+        closure.trial(chosen[last], steps[last], scales),
+        plain.trial(chosen[last], steps[last], scales),
+        rtol=0,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize(("poll", "positions"), [("opportunistic", "learned"), ("complete", "rotary")])
+def test_a_search_takes_the_same_decisions(poll, positions):
+    ends = []
+    for fast in (False, True):
+        model = make_model(dtype=torch.float64, positions=positions)
+        search = PatternSearch(model.parameters(), radius=0.1, poll=poll, polls_per_step=12, seed=5)
+        polls = StructuredPolls(model, search.coordinates, loss)
+        reports = []
+        for step in range(200):
+            closure = polls.on(make_batch("ragged" if step % 2 else "seq", n_rows=4, seed=step))
+            candidates = closure if fast else OneByOne(closure.generic.plain, search.coordinates)
+            search.step(closure if fast else closure.generic.plain, candidates)
+            reports.append((search.report.accepted, search.report.evaluations))
+        ends.append((reports, torch.cat([p.detach().flatten() for p in model.parameters()])))
+    assert sum(accepted for accepted, _ in ends[0][0]) > 100
+    assert ends[0][0] == ends[1][0]
+    assert torch.equal(ends[0][1], ends[1][1])
+
+
+def test_a_weight_that_changes_nothing_is_exactly_as_good_as_the_incumbent():
+    model, coordinates, closure, _ = setup()
+    with torch.no_grad():
+        model.blocks[0].ff.inner.bias[3] = -1e3  # a unit that never fires
+        model.token_embedding.weight[:, 0] = 0
+    model.max_len = 16
+    start = coordinates.ends[[p is model.blocks[0].ff.inner.weight for p in coordinates.parameters].index(True) - 1]
+    dead = start + 3 * 16 + torch.arange(16)
+    losses = closure.poll(dead, torch.full((16,), 0.5, dtype=torch.float64))
+    assert (losses == float(closure())).all()
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("factor", [30.0, 300.0])
+def test_scores_beyond_the_range_of_exp_are_exact(positions, factor, monkeypatch):
+    model, coordinates, closure, plain = setup(positions=positions, dtype=torch.float64)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.query.weight.mul_(factor)
+            block.attention.key.weight.mul_(factor)
+    chosen = some_of_every_tensor(coordinates)
+    steps = torch.linspace(-1, 1, len(chosen), dtype=torch.float64)
+    expected = plain.poll(chosen, steps)
+    monkeypatch.setattr(closure.generic, "plain_poll", None)  # the structured path manages by itself
+    torch.testing.assert_close(closure.poll(chosen, steps), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("step", [1e15, 1e25, 3e38, float("inf"), float("nan")])
+def test_candidates_that_overflow_come_out_as_in_the_plain_forward(step):
+    _, coordinates, closure, plain = setup()
+    chosen = some_of_every_tensor(coordinates)
+    steps = torch.full((len(chosen),), step, dtype=torch.float64)
+    steps[::2] = 0.1  # candidates beside them are not harmed
+    expected = plain.poll(chosen, steps)
+    torch.testing.assert_close(closure.poll(chosen, steps), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_a_change_of_the_stream_that_overflows_comes_out_as_in_the_plain_forward():
+    model, coordinates, closure, plain = setup()
+    ff = model.blocks[1].ff
+    with torch.no_grad():
+        ff.inner.bias[0], ff.outer.weight[:, 0] = 1e25, 0  # a huge unit that nothing reads yet
+    owner = [p is ff.outer.weight for p in coordinates.parameters].index(True)
+    chosen = coordinates.ends[owner] - ff.outer.weight.numel() + torch.arange(16) * ff.outer.in_features
+    steps = torch.full((16,), 0.1, dtype=torch.float64)
+    assert closure().isfinite()
+    expected = plain.poll(chosen, steps)
+    torch.testing.assert_close(closure.poll(chosen, steps), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_logits_beyond_the_range_of_exp_are_exact():
+    model, coordinates, closure, plain = setup()
+    with torch.no_grad():
+        model.head.weight.mul_(200)
+    chosen = some_of_every_tensor(coordinates)
+    steps = torch.full((len(chosen),), 0.1, dtype=torch.float64)
+    expected = plain.poll(chosen, steps)
+    assert expected.max() > 88
+    torch.testing.assert_close(closure.poll(chosen, steps), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e30])
+def test_an_incumbent_beyond_all_range_is_left_to_the_plain_forward(bad):
+    model, coordinates, closure, plain = setup()
+    with torch.no_grad():
+        model.token_embedding.weight[1, 2] = bad
+    chosen = some_of_every_tensor(coordinates, n=1)
+    steps = torch.full((len(chosen),), 0.1, dtype=torch.float64)
+    torch.testing.assert_close(
+        closure.poll(chosen, steps), plain.poll(chosen, steps), rtol=1e-5, atol=1e-5, equal_nan=True
+    )
+    torch.testing.assert_close(float(closure()), float(closure.generic.plain()), equal_nan=True)
+
+
+def test_a_batch_without_a_scored_token_has_the_plain_loss():
+    model = make_model()
+    coordinates = Coordinates(model.parameters())
+    batch = make_batch()
+    batch["y"].fill_(IGNORE)
+    closure = StructuredPolls(model, coordinates, loss).on(batch)
+    assert closure().isnan()
+    assert closure.poll(torch.tensor([0]), torch.tensor([0.1])).isnan().all()
+    assert closure.trial(torch.tensor([0]), torch.tensor([0.1]), torch.ones(1)).isnan().all()
+
+
+def test_the_caches_follow_every_move_in_place():
+    model, coordinates, closure, _ = setup(n_rows=4)
+    chosen = some_of_every_tensor(coordinates, n=1)
+    steps = torch.full((len(chosen),), 0.2, dtype=torch.float64)
+    before = closure.poll(chosen, steps)
+    for coordinate in some_of_every_tensor(coordinates, n=1, seed=7).tolist():
+        coordinates.move_one(coordinate, 0.3)
+        fresh = StructuredPolls(model, coordinates, loss).on(make_batch(n_rows=4))
+        after = closure.poll(chosen, steps)
+        assert torch.equal(after, fresh.poll(chosen, steps))
+        assert torch.equal(closure(), fresh())
+        assert not torch.equal(after, before)
+        before = after
+
+
+def test_closures_of_several_batches_live_side_by_side():
+    model = make_model()
+    polls = StructuredPolls(model, Coordinates(model.parameters()), loss)
+    first, second = polls.on(make_batch(seed=1)), polls.on(make_batch("ragged", seed=2))
+    chosen, steps = torch.arange(0, 3000, 100), torch.full((30,), 0.1)
+    before = first.poll(chosen, steps)
+    assert not torch.equal(before, second.poll(chosen, steps))
+    assert torch.equal(before, first.poll(chosen, steps))
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    model, coordinates, closure, _ = setup(n_rows=40, d_model=64)
+    chosen = some_of_every_tensor(coordinates)
+    steps = torch.linspace(-1, 1, len(chosen), dtype=torch.float64)
+    expected, before = closure.poll(chosen, steps), torch.get_num_threads()
+    spread = StructuredPolls(model, coordinates, loss, threads=3).on(make_batch(n_rows=40))
+    assert torch.equal(spread.poll(chosen, steps), expected)
+    try:
+        torch.set_num_threads(2)  # within an operation: taken back to one for the time of a poll
+        assert torch.equal(closure.poll(chosen, steps), expected)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_losses_do_not_depend_on_what_else_is_asked():
+    _, coordinates, closure, _ = setup()
+    chosen = some_of_every_tensor(coordinates)
+    steps = torch.linspace(-1, 1, len(chosen), dtype=torch.float64)
+    backwards = closure.poll(chosen.flip(0), steps.flip(0)).flip(0)
+    torch.testing.assert_close(closure.poll(chosen, steps), backwards, rtol=0, atol=1e-6)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the size of the largest tensor that an operator returned."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor):
+            self.bytes = max(self.bytes, out.untyped_storage().nbytes())
+        return out
+
+
+def test_memory_is_bounded_whatever_the_batch_and_the_block(monkeypatch):
+    monkeypatch.setattr(structured, "CACHE_BYTES", 2**21)
+    model = make_model()
+    coordinates = Coordinates(model.parameters())
+    polls = StructuredPolls(model, coordinates, loss)
+    small, large = [], []
+    for n_rows, n, found in ((100, 1, small), (1000, 3, large)):
+        closure = polls.on(make_batch("ragged", n_rows=n_rows))
+        chosen = some_of_every_tensor(coordinates, n=n)
+        with LargestTensor() as largest:
+            losses = closure.poll(chosen, torch.full((len(chosen),), 0.1, dtype=torch.float64))
+        assert sum(rows.bytes() for rows in closure.rows) <= 2**21
+        found.append(largest.bytes)
+        again = closure.poll(chosen, torch.full((len(chosen),), 0.1, dtype=torch.float64))
+        assert torch.equal(losses, again)  # with what was forgotten computed anew
+    assert large[0] <= 2 * small[0]
+
+
+def test_a_large_batch_in_several_chunks_is_exact():
+    _, coordinates, closure, plain = setup("ragged", n_rows=300)
+    assert len(closure.rows) > 1
+    chosen = some_of_every_tensor(coordinates, n=1)
+    steps = torch.full((len(chosen),), 0.1, dtype=torch.float64)
+    torch.testing.assert_close(closure.poll(chosen, steps), plain.poll(chosen, steps), rtol=0, atol=1e-5)
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8).map(sorted), overhead=st.floats(0, 30))
+def test_rows_are_parted_by_length_the_cheapest_way(lengths, overhead):
+    def cost(sizes):
+        ends = list(itertools.accumulate(sizes))
+        return sum(overhead + size * lengths[end - 1] for size, end in zip(sizes, ends, strict=True))
+
+    every_way = [
+        [b - a for a, b in itertools.pairwise((0, *cuts, len(lengths)))]
+        for n in range(len(lengths))
+        for cuts in itertools.combinations(range(1, len(lengths)), n)
+    ]
+    sizes = part_sizes(torch.tensor(lengths), overhead)
+    assert sum(sizes) == len(lengths)
+    assert cost(sizes) == pytest.approx(min(map(cost, every_way)))
+    if len(set(lengths)) == 1:
+        assert sizes == [len(lengths)]
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_parts_by_length_give_the_losses_of_the_whole(positions, monkeypatch):
+    losses, n_parts = [], []
+    for cost in (0, 10**9):
+        monkeypatch.setattr(structured, "PART_COST", cost)
+        _, coordinates, closure, _ = setup("ragged", n_rows=40, positions=positions)
+        chosen = some_of_every_tensor(coordinates, n=2)
+        losses.append(closure.poll(chosen, torch.full((len(chosen),), 0.1, dtype=torch.float64)))
+        n_parts.append(len(closure.rows))
+    assert n_parts[0] > 1
+    assert n_parts[1] == 1
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-5)
+
+
+def test_equal_rows_are_evaluated_once():
+    batch = make_batch(n_rows=4)
+    batch = {name: values.repeat(5, 1) for name, values in batch.items()}
+    model = make_model()
+    closure = StructuredPolls(model, Coordinates(model.parameters()), loss).on(batch)
+    assert sum(len(rows.x) for rows in closure.rows) == 3  # of 20, 3 are different
+    torch.testing.assert_close(float(closure()), float(closure.generic.plain()), rtol=0, atol=1e-5)
+
+
+def test_any_subset_and_order_of_the_parameters_can_be_searched():
+    model = make_model()
+    parameters = list(model.parameters())[::-3]
+    coordinates = Coordinates(parameters)
+    closure = StructuredPolls(model, coordinates, loss).on(make_batch())
+    chosen = some_of_every_tensor(coordinates)
+    steps = torch.full((len(chosen),), 0.1, dtype=torch.float64)
+    expected = OneByOne(closure.generic.plain, coordinates).poll(chosen, steps)
+    torch.testing.assert_close(closure.poll(chosen, steps), expected, rtol=0, atol=1e-5)
+
+
+def test_a_training_model_is_evaluated_without_dropout_and_left_as_it_was():
+    model, coordinates, closure, _ = setup(dropout=0.5)
+    model.train()
+    versions, weights = [p._version for p in model.parameters()], copy.deepcopy(model.state_dict())
+    chosen, steps = some_of_every_tensor(coordinates), torch.full((144,), 0.1, dtype=torch.float64)
+    steps[0] = float("inf")  # the plain forward answers too
+    losses = closure.poll(chosen, steps)
+    assert torch.equal(losses[1:], closure.poll(chosen, steps)[1:])
+    assert model.training
+    assert versions == [p._version for p in model.parameters()]
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+def test_bad_questions_are_refused():
+    _, coordinates, closure, _ = setup()
+    with pytest.raises(IndexError, match=r"coordinate \d+ is out of range"):
+        closure.poll(torch.tensor([len(coordinates)]), torch.tensor([0.1]))
+    with pytest.raises(ValueError, match="empty block"):
+        closure.poll(torch.tensor([], dtype=torch.long), torch.tensor([]))
+    with pytest.raises(ValueError, match="not a parameter"):
+        StructuredPolls(make_model(), coordinates, loss)
+
+
+def test_the_factory_takes_the_fast_path_only_where_it_is_exact():
+    model = make_model()
+    coordinates = Coordinates(model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(make_polls(model, coordinates, loss), StructuredPolls)
+    with pytest.warns(UserWarning, match="no structured polls"):
+        assert isinstance(make_polls(model, coordinates, lambda logits, batch: logits.square().mean()), GenericPolls)
+
+    class Other(DecoderOnlyTransformer):
+        pass
+
+    model = Other(3, 3, 16, 8)
+    with pytest.warns(UserWarning, match="Other"):
+        assert isinstance(make_polls(model, Coordinates(model.parameters()), loss), GenericPolls)

@@ -1,0 +1,64 @@
+"""The table and the figure of an ablation, on runs that were never made: who solved, at what cost, who did not."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from results.ablation import draw, main, read_costs, tabulate
+
+
+def write_run(path, variant, seed, evaluations, stopped_by, optimizer="pattern_search", std=0.5):
+    path.mkdir(parents=True)
+    choices = {"task": "state_tracking", "model": "tiny", "optimizer": optimizer}
+    choices |= {"experiment": "ablation_z5", "variant": variant}
+    config = {"choices": choices, "datamodule": {}, "model": {"embedding_std": std}, "seed": seed}
+    OmegaConf.save(config, path / "config.yaml")
+    summary = {"evaluations": evaluations, "seconds": evaluations / 1000, "stopped_by": stopped_by}
+    (path / "summary.json").write_text(json.dumps(summary))
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    for seed, evaluations in enumerate((1000, 3000, 2000)):
+        write_run(tmp_path / f"f{seed}", "full", seed, evaluations, "solved")
+    for seed, end in enumerate(((4000, "solved"), (9000, "max_evaluations"), (9000, "max_evaluations"))):
+        write_run(tmp_path / f"c{seed}", "classic", seed, *end)
+    write_run(tmp_path / "i", "classic", 3, 10, "interrupted")
+    return tmp_path
+
+
+def test_the_table_marks_medians_that_are_only_bounds(sweep):
+    assert tabulate(read_costs(sweep)).splitlines()[2:] == [
+        "| z5 | full | 3 / 3 | 2,000 | 2.0 |",
+        "| z5 | classic | 1 / 3 | > 9,000 | > 9.0 |",
+    ]
+
+
+def test_with_half_of_the_runs_censored_the_median_is_a_bound(tmp_path):
+    write_run(tmp_path / "a", "full", 0, 1000, "solved")
+    write_run(tmp_path / "b", "full", 1, 9000, "max_evaluations")
+    assert tabulate(read_costs(tmp_path)).endswith("| 1 / 2 | > 5,000 | > 5.0 |")
+
+
+def test_the_figure_has_a_dot_a_seed_and_an_arrow_a_censored_run(sweep):
+    panel = draw(read_costs(sweep)).axes[0]
+    solved, censored = panel.lines
+    assert sorted(solved.get_xdata()) == [1000, 2000, 3000, 4000]
+    assert (list(censored.get_xdata()), censored.get_marker()) == ([9000, 9000], ">")
+    assert [tick.get_text() for tick in panel.get_yticklabels()] == ["full", "classic"]
+
+
+def test_the_figure_lies_beside_the_runs(sweep, capsys):
+    main([str(sweep)])
+    assert f"run(s): {sweep / 'ablation.png'}" in capsys.readouterr().out
+    assert (sweep / "ablation.png").stat().st_size > 10_000
+
+
+def test_runs_are_compared_by_any_key_in_the_order_of_its_values(tmp_path):
+    for i, (std, optimizer) in enumerate([(1.0, "adam"), (0.02, "pattern_search"), (0.25, "adam")]):
+        write_run(tmp_path / str(i), None, 0, 100, "solved", optimizer, std)
+    labels = list(read_costs(tmp_path, by="model.embedding_std").label)
+    assert labels == ["0.02 · pattern_search", "0.25 · adam", "1.0 · adam"]
+    with pytest.raises(KeyError, match=r"has no choices\.variant"):
+        read_costs(tmp_path)

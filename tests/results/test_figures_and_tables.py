@@ -1,0 +1,172 @@
+"""Runs become one tidy table, from local files and from W&B, and the table becomes figures."""
+
+import json
+
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+from results.figures import AXES, draw_accuracy, draw_runs
+from results.tables import read_summaries, tabulate
+from run.metrics_table import COLUMNS, MetricsTable, name_settings, read_runs, read_wandb
+from run.summary import draw_progress
+
+CONFIG = {
+    "choices": {"task": "state_tracking", "model": "tiny", "optimizer": "pattern_search"},
+    "datamodule": {"group": "Z5"},
+    "seed": 3,
+}
+
+
+def write_run(path, optimizer="pattern_search", value=0.5, chance_loss=1.6, **choices):
+    path.mkdir(parents=True)
+    choices = CONFIG["choices"] | choices | {"optimizer": optimizer}
+    OmegaConf.save(CONFIG | {"choices": choices}, path / "config.yaml")
+    (path / "summary.json").write_text(json.dumps({"chance_loss": chance_loss, "stopped_by": "interrupted"}))
+    table = MetricsTable(path)
+    for step in range(3):
+        table.log_metrics({"train/loss": value / (step + 1), "evaluations": 10.0 * step, "seconds": 0.5 * step}, step)
+    for name in ("val/loss", "val/exact_match", "test/exact_match", "test/token_accuracy"):
+        table.log_metrics({name: value, "epoch": 0}, 3)
+
+
+def test_a_table_has_one_row_a_value_with_its_axes(tmp_path):
+    write_run(tmp_path / "a")
+    rows = pd.read_csv(tmp_path / "a" / "metrics.csv")
+    assert list(rows.columns) == COLUMNS
+    assert rows[rows.metric == "train/loss"].evaluations.tolist() == [0, 10, 20]
+    assert rows.iloc[-1].to_dict() == {
+        "step": 3, "evaluations": 20, "seconds": 1.0, "metric": "test/token_accuracy", "value": 0.5,
+    }  # fmt: skip
+
+
+def test_a_table_that_is_opened_again_is_continued(tmp_path):
+    write_run(tmp_path / "a")
+    MetricsTable(tmp_path / "a").log_metrics({"val/loss": 0.25}, 4)
+    rows = pd.read_csv(tmp_path / "a" / "metrics.csv")
+    assert len(rows) == 3 + 4 + 1
+
+
+def test_runs_are_read_together_and_described_by_their_configs(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "sweep" / "0", optimizer="adam")
+    table = read_runs(tmp_path)
+    described = table.groupby("run")[["task", "model", "optimizer", "seed"]].first()
+    assert set(described.optimizer) == {"pattern_search", "adam"}
+    assert described.task.tolist() == ["state_tracking Z5"] * 2
+    assert described.seed.tolist() == [3, 3]
+
+
+def test_a_place_without_runs_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        read_runs(tmp_path)
+
+
+def test_wandb_runs_become_the_same_table(monkeypatch):
+    """Against W&B's interface: a wide history of dicts with gaps, under either name of the step."""
+
+    class Run:
+        name, config = "r", CONFIG
+
+        def __init__(self, step):
+            self.step = step
+
+        def scan_history(self):
+            yield {self.step: 0, "train/loss": 0.7, "evaluations": 10, "seconds": 0.1, "epoch": 0}
+            yield {self.step: 1, "train/loss": 0.6, "evaluations": 20, "seconds": 0.2, "epoch": 0}
+            yield {self.step: 1, "val/loss": 0.65, "epoch": 0}
+
+    class Api:
+        def runs(self, path):
+            assert path == "team/project"
+            return [Run("trainer/global_step"), Run("global_step")]
+
+    monkeypatch.setattr("wandb.Api", Api)
+    table = read_wandb("team", "project")
+    half = table.iloc[: len(table) // 2][[*COLUMNS, "task"]].values.tolist()
+    assert half == [
+        [0, 10, 0.1, "train/loss", 0.7, "state_tracking Z5"],
+        [1, 20, 0.2, "train/loss", 0.6, "state_tracking Z5"],
+        [1, 20, 0.2, "val/loss", 0.65, "state_tracking Z5"],
+    ]
+    assert table.iloc[len(table) // 2 :][[*COLUMNS, "task"]].values.tolist() == half
+
+
+def test_figures_show_every_run_on_both_axes(tmp_path):
+    write_run(tmp_path / "a", value=0.7)
+    write_run(tmp_path / "b", optimizer="adam")
+    write_run(tmp_path / "c", variant="no_fade")
+    table = read_runs(tmp_path)
+    figure = draw_runs(table)
+    assert [panel.get_xlabel() for panel in figure.axes] == list(AXES.values()) * 2
+    lines_of_runs = 3 * 2  # training and validation
+    assert [len(panel.lines) for panel in figure.axes] == [lines_of_runs + 1, lines_of_runs + 1, 3, 3]  # + chance
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "training batch", "validation", "chance",
+        "pattern_search (1 run)", "adam (1 run)", "pattern_search · no_fade (1 run)",
+    ]  # fmt: skip
+    assert sum(len(c.get_offsets()) for c in draw_accuracy(table).axes[0].collections) == 6
+
+
+def test_tasks_have_rows_of_their_own_with_their_own_chance(tmp_path):
+    write_run(tmp_path / "a", experiment="easy", chance_loss=0.7)
+    write_run(tmp_path / "b", experiment="hard", chance_loss=3.0)
+    panels = draw_runs(read_runs(tmp_path)).axes
+    assert [panel.get_title() for panel in panels] == ["easy"] * 4 + ["hard"] * 4
+    assert [line.get_ydata()[0] for panel in (panels[0], panels[4]) for line in panel.lines[-1:]] == [0.7, 3.0]
+    assert panels[0].get_ylim() != panels[4].get_ylim()
+
+
+def test_a_run_without_a_summary_is_drawn_without_chance(tmp_path):
+    write_run(tmp_path / "a")
+    (tmp_path / "a" / "summary.json").unlink()
+    assert [len(panel.lines) for panel in draw_runs(read_runs(tmp_path)).axes] == [2, 2, 1, 1]
+
+
+def test_no_run_fails_for_its_picture(tmp_path, caplog):
+    write_run(tmp_path / "a")
+    draw_progress(tmp_path / "a")
+    assert (tmp_path / "a" / "progress.png").stat().st_size > 10_000
+    draw_progress(tmp_path / "nothing")
+    assert "progress.png was not drawn: FileNotFoundError" in caplog.text
+
+
+def test_finished_runs_become_a_markdown_table_over_their_seeds(tmp_path):
+    for seed, value in enumerate((1.0, 0.5)):
+        write_run(tmp_path / str(seed))
+        summary = {"test": {"test/exact_match": value}, "evaluations": 1000, "seconds": 2.0 + seed, "steps": 10}
+        summary["stopped_by"] = "max_steps"
+        (tmp_path / str(seed) / "summary.json").write_text(json.dumps(summary))
+    write_run(tmp_path / "interrupted")
+    (tmp_path / "interrupted" / "summary.json").write_text(json.dumps(summary | {"stopped_by": "interrupted"}))
+    row = tabulate(read_summaries(tmp_path)).splitlines()[-1]
+    assert len(tabulate(read_summaries(tmp_path)).splitlines()) == 3  # the interrupted run is left out
+    assert row == "| state_tracking Z5 | tiny | pattern_search | 1 / 2 | 0.750 (0.500) | 10 | 2.5 (3.0) | 1,000 |"
+    with pytest.raises(KeyError):
+        tabulate(read_summaries(tmp_path), "test/unknown")
+    with pytest.raises(FileNotFoundError):
+        read_summaries(tmp_path / "nothing")
+
+
+def test_runs_with_different_settings_get_rows_of_their_own(tmp_path):
+    for i, length in enumerate((8, 16)):
+        write_run(tmp_path / str(i))
+        config = CONFIG | {"datamodule": CONFIG["datamodule"] | {"length": length}, "seed": i}
+        OmegaConf.save(config, tmp_path / str(i) / "config.yaml")
+        summary = {"test": {"test/exact_match": 1.0}, "evaluations": 1, "seconds": 1.0, "steps": 1, "stopped_by": "x"}
+        (tmp_path / str(i) / "summary.json").write_text(json.dumps(summary))
+    rows = tabulate(read_summaries(tmp_path)).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [f"| state_tracking Z5, length={n}" for n in (8, 16)]
+
+
+def test_settings_tell_runs_of_a_kind_apart_and_limits_those_of_a_task():
+    def config(name, max_steps, precision, **options):
+        nodes = {"trainer": {"max_steps": max_steps, "precision": precision}, "optimizer": options}
+        return CONFIG | nodes | {"choices": CONFIG["choices"] | {"optimizer": name}}
+
+    configs = [
+        config("pattern_search", 9, 32, memory=0.5, seed=1),
+        config("pattern_search", 9, 32, memory=0.7, seed=2),
+        config("adam", 5, 64, lr=1),
+    ]
+    assert name_settings(configs) == ["memory=0.5, max_steps=9", "memory=0.7, max_steps=9", "max_steps=5"]

@@ -1,0 +1,107 @@
+"""A sweep outlives its failing jobs, says what came of each, and ends as a whole on Ctrl-C."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from conftest import ROOT
+from run import cpu
+from run.sweep import read_jobs
+
+FAILING = """
+import lightning as L
+
+class Failing(L.Callback):
+    def __init__(self, fails: bool):
+        self.fails = fails
+
+    def on_train_batch_end(self, *_):
+        if self.fails:
+            raise RuntimeError("as it was told")
+"""
+
+
+def start(home, *options, **more):
+    """Start a sweep of small jobs with its runs below `home`."""
+    (home / "failing.py").write_text(FAILING)
+    env = os.environ | {"PATTERN_SEARCH_ROOT": str(home), "PYTHONPATH": str(home), "COLUMNS": "200"}
+    command = [sys.executable, "src/train.py", "-m", "model=tiny", *options]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more
+    )
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_the_other_jobs_run_when_some_fail(launcher, tmp_path):
+    options = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
+    options += ["allowed_packages=[failing]", "+callbacks.mine._target_=failing.Failing"]
+    process = start(tmp_path, *options, "+callbacks.mine.fails=true,false", "trainer.max_steps=2", "seed=0,1")
+    out, _ = process.communicate()
+    assert process.returncode == 1, out
+    (sweep,) = (tmp_path / "runs").iterdir()
+    jobs = pd.read_csv(sweep / "sweep.csv")
+    assert jobs["status"].tolist() == ["failed", "failed", "done", "done"]
+    assert jobs["seconds"].notna().tolist() == jobs["test/exact_match"].notna().tolist() == [False, False, True, True]
+    assert jobs["error"].tolist()[:2] == ["RuntimeError: as it was told"] * 2
+    for job in ("0", "1"):
+        assert "Traceback" in (sweep / job / "error.txt").read_text()
+        assert not (sweep / job / "summary.json").exists()
+    assert "2 of 4 jobs failed; the reasons are in" in out
+    assert f"hydra.sweep.dir={sweep}" in out
+    assert f"report.py tables {sweep}" in out
+    assert "Traceback" not in out
+    if launcher == "joblib":
+        assert out.count(f"candidates on {max(1, cpu.available_cores() // 2)} thread(s)") == 4
+
+
+def test_ctrl_c_ends_the_whole_sweep_with_its_table_and_the_printed_command_goes_on(tmp_path):
+    process = start(tmp_path, "logger=none", "trainer.max_steps=2,3000", "callbacks.progress.log_every_seconds=1")
+    for line in process.stdout:
+        if re.match(r"step \d+/1200 ", line):  # in the second job
+            break
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert "Traceback" not in out
+    (sweep,) = (tmp_path / "runs").iterdir()
+    assert pd.read_csv(sweep / "sweep.csv")["status"].tolist() == ["done", "interrupted"]
+    assert "stopped sweep: the jobs begun" in out
+    assert out.count("Go on with: ") == 1
+    start_of_command = "Go on with: python src/train.py -m --config-name=pattern_search_train model=tiny "
+    printed = next(line for line in out.splitlines() if line.startswith(start_of_command))
+
+    shorter = printed.removeprefix(start_of_command).replace("=2,3000", "=2,3")
+    process = start(tmp_path, *shlex.split(shorter))
+    out, _ = process.communicate()
+    assert process.returncode == 0, out
+    assert pd.read_csv(sweep / "sweep.csv")["status"].tolist() == ["kept", "done"]
+    assert "sweep of 2 jobs" in out
+
+
+def test_a_job_that_was_finished_before_counts_as_kept(tmp_path):
+    for job, stopped_by in (("2", "solved"), ("10", "solved"), ("1", "interrupted")):
+        hydra = tmp_path / job / ".hydra"
+        hydra.mkdir(parents=True)
+        (hydra / "overrides.yaml").write_text(f"- seed={job}\n")  # written when the job starts
+        summary = {"test": {"test/loss": 0.5}, "seconds": 3.0, "stopped_by": stopped_by}
+        (tmp_path / job / "summary.json").write_text(json.dumps(summary))
+    os.utime(tmp_path / "2" / "summary.json", (0, 0))
+    jobs = read_jobs(tmp_path, "test/loss")
+    assert jobs["job"].tolist() == ["1", "2", "10"]
+    assert jobs["status"].tolist() == ["interrupted", "kept", "done"]
+    assert jobs["override"].tolist() == ["seed=1", "seed=2", "seed=10"]
+
+
+@pytest.mark.parametrize(("processes", "cores"), [(1, 6), (2, 3), (4, 1), (-1, 1)])
+def test_processes_share_the_cores(processes, cores, monkeypatch):
+    monkeypatch.setattr(cpu, "_processes", 1)
+    monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    cpu.share_cores(processes)
+    assert cpu.available_cores() == cores
