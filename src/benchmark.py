@@ -41,8 +41,10 @@ from data.sequences import IGNORE
 from pattern_search_task import masked_loss
 from polls.generic import GenericPolls
 from polls.structured import StructuredPolls
-from run.cpu import available_cores, keep_freed_memory
-from search.closure import Coordinates, OneByOne, forward_only
+from polls.threads import available_cores
+from run.cpu import keep_freed_memory
+from search.closure import OneByOne, forward_only
+from search.coordinates import Coordinates
 from state_tracking_data import StateTrackingDataModule
 from transformer import DecoderOnlyTransformer
 

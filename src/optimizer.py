@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from search.budget import Budget, StepReport, initial_state
-from search.closure import Candidates, Coordinates, OneByOne
-from search.directions import Directions, next_units, seeded
+from search.closure import Candidates, OneByOne
+from search.coordinates import Coordinates
+from search.directions import Directions, next_nodes, seeded
 from search.options import check_group, check_options, check_shares
 from search.slopes import SlopeMemory
 
@@ -34,7 +35,7 @@ class PatternSearch(torch.optim.Optimizer):
        than any.
        `poll="complete"` polls them all at the same incumbent. `poll="opportunistic"` moves to each that
        improves, goes on from there, and skips the way back (exploratory moves, Hooke and Jeeves 1961).
-       With `units_per_step`, units are polled before: one evaluation tells the slopes of all weights of a unit
+       With `nodes_per_step`, nodes are polled before: one evaluation tells the slopes of all weights of a node
        from the losses of single tokens (`polls/nodes.py`).
     3. SEARCH, if there are `step_lengths`: every poll gives the slope of its coordinate. The remembered
        slopes of all coordinates, each divided by its running root mean square and faded by its age, make
@@ -78,9 +79,9 @@ class PatternSearch(torch.optim.Optimizer):
         max_evaluations: budget of function evaluations, never exceeded.
         max_seconds: budget of seconds spent in steps, looked at before every call of the closure.
         target_loss: the search ends when the incumbent's loss is at or below it.
-        units_per_step: units polled in a step at the most, in a seeded random order, all equally often; None for
-            none. The closure must answer `credit`. `polls_per_step` may then be 0.
-        seed: seeds the order of the directions and of the units.
+        nodes_per_step: nodes polled in a step at the most, in a seeded random order, all equally often; None for
+            none. The closure must answer `nodes`. `polls_per_step` may then be 0.
+        seed: seeds the order of the directions and of the nodes.
 
     Raises:
         ValueError: an option outside its range, a parameter that is not of a floating type, or no weight at all.
@@ -123,11 +124,11 @@ class PatternSearch(torch.optim.Optimizer):
         scale_memory: float | None = 0.9,
         fade: float | None = 10.0,
         half_after: float | None = None,
-        units_per_step: int | None = None,
+        nodes_per_step: int | None = None,
         seed: int = 0,
     ):
         self.options = dict(poll=poll, polls_per_step=polls_per_step, last_group_share=last_group_share, seed=seed)
-        self.options |= dict(one_sided=one_sided, units_per_step=units_per_step, step_lengths=list(step_lengths))
+        self.options |= dict(one_sided=one_sided, nodes_per_step=nodes_per_step, step_lengths=list(step_lengths))
         self.options |= dict(join_improving=join_improving, half_after=half_after)
         self.options |= dict(memory=memory, scale_memory=scale_memory, fade=fade)
         self.options |= dict(max_evaluations=max_evaluations, max_seconds=max_seconds, target_loss=target_loss)
@@ -211,8 +212,8 @@ class PatternSearch(torch.optim.Optimizer):
         report.to_poll = end - search["cursor"]
         if self.slopes:
             self.slopes.age()
-        if self.options["units_per_step"] and self._limit_reached() is None:
-            self._poll_units(candidates)
+        if self.options["nodes_per_step"] and self._limit_reached() is None:
+            self._poll_nodes(candidates)
 
         if self.options["poll"] == "opportunistic":
             self._poll_opportunistic(candidates, end)
@@ -269,20 +270,20 @@ class PatternSearch(torch.optim.Optimizer):
             improving.append((losses[better], coordinates[better], steps[better]))
         return best, improving
 
-    def _poll_units(self, candidates: Candidates) -> None:
-        """Poll the next units of a random order of all: each tells the slopes of all its weights."""
-        if not hasattr(candidates, "credit"):
+    def _poll_nodes(self, candidates: Candidates) -> None:
+        """Poll the next nodes of a random order of all: each tells the slopes of all its weights."""
+        if not hasattr(candidates, "nodes"):
             raise ValueError(
-                "units_per_step needs a closure that answers `credit`; `polls.nodes.CreditPolls` does for a "
-                "DecoderOnlyTransformer (task.fast_polls=true on a CPU); else use units_per_step=None (null in YAML)"
+                "nodes_per_step needs a closure that answers `nodes`; `polls.nodes.NodePolls` does for a "
+                "DecoderOnlyTransformer (task.fast_polls=true on a CPU); else use nodes_per_step=None (null in YAML)"
             )
-        done, seed = self.state["search"]["units"], self.options["seed"]
-        units = next_units(done, candidates.n_units, self.options["units_per_step"], seed)
-        units = units[: self._budget.affordable(len(units))]
-        steps = self._radii(candidates.unit_parameter[units])
-        coordinates, slopes = candidates.credit(units, steps, seeded(seed, done))
-        self.state["search"]["units"] += len(units)
-        self._budget.spend(len(units))
+        done, seed = self.state["search"]["nodes"], self.options["seed"]
+        nodes = next_nodes(done, candidates.n_nodes, self.options["nodes_per_step"], seed)
+        nodes = nodes[: self._budget.affordable(len(nodes))]
+        steps = self._radii(candidates.node_parameter[nodes])
+        coordinates, slopes = candidates.nodes(nodes, steps, seeded(seed, done))
+        self.state["search"]["nodes"] += len(nodes)
+        self._budget.spend(len(nodes))
         self.slopes.learn(coordinates, slopes)
 
     def _search(self, candidates: Candidates, best: Move | None, joined: list[Move]) -> Move | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from config.did_you_mean import unknown
 from data.sequences import IGNORE
-from polls.make import has_units, make_polls
+from polls.make import has_nodes, make_polls
 from search.closure import forward_only
 
 Batch = dict[str, Tensor]
@@ -103,10 +103,10 @@ class PatternSearchTask(L.LightningModule):
         if getattr(self.make_optimizer, "keywords", {}).get("last_group_share") is not None:
             parameters = split_at_last_block(self.model, parameters)
         optimizer = self.make_optimizer(parameters)
-        if getattr(optimizer, "options", {}).get("units_per_step") and not (self.fast_polls and has_units(self.model)):
+        if getattr(optimizer, "options", {}).get("nodes_per_step") and not (self.fast_polls and has_nodes(self.model)):
             raise ValueError(
-                "optimizer.units_per_step polls units, which only the fast polls of a DecoderOnlyTransformer do: use "
-                "such a model and task.fast_polls=true; or optimizer.units_per_step=null, optimizer.polls_per_step=96"
+                "optimizer.nodes_per_step polls nodes, which only the fast polls of a DecoderOnlyTransformer do: use "
+                "such a model and task.fast_polls=true; or optimizer.nodes_per_step=null, optimizer.polls_per_step=96"
             )
         return optimizer
 

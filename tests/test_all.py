@@ -239,7 +239,7 @@ def test_a_model_needs_no_more_than_the_readme_says(tmp_path):
     refused = run(command, tmp_path, cwd=tmp_path)  # 42 weights, 192 polls
     assert refused.stderr.count("  - ") == 1, refused.stderr
     assert "optimizer.polls_per_step=192 is more than the 42 directions" in refused.stderr
-    refused = run(f"{command} optimizer=pattern_search_credit", tmp_path, cwd=tmp_path)
+    refused = run(f"{command} optimizer=pattern_search_nodes", tmp_path, cwd=tmp_path)
     assert refused.returncode == 2
     assert "only the fast polls of a DecoderOnlyTransformer do" in refused.stderr
 

@@ -23,7 +23,7 @@ def fit(task, data, logger=False, **options):
     return trainer
 
 
-SEARCHES = ["pattern_search", "pattern_search_classic", "pattern_search_credit", "pattern_search_credit_long"]
+SEARCHES = ["pattern_search", "pattern_search_classic", "pattern_search_nodes", "pattern_search_nodes_long"]
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_a_part_that_the_model_has_not_is_refused(compose_config):
         build_task(cfg, build_datamodule(cfg))
 
 
-def test_units_need_the_fast_polls(compose_config):
-    cfg = compose_config("model=tiny", "optimizer=pattern_search_credit", "task.fast_polls=false")
+def test_nodes_need_the_fast_polls(compose_config):
+    cfg = compose_config("model=tiny", "optimizer=pattern_search_nodes", "task.fast_polls=false")
     with pytest.raises(ValueError, match=r"and task.fast_polls=true"):
         build_task(cfg, build_datamodule(cfg)).configure_optimizers()

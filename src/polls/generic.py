@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from search.closure import Coordinates, OneByOne, forward_only
+from search.closure import OneByOne, forward_only
+from search.coordinates import Coordinates
 
 CHUNK_TOKENS = 12_800  # tokens at a time: enough to share the prefix and vmap's own cost; fixed, so results are too
 FEW = 4  # fewer candidates of a tensor are not worth vmap's own cost

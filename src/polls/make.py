@@ -10,22 +10,22 @@ from torch import Tensor, nn
 
 from data.sequences import IGNORE
 from polls.generic import GenericPolls
-from polls.nodes import CreditPolls
-from run.cpu import available_cores
-from search.closure import Coordinates
+from polls.nodes import NodePolls
+from polls.threads import available_cores
+from search.coordinates import Coordinates
 from transformer import DecoderOnlyTransformer
 
 
 def make_polls(
     module: nn.Module, coordinates: Coordinates, loss: Callable[[Any, Any], Tensor], threads: int | None = None
-) -> CreditPolls | GenericPolls:
+) -> NodePolls | GenericPolls:
     """The fastest exact evaluator there is for this module: an object whose `on(batch)` is a closure.
 
-    `CreditPolls`, which are `StructuredPolls`, for a `DecoderOnlyTransformer` with the masked cross-entropy as its
+    `NodePolls`, which are `StructuredPolls`, for a `DecoderOnlyTransformer` with the masked cross-entropy as its
     loss, on `threads` threads (by default one a core); `GenericPolls` for everything else, which it says once.
     """
-    if has_units(module) and is_masked_cross_entropy(loss, module.head.out_features):
-        return CreditPolls(module, coordinates, loss, threads or available_cores())
+    if has_nodes(module) and is_masked_cross_entropy(loss, module.head.out_features):
+        return NodePolls(module, coordinates, loss, threads or available_cores())
     warnings.warn(
         f"{type(module).__name__} with this loss has no structured polls (only DecoderOnlyTransformer with the masked "
         "cross-entropy has): candidates go through vmap, at about the speed of batched inference",
@@ -34,8 +34,8 @@ def make_polls(
     return GenericPolls(module, coordinates, loss)
 
 
-def has_units(module: nn.Module) -> bool:
-    """Whether the fast polls know the module from the inside, so that they can poll units of it."""
+def has_nodes(module: nn.Module) -> bool:
+    """Whether the fast polls know the module from the inside, so that they can poll nodes of it."""
     return type(module) is DecoderOnlyTransformer
 
 

@@ -1,4 +1,4 @@
-"""The units of a `DecoderOnlyTransformer`: how each kind is moved, and which slopes its weights then have.
+"""The nodes of a `DecoderOnlyTransformer`: how each kind is moved, and which slopes its weights then have.
 
 `polls/nodes.py` moves them and gives the credit.
 """
@@ -24,8 +24,8 @@ def shares(squares: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Units:
-    """Some units of one kind, moved by steps with signs of their own.
+class Nodes:
+    """Some nodes of one kind, moved by steps with signs of their own.
 
     Attributes:
         stage, rows, state: where they are, some rows of the batch, what the incumbent computes there.
@@ -47,38 +47,38 @@ class Units:
         return self.signs[0] * self.step[:, None]
 
     def places(self, name: str, i: Tensor, fan_in: int) -> Tensor:
-        """Where the first `fan_in` weights of units i (k,) stand in a matrix, (k fan_in,)."""
+        """Where the first `fan_in` weights of nodes i (k,) stand in a matrix, (k fan_in,)."""
         width = self.stage.tensors[name].shape[1]
         j = torch.arange(fan_in)
-        # of an embedding, a unit is a column, and rows behind the longest sequence of the batch are not read
+        # of an embedding, a node is a column, and rows behind the longest sequence of the batch are not read
         return (j * width + i[:, None] if isinstance(self.stage, Embedding) else i[:, None] * width + j).flatten()
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Units of one kind.
+    """Nodes of one kind.
 
     Attributes:
-        enter: units -> `Entry`.
-        reads: by the name of a tensor, what the weights of a unit in it read, (B, tokens, fan_in), or (B, k, tokens,
-            fan_in) if units differ; of a norm's gain, what each unit's own reads.
+        enter: nodes -> `Entry`.
+        reads: by the name of a tensor, what the weights of a node in it read, (B, tokens, fan_in), or (B, k, tokens,
+            fan_in) if nodes differ; of a norm's gain, what each node's own reads.
         bias: the name of a tensor that reads ones.
         at_queries: they sit where queries are needed, behind the mixing of the attention.
-        draws: of signs for each unit and token.
+        draws: of signs for each node and token.
     """
 
-    enter: Callable[[Units], Entry]
-    reads: dict[str, Callable[[Units], Tensor]]
+    enter: Callable[[Nodes], Entry]
+    reads: dict[str, Callable[[Nodes], Tensor]]
     bias: str = ""
     at_queries: bool = False
     draws: int = 1
 
     def samples(self, stage: Stage, i: Tensor) -> Tensor:
-        """(k,) units -> (k,) numbers, equal for units that sample the slopes of the same weights."""
+        """(k,) nodes -> (k,) numbers, equal for nodes that sample the slopes of the same weights."""
         return i
 
-    def slopes(self, u: Units, name: str, credit: Tensor) -> Slopes:
-        """Of all weights of the units in a tensor, from the credit (B, k, tokens): what a unit is worth at a token."""
+    def slopes(self, u: Nodes, name: str, credit: Tensor) -> Slopes:
+        """Of all weights of the nodes in a tensor, from the credit (B, k, tokens): what a node is worth at a token."""
         if name == self.bias:
             return u.i, credit.sum((0, 2))
         read = self.reads[name](u).to(credit)
@@ -89,7 +89,7 @@ class Kind:
 
 
 class Scores(Kind):
-    """All scores of a head at once: as many units as it has components, which sample the same weights.
+    """All scores of a head at once: as many nodes as it has components, which sample the same weights.
 
     A score is linear in the weights of its query, which read the query's input times the key, and in those of its key.
     It is moved by a sign of the query times one of the key, which is as good as a sign of its own: the products of
@@ -102,7 +102,7 @@ class Scores(Kind):
     def samples(self, stage: Attention, i: Tensor) -> Tensor:
         return stage.head_of(i)
 
-    def slopes(self, u: Units, name: str, credit: Tensor) -> Slopes:
+    def slopes(self, u: Nodes, name: str, credit: Tensor) -> Slopes:
         stage, state, (queries, keys) = u.stage, u.state, u.stage.positions(u.rows)
         heads, of = stage.head_of(u.i).unique(return_inverse=True)  # (h,)
         weights = state.weights[:, heads]  # (B, h, queries, T)
@@ -121,39 +121,39 @@ class Scores(Kind):
         return u.places(name, i, inputs.shape[-1]), torch.einsum("bhti,btf->hif", other, inputs).flatten()
 
 
-def enter_stream(u: Units, first: int = 0) -> Rank1:
+def enter_stream(u: Nodes, first: int = 0) -> Rank1:
     return Rank1(u.change, u.stage.w.directions[u.i + first])
 
 
-def enter_mixed(u: Units) -> Rank1:
+def enter_mixed(u: Nodes) -> Rank1:
     return enter_stream(u, len(u.stage.w.out))
 
 
-def enter_inner(u: Units) -> Rank1:
+def enter_inner(u: Nodes) -> Rank1:
     scalar = (u.state.before[:, u.i] + u.change).relu_() - u.state.hidden[:, u.i + 1]
     return Rank1(scalar, u.stage.w.directions[u.i + len(u.stage.w.outer)])
 
 
-def enter_scores(u: Units) -> Tensor:
+def enter_scores(u: Nodes) -> Tensor:
     query, key = u.change[..., None], u.signs[1][..., None]
     return u.stage.add_to_scores(u.rows, u.state, u.stage.head_of(u.i), query, key)
 
 
-def enter_norm(u: Units) -> Tensor:
+def enter_norm(u: Nodes) -> Tensor:
     return u.stage.change_norm(u.stage.w, u.rows, u.state, u.change, u.i)
 
 
-def enter_logits(u: Units, first: int = 0) -> tuple[Tensor, Tensor]:
+def enter_logits(u: Nodes, first: int = 0) -> tuple[Tensor, Tensor]:
     direction = u.stage.w.directions[u.i + first].T[:, None, :, None]
     return u.rows.loss(u.state.logits[:, :, None] + u.change * direction), u.change  # of (C, B, k, S)
 
 
-def enter_final_norm(u: Units) -> tuple[Tensor, Tensor]:
+def enter_final_norm(u: Nodes) -> tuple[Tensor, Tensor]:
     return enter_logits(u, len(u.stage.w.head))
 
 
-def mixed_inputs(u: Units) -> Tensor:
-    """(B, k, queries, d): what the head of each unit mixes from the inputs of its values."""
+def mixed_inputs(u: Nodes) -> Tensor:
+    """(B, k, queries, d): what the head of each node mixes from the inputs of its values."""
     by_head = u.stage.heads(u.state.sources[:, 1 + len(u.stage.w.out) :].mT)
     return by_head[:, u.stage.head_of(u.i)]
 

@@ -1,11 +1,11 @@
 """Slopes of whole rows of weights from the losses of single tokens, for `DecoderOnlyTransformer`.
 
-A *unit* is one component of what a layer puts out: of a linear map, an embedding or a norm. Move it by a step whose
+A *node* is one component of what a layer puts out: of a linear map, an embedding or a norm. Move it by a step whose
 sign is drawn anew for every token of every sequence, and look at the loss of every scored token. A token's own sign
 is independent of all others, so the change of the losses that it can reach (its own and the later ones of its
-sequence), times its sign, is an unbiased sample of what the unit is worth at that token: its credit. Times what a
-weight of the unit reads there, summed over the tokens, it is a sample of the slope of that weight, and of all weights
-of the unit at once: one evaluation, where polls of single weights need one each. It is node perturbation (Williams
+sequence), times its sign, is an unbiased sample of what the node is worth at that token: its credit. Times what a
+weight of the node reads there, summed over the tokens, it is a sample of the slope of that weight, and of all weights
+of the node at once: one evaluation, where polls of single weights need one each. It is node perturbation (Williams
 1992; Flower and Jabri 1993); losses alone, no backward pass. Three things make a sample say more:
 
 - Behind the last attention a token reaches its own loss only, so there slopes are exact but for the step's curvature.
@@ -24,24 +24,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polls.node_kinds import KINDS, RANK1, Units, shares
+from polls.node_kinds import KINDS, RANK1, Nodes, shares
 from polls.stages import Attention, Embedding, Head, Rows
 from polls.structured import StructuredPolls
-from run.cpu import one_thread
-from search.closure import Coordinates
+from polls.threads import one_thread
+from search.coordinates import Coordinates
 
 
-class CreditPolls(StructuredPolls):
-    """`StructuredPolls` that also tell the slopes of whole units: `credit`.
+class NodePolls(StructuredPolls):
+    """`StructuredPolls` that also tell the slopes of whole nodes: `nodes`.
 
-    Units are numbered from 0 over the kinds of all stages, in the order of the model. There are `n_units`; the
-    weights of unit u belong to parameter number `unit_parameter[u]`.
+    Nodes are numbered from 0 over the kinds of all stages, in the order of the model. There are `n_nodes`; the
+    weights of node u belong to parameter number `node_parameter[u]`.
     """
 
     def __init__(self, model: Any, coordinates: Coordinates, loss: Callable[[Any, Any], Tensor], threads: int = 1):
         super().__init__(model, coordinates, loss, threads)
         number = {id(p): i for i, p in enumerate(coordinates.parameters)}
-        self.kinds, owners = [], []  # stage, kind, the numbers of its tensors by their names, its first unit
+        self.kinds, owners = [], []  # stage, kind, the numbers of its tensors by their names, its first node
         for s, stage in enumerate(self.stages):
             for kind in KINDS[type(stage)]:
                 held = {name: number.get(id(stage.tensors.get(name))) for name in (*kind.reads, kind.bias)}
@@ -50,16 +50,16 @@ class CreditPolls(StructuredPolls):
                     size = stage.tensors[next(iter(held))].shape[-1 if isinstance(stage, Embedding) else 0]
                     self.kinds.append((s, kind, held, sum(map(len, owners))))
                     owners.append(torch.full((size,), next(iter(held.values()))))
-        self.unit_parameter = torch.cat(owners)
-        self.n_units = len(self.unit_parameter)
+        self.node_parameter = torch.cat(owners)
+        self.n_nodes = len(self.node_parameter)
 
     @torch.no_grad()
     @one_thread()
-    def credit(self, units: Tensor, steps: Tensor, signs: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Samples of the slopes of all weights of some units; each unit is one evaluation.
+    def nodes(self, nodes: Tensor, steps: Tensor, signs: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Samples of the slopes of all weights of some nodes; each node is one evaluation.
 
         Args:
-            units: (K,) distinct unit numbers.
+            nodes: (K,) distinct node numbers.
             steps: (K,) by how much each is moved, one way or the other at each token.
             signs: draws which.
 
@@ -67,15 +67,15 @@ class CreditPolls(StructuredPolls):
             Coordinates (M,), all distinct, and slopes (M,) in float64; none if no token of the batch is scored.
 
         Raises:
-            IndexError: a unit out of range.
+            IndexError: a node out of range.
         """
-        low, high = (int(u) for u in units.aminmax())
-        if low < 0 or high >= self.n_units:
-            raise IndexError(f"unit {low if low < 0 else high} is out of range: there are {self.n_units}, from 0")
-        units, order = units.sort()
+        low, high = (int(u) for u in nodes.aminmax())
+        if low < 0 or high >= self.n_nodes:
+            raise IndexError(f"node {low if low < 0 else high} is out of range: there are {self.n_nodes}, from 0")
+        nodes, order = nodes.sort()
         steps = steps[order].to(self.model.head.weight.dtype)
-        firsts = [first for *_, first in self.kinds] + [self.n_units]
-        bounds = torch.searchsorted(units, torch.tensor(firsts)).tolist()
+        firsts = [first for *_, first in self.kinds] + [self.n_nodes]
+        bounds = torch.searchsorted(nodes, torch.tensor(firsts)).tolist()
         slopes = torch.zeros(len(self.coordinates), dtype=torch.float64)
         polled = torch.zeros(len(slopes), dtype=torch.bool)
         self()  # brings the caches up to date
@@ -83,16 +83,16 @@ class CreditPolls(StructuredPolls):
             state, by_token, tasks = self._state(rows, len(self.stages) - 1), rows.each_token(), []
             loss, reach = by_token.loss(state.logits[:, :, None])[:, 0], self._reach(rows)
             for (s, kind, held, first), begin, end in zip(self.kinds, bounds, bounds[1:], strict=False):
-                stage, i, reached = self.stages[s], units[begin:end] - first, reach[s + kind.at_queries]
+                stage, i, reached = self.stages[s], nodes[begin:end] - first, reach[s + kind.at_queries]
                 sign = torch.randint(2, (kind.draws, len(rows.x), len(i), rows.x.shape[1]), generator=signs)
                 sign = sign.to(loss) * 2 - 1
                 _, group, samples = kind.samples(stage, i).unique(return_inverse=True, return_counts=True)
                 size = self._chunk(rows, s + (kind.enter in RANK1))
                 for at in range(0, len(i), size):
                     k = slice(at, at + size)
-                    moved = Units(stage, by_token, self._state(rows, s), i[k], steps[begin:end][k], sign[:, :, k])
+                    moved = Nodes(stage, by_token, self._state(rows, s), i[k], steps[begin:end][k], sign[:, :, k])
                     tasks.append((s, kind, held, moved, loss, reached, samples[group[k]]))
-            for where, found in (pair for pairs in self.map(self._credit, tasks) for pair in pairs):
+            for where, found in (pair for pairs in self.map(self._slopes, tasks) for pair in pairs):
                 slopes.index_add_(0, where, found)
                 polled[where] = True
         coordinates = polled.nonzero().flatten()
@@ -113,22 +113,22 @@ class CreditPolls(StructuredPolls):
         return reach
 
     @torch.no_grad()
-    def _credit(self, task: tuple) -> list[tuple[Tensor, Tensor]]:
-        """Coordinates and slopes of the weights of some units of one kind, tensor by tensor."""
-        s, kind, held, units, loss, reach, samples = task
-        rows, first = units.rows, units.signs[0]
+    def _slopes(self, task: tuple) -> list[tuple[Tensor, Tensor]]:
+        """Coordinates and slopes of the weights of some nodes of one kind, tensor by tensor."""
+        s, kind, held, nodes, loss, reach, samples = task
+        rows, first = nodes.rows, nodes.signs[0]
         if reach is None:
             first = rows.scored(first[..., None])[..., 0]  # (B, k, S)
-        units = replace(units, signs=(first, *units.signs[1:]))
-        entry = kind.enter(units)
-        losses = entry[0] if isinstance(units.stage, Head) else self._behind(rows, s, entry)
+        nodes = replace(nodes, signs=(first, *nodes.signs[1:]))
+        entry = kind.enter(nodes)
+        losses = entry[0] if isinstance(nodes.stage, Head) else self._behind(rows, s, entry)
         change = losses - loss[:, None]  # (B, k, S)
         if reach is not None:
             change = change @ reach  # (B, k, T)
-        credit = change * first / (units.step * samples)[:, None]
+        credit = change * first / (nodes.step * samples)[:, None]
         found = []
         for name, number in held.items():
-            places, slopes = kind.slopes(units, name, credit)
+            places, slopes = kind.slopes(nodes, name, credit)
             start = self.coordinates.ends[number] - self.coordinates.parameters[number].numel()
             found.append((start + places, slopes.double()))
         return found

@@ -32,8 +32,8 @@ from torch import Tensor
 from data.sequences import IGNORE
 from polls.generic import WILD, GenericPolls, Incumbent, check_block, check_scales
 from polls.stages import Attention, Embedding, FeedForward, Head, Moves, Rank1, Rows
-from run.cpu import one_thread
-from search.closure import Coordinates
+from polls.threads import one_thread
+from search.coordinates import Coordinates
 from transformer import DecoderOnlyTransformer
 
 CHUNK_TOKENS = 4096  # tokens of all candidates at a time: large enough to hide the cost of calling an operator

@@ -4,7 +4,7 @@ python src/report.py diagnosis                                         the main 
 python src/report.py diagnosis experiment=z5 seed=1 --output z5.png    any options of src/train.py
 
 Draws the figure and prints, for each part of the model, what its polls cost and what the moves of its weights gained,
-and for polls of units the cosine of the slopes that they sample with the gradient of the same batch.
+and for polls of nodes the cosine of the slopes that they sample with the gradient of the same batch.
 Gradients appear here and nowhere else beside a search: its slopes and moves are compared with them.
 """
 
@@ -121,7 +121,7 @@ def diagnose(overrides: list[str]) -> tuple[Diagnosis, pd.DataFrame]:
     datamodule = build_datamodule(cfg)
     task = build_task(cfg, datamodule)
     if not derivative_free(task.make_optimizer):
-        raise ValueError("only a pattern search can be looked at: optimizer=pattern_search or pattern_search_credit")
+        raise ValueError("only a pattern search can be looked at: optimizer=pattern_search or pattern_search_nodes")
     diagnosis, wanted = Diagnosis(), ("early_stopping", "progress")
     callbacks = [instantiate(cfg.callbacks[name]) for name in wanted if name in cfg.callbacks]
     quiet = dict(logger=False, enable_checkpointing=False)
@@ -131,7 +131,7 @@ def diagnose(overrides: list[str]) -> tuple[Diagnosis, pd.DataFrame]:
     with forward_only(task.model):
         closure = task.make_closure(batch)
         table = tabulate(diagnosis, poll_rates(closure, diagnosis))
-        if diagnosis.search.options["units_per_step"]:
+        if diagnosis.search.options["nodes_per_step"]:
             with torch.enable_grad():
                 gradient = torch.autograd.grad(task.loss(batch), diagnosis.parameters)
             table["cosine of samples"] = sample_cosines(closure, diagnosis, gradient)
@@ -139,9 +139,9 @@ def diagnose(overrides: list[str]) -> tuple[Diagnosis, pd.DataFrame]:
 
 
 def sample_cosines(closure: Any, diagnosis: Diagnosis, gradient: Sequence[Tensor]) -> dict[str, float]:
-    """Of the slopes that one evaluation a unit gives to each part, with the gradient of the same batch."""
-    steps = torch.full((closure.n_units,), diagnosis.search.param_groups[0]["radius"])
-    where, found = closure.credit(torch.arange(closure.n_units), steps, seeded(0, 0))
+    """Of the slopes that one evaluation a node gives to each part, with the gradient of the same batch."""
+    steps = torch.full((closure.n_nodes,), diagnosis.search.param_groups[0]["radius"])
+    where, found = closure.nodes(torch.arange(closure.n_nodes), steps, seeded(0, 0))
     slopes = torch.zeros(len(diagnosis.search.coordinates), dtype=torch.float64).index_put_((where,), found)
     by_part: dict[str, list[tuple[Tensor, Tensor]]] = {}
     pieces = zip(diagnosis.parts, slopes.split([g.numel() for g in gradient]), gradient, strict=True)

@@ -4,10 +4,7 @@ Called once at the start of a program; nobody has to set an environment variable
 """
 
 import ctypes
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -41,30 +38,3 @@ def keep_freed_memory() -> bool:
     settings = {M_MMAP_THRESHOLD: 1024 * MIB, M_TRIM_THRESHOLD: 1024 * MIB, M_TOP_PAD: 64 * MIB}
     taken = [mallopt(name, size) for name, size in settings.items()]
     return taken == [1, 1, 1]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread within an operation, so that the order of its sums does not depend on the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-_processes = 1  # that share the cores
-
-
-def share_cores(processes: int) -> None:
-    """Leave cores to as many processes like this one; -1 for one process a core."""
-    global _processes
-    _processes = processes if processes > 0 else sys.maxsize
-
-
-def available_cores() -> int:
-    """Cores for this process: its share of those it may use, which on a shared machine are fewer than it has."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, cores // _processes)

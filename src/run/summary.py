@@ -11,7 +11,7 @@ from rich.table import Table
 
 from data.sequences import SequenceDataModule
 from pattern_search_task import PatternSearchTask
-from run.cpu import available_cores
+from polls.threads import available_cores
 from run.progress import clock
 
 

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from polls.threads import share_cores
 from run.checkpoints import write
-from run.cpu import share_cores
 from run.resume import quoted
 from run.summary import shown
 

@@ -29,7 +29,7 @@ def initial_state() -> dict[str, Any]:
         "seconds": 0.0,  # spent in steps so far
         "polls": 0,  # passes over all directions begun so far, the current one included
         "cursor": 0,  # directions of the current pass that are done
-        "units": 0,  # units polled so far
+        "nodes": 0,  # nodes polled so far
         "improved": [],  # per group: any success in this pass?
         "stopped_by": None,  # which limit ended the search
     }

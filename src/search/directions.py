@@ -81,14 +81,14 @@ class Directions:
         return self._drawn[group][1:]
 
 
-def next_units(done: int, n_units: int, at_most: int, seed: int) -> Tensor:
-    """The units to poll after so many polls of units: the next of a random order of all, drawn anew for every pass.
+def next_nodes(done: int, n_nodes: int, at_most: int, seed: int) -> Tensor:
+    """The nodes to poll after so many polls of nodes: the next of a random order of all, drawn anew for every pass.
 
     A pass is shared out evenly among its steps.
     """
-    turn, start = divmod(done, n_units)
-    order = torch.randperm(n_units, generator=seeded(seed, turn))
-    left = n_units - start
+    turn, start = divmod(done, n_nodes)
+    order = torch.randperm(n_nodes, generator=seeded(seed, turn))
+    left = n_nodes - start
     return order[start : start + math.ceil(left / math.ceil(left / at_most))]
 
 

@@ -10,15 +10,15 @@ from config.did_you_mean import one_of
 def check_options(options: dict[str, Any]) -> None:
     """Raise a ValueError that names the option which is out of range, or lacks another one that it needs."""
     one_of("poll", options["poll"], ("opportunistic", "complete"))
-    units, share, seconds = (options[name] for name in ("units_per_step", "last_group_share", "max_seconds"))
+    nodes, share, seconds = (options[name] for name in ("nodes_per_step", "last_group_share", "max_seconds"))
     for name in ("polls_per_step", "max_evaluations"):
-        least = 0 if name == "polls_per_step" and units else 1
+        least = 0 if name == "polls_per_step" and nodes else 1
         if options[name] is not None and options[name] < least:
             raise ValueError(f"{name}={options[name]} must be at least {least}, or None (null in YAML) for no limit")
-    if units is not None and (units < 1 or not options["step_lengths"]):
+    if nodes is not None and (nodes < 1 or not options["step_lengths"]):
         raise ValueError(
-            f"units_per_step={units} must be at least 1 and needs step_lengths, the search step that uses the slopes "
-            "of units; or None (null in YAML) to poll no units"
+            f"nodes_per_step={nodes} must be at least 1 and needs step_lengths, the search step that uses the slopes "
+            "of nodes; or None (null in YAML) to poll no nodes"
         )
     if share is not None and not (0 < share < 1 and options["polls_per_step"]):
         raise ValueError(

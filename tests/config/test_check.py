@@ -156,7 +156,7 @@ def test_all_problems_are_found_at_once():
         ("pattern_search_train.yaml", "seed: 0", "sed: 0", "key sed is not known; did you mean seed?"),
         ("pattern_search_train.yaml", "variant: null", "varriant: null", "group varriant is not known; did you mean"),
         ("pattern_search_train.yaml", "radius: 0.05", "radius: -1", "task.pattern_search_radius=-1: radius=-1 must"),
-        ("optimizer/pattern_search_credit.yaml", "${seed}", "${sead}", "did you mean ${seed}?"),
+        ("optimizer/pattern_search_nodes.yaml", "${seed}", "${sead}", "did you mean ${seed}?"),
     ],
 )
 def test_mistakes_in_yaml_files_are_found(file, right, wrong, message, tmp_path, monkeypatch):

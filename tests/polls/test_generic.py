@@ -10,7 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from optimizer import PatternSearch
 from polls.generic import GenericPolls
-from search.closure import Coordinates, OneByOne
+from search.closure import OneByOne
+from search.coordinates import Coordinates
 
 
 def loss(outputs, batch):
@@ -156,7 +157,7 @@ def test_a_candidate_that_changes_nothing_is_exactly_as_good_as_the_incumbent(na
     module, coordinates, closure, _ = setup(*MODULES[name])
     linear = module[0] if name == "mlp" else module.layers.layers[0].linear1
     with torch.no_grad():
-        linear.bias[2] = -1e3  # a unit that never fires
+        linear.bias[2] = -1e3  # a node that never fires
     owner = [p is linear.weight for p in coordinates.parameters].index(True)
     row = coordinates.ends[owner] - linear.weight.numel() + torch.arange(2, 3) * linear.in_features
     losses = closure.poll(row + torch.arange(linear.in_features), torch.full((linear.in_features,), 0.5).double())

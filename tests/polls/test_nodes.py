@@ -1,4 +1,4 @@
-"""Slopes of units from the losses of single tokens: against a plain forward with hooks, and against autograd."""
+"""Slopes of nodes from the losses of single tokens: against a plain forward with hooks, and against autograd."""
 
 import copy
 
@@ -10,8 +10,8 @@ from test_structured import LAYOUTS, loss, make_batch, make_model
 from data.sequences import IGNORE
 from optimizer import PatternSearch
 from polls import node_kinds
-from polls.nodes import CreditPolls
-from search.closure import Coordinates
+from polls.nodes import NodePolls
+from search.coordinates import Coordinates
 from search.directions import seeded
 
 
@@ -19,7 +19,7 @@ def setup(layout="seq", **options):
     model = make_model(**options)
     coordinates = Coordinates(model.parameters())
     batch = make_batch(layout)
-    return model, coordinates, batch, CreditPolls(model, coordinates, loss).on(batch)
+    return model, coordinates, batch, NodePolls(model, coordinates, loss).on(batch)
 
 
 def gradient(model, batch):
@@ -32,12 +32,12 @@ def cosine(a, b):
 
 
 @pytest.mark.parametrize(("layout", "positions"), [("seq", "learned"), ("ragged", "rotary"), ("one", "none")])
-def test_samples_of_every_unit_average_to_the_gradient(layout, positions, monkeypatch):
+def test_samples_of_every_node_average_to_the_gradient(layout, positions, monkeypatch):
     monkeypatch.setattr(node_kinds, "FAINT", 0.0)  # without bias: every tie counts
     model, coordinates, batch, closure = setup(layout, positions=positions, dtype=torch.float64)
-    mean, units, samples = torch.zeros(len(coordinates), dtype=torch.float64), torch.arange(closure.n_units), 150
+    mean, nodes, samples = torch.zeros(len(coordinates), dtype=torch.float64), torch.arange(closure.n_nodes), 150
     for seed in range(samples):
-        where, slopes = closure.credit(units, torch.full((len(units),), 1e-3), seeded(seed, 0))
+        where, slopes = closure.nodes(nodes, torch.full((len(nodes),), 1e-3), seeded(seed, 0))
         assert len(where.unique()) == len(where)
         mean[where] += slopes / samples
     expected, start = gradient(model, batch), 0
@@ -48,9 +48,9 @@ def test_samples_of_every_unit_average_to_the_gradient(layout, positions, monkey
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_one_sample_of_a_unit_behind_the_last_attention_is_its_slope(layout):
+def test_one_sample_of_a_node_behind_the_last_attention_is_its_slope(layout):
     model, coordinates, batch, closure = setup(layout, dtype=torch.float64)
-    where, slopes = closure.credit(torch.arange(closure.n_units), torch.full((closure.n_units,), 1e-6), seeded(0, 0))
+    where, slopes = closure.nodes(torch.arange(closure.n_nodes), torch.full((closure.n_nodes,), 1e-6), seeded(0, 0))
     found = torch.zeros(len(coordinates), dtype=torch.float64)
     found[where] = slopes
     expected, start = gradient(model, batch), 0
@@ -90,19 +90,19 @@ def count_ties(ties):
         ("blocks.1.attention.key", "scores"),
     ],
 )
-def test_a_sample_is_what_the_plain_forward_gives_with_the_unit_moved_at_every_token(name, kind, monkeypatch):
-    """The readable reference: the unit is moved by a hook, one forward gives the losses of all tokens."""
+def test_a_sample_is_what_the_plain_forward_gives_with_the_node_moved_at_every_token(name, kind, monkeypatch):
+    """The readable reference: the node is moved by a hook, one forward gives the losses of all tokens."""
     model, coordinates, _, polls = setup(dtype=torch.float64)
     x = torch.randint(3, (5, 16), generator=torch.Generator().manual_seed(0)).unique(dim=0)
     batch = {"x": x, "y": torch.where(torch.arange(16) < 8, IGNORE, x.roll(1, 1))}
-    closure, unit, step, head, size = polls.on(batch), 3, 0.1, 0, 8
+    closure, node, step, head, size = polls.on(batch), 3, 0.1, 0, 8
     (rows,) = closure.rows
     order = [int((x == row).all(1).nonzero()) for row in rows.x]  # the closure sorts the rows
     batch = {key: value[order] for key, value in batch.items()}
     module, block = model.get_submodule(name), int(name.split(".")[1])
     number = next(n for n, p in enumerate(coordinates.parameters) if p is module.weight)
-    units = (closure.unit_parameter == number).nonzero().flatten()[[unit]]
-    where, slopes = closure.credit(units, torch.tensor([step]), seeded(7, 0))
+    nodes = (closure.node_parameter == number).nonzero().flatten()[[node]]
+    where, slopes = closure.nodes(nodes, torch.tensor([step]), seeded(7, 0))
     sign = torch.randint(2, (2, len(x), 1, 16), generator=seeded(7, 0))[:, :, 0] * 2.0 - 1  # (2, B, T)
     reads = []
 
@@ -111,7 +111,7 @@ def test_a_sample_is_what_the_plain_forward_gives_with_the_unit_moved_at_every_t
             reads.append(inputs[0])
             if kind == "output":
                 out = out.clone()
-                out[..., unit] += change
+                out[..., node] += change
             return out
 
         handle = module.register_forward_hook(move)
@@ -127,7 +127,7 @@ def test_a_sample_is_what_the_plain_forward_gives_with_the_unit_moved_at_every_t
     query, key, weights = plain.seen[block]
     if kind == "mixed":
         moved.mixed = torch.zeros(5, 2, 16, size, dtype=torch.float64)
-        moved.mixed[:, head, :, unit] = step * sign[0]
+        moved.mixed[:, head, :, node] = step * sign[0]
     elif kind == "scores":
         moved.scores = torch.zeros(5, 2, 16, 16, dtype=torch.float64)
         moved.scores[:, head] = step * sign[0][:, :, None] * sign[1][:, None]
@@ -151,7 +151,7 @@ def test_a_sample_is_what_the_plain_forward_gives_with_the_unit_moved_at_every_t
     elif kind == "mixed":
         expected, parameter = {"": torch.einsum("bqk,bkf,bq->f", weights[:, head], read, credit)}, {"": module.weight}
     elif module.weight.ndim == 1:  # a norm: its gain reads the normed component
-        normed = F.layer_norm(read, read.shape[-1:])[..., unit]
+        normed = F.layer_norm(read, read.shape[-1:])[..., node]
         expected, parameter = {"": (credit * normed).sum()[None]}, {"": module.weight}
     else:
         expected, parameter = {"": torch.einsum("bt,bti->i", credit, read)}, {"": module.weight}
@@ -161,40 +161,40 @@ def test_a_sample_is_what_the_plain_forward_gives_with_the_unit_moved_at_every_t
         n = next(n for n, p in enumerate(coordinates.parameters) if p is parameter[part])
         place = found[coordinates.ends[n] - coordinates.parameters[n].numel() : coordinates.ends[n]]
         place = place.view_as(parameter[part])[: size if kind == "scores" else None]
-        torch.testing.assert_close(place if kind == "scores" else place[unit].reshape(-1), value, atol=1e-9, rtol=1e-6)
+        torch.testing.assert_close(place if kind == "scores" else place[node].reshape(-1), value, atol=1e-9, rtol=1e-6)
     if getattr(module, "bias", None) is not None:
         bias = next(n for n, p in enumerate(coordinates.parameters) if p is module.bias)
-        slope = found[coordinates.ends[bias] - len(module.bias) + unit]
+        slope = found[coordinates.ends[bias] - len(module.bias) + node]
         torch.testing.assert_close(slope, credit.sum(), atol=1e-9, rtol=1e-6)
 
 
 def test_threads_and_rows_at_a_time_make_no_difference():
     model, coordinates, batch, closure = setup("ragged")
-    other = CreditPolls(model, coordinates, loss, threads=2).on(batch)
-    units = torch.randperm(closure.n_units)
-    steps = torch.full((len(units),), 0.05)
-    for a, b in zip(*(c.credit(units, steps, seeded(3, 0)) for c in (closure, other)), strict=True):
+    other = NodePolls(model, coordinates, loss, threads=2).on(batch)
+    nodes = torch.randperm(closure.n_nodes)
+    steps = torch.full((len(nodes),), 0.05)
+    for a, b in zip(*(c.nodes(nodes, steps, seeded(3, 0)) for c in (closure, other)), strict=True):
         assert torch.equal(a, b)
 
 
-def test_the_search_learns_from_units_alone_and_resumes_exactly():
+def test_the_search_learns_from_nodes_alone_and_resumes_exactly():
     model, _, batch, _ = setup()
     first = copy.deepcopy(model)
 
     def search(model, steps, state=None):
         optimizer = PatternSearch(
-            model.parameters(), radius=0.05, poll="complete", polls_per_step=0, one_sided=True, units_per_step=40,
+            model.parameters(), radius=0.05, poll="complete", polls_per_step=0, one_sided=True, nodes_per_step=40,
             step_lengths=[0.01, 0.005], fade=None, contraction=1.0,
         )  # fmt: skip
         if state:
             optimizer.load_state_dict(state)
-        closure = CreditPolls(model, optimizer.coordinates, loss).on(batch)
+        closure = NodePolls(model, optimizer.coordinates, loss).on(batch)
         for _ in range(steps):
             optimizer.step(closure)
         return optimizer
 
     whole = search(model, 12)
-    assert whole.evaluations <= 12 * 43  # the loss, the units, two step lengths; fewer where a pass over the units ends
+    assert whole.evaluations <= 12 * 43  # the loss, the nodes, two step lengths; fewer where a pass over the nodes ends
     with torch.no_grad():
         assert loss(model(batch["x"]), batch) < loss(first(batch["x"]), batch) - 0.01
     halves = search(first, 5)
@@ -204,22 +204,22 @@ def test_the_search_learns_from_units_alone_and_resumes_exactly():
         assert torch.equal(a, b)
 
 
-def test_a_pass_over_the_units_is_shared_out_evenly_and_polls_each_once():
+def test_a_pass_over_the_nodes_is_shared_out_evenly_and_polls_each_once():
     model, _, _, closure = setup()
-    n, polled = closure.n_units, []
-    optimizer = PatternSearch(model.parameters(), polls_per_step=0, units_per_step=n // 3 + 2, step_lengths=[0.01])
-    credit = closure.credit
-    closure.credit = lambda units, *args: polled.append(units.tolist()) or credit(units, *args)
+    n, polled = closure.n_nodes, []
+    optimizer = PatternSearch(model.parameters(), polls_per_step=0, nodes_per_step=n // 3 + 2, step_lengths=[0.01])
+    credit = closure.nodes
+    closure.nodes = lambda nodes, *args: polled.append(nodes.tolist()) or credit(nodes, *args)
     for _ in range(3):
         optimizer.step(closure)
     assert max(map(len, polled)) - min(map(len, polled)) <= 1
-    assert sorted(unit for units in polled for unit in units) == list(range(n))
+    assert sorted(node for nodes in polled for node in nodes) == list(range(n))
 
 
 @pytest.mark.parametrize("budget", [1, 5, 9, 10])
-def test_a_budget_is_never_exceeded_by_units(budget):
+def test_a_budget_is_never_exceeded_by_nodes(budget):
     model, _, _, closure = setup()
-    options = dict(polls_per_step=0, units_per_step=8, step_lengths=[0.01], max_evaluations=budget)
+    options = dict(polls_per_step=0, nodes_per_step=8, step_lengths=[0.01], max_evaluations=budget)
     optimizer = PatternSearch(model.parameters(), **options)
     for _ in range(3):
         optimizer.step(closure)
@@ -231,17 +231,17 @@ def test_frozen_tensors_get_no_slopes():
     model, _, batch, _ = setup()
     chosen = list(model.blocks[1].parameters())
     coordinates = Coordinates(chosen)
-    closure = CreditPolls(model, coordinates, loss).on(batch)
-    where, _ = closure.credit(torch.arange(closure.n_units), torch.full((closure.n_units,), 0.05), seeded(0, 0))
+    closure = NodePolls(model, coordinates, loss).on(batch)
+    where, _ = closure.nodes(torch.arange(closure.n_nodes), torch.full((closure.n_nodes,), 0.05), seeded(0, 0))
     assert sorted(where.tolist()) == list(range(len(coordinates)))
 
 
-def test_a_unit_out_of_range_and_a_closure_without_credit_are_refused():
+def test_a_node_out_of_range_and_a_closure_without_nodes_are_refused():
     model, _, batch, closure = setup()
-    with pytest.raises(IndexError, match=f"unit {closure.n_units} is out of range"):
-        closure.credit(torch.tensor([0, closure.n_units]), torch.ones(2), seeded(0, 0))
-    optimizer = PatternSearch(model.parameters(), polls_per_step=0, units_per_step=4, step_lengths=[0.01])
-    with pytest.raises(ValueError, match="answers `credit`"):
+    with pytest.raises(IndexError, match=f"node {closure.n_nodes} is out of range"):
+        closure.nodes(torch.tensor([0, closure.n_nodes]), torch.ones(2), seeded(0, 0))
+    optimizer = PatternSearch(model.parameters(), polls_per_step=0, nodes_per_step=4, step_lengths=[0.01])
+    with pytest.raises(ValueError, match="answers `nodes`"):
         optimizer.step(lambda: loss(model(batch["x"]), batch))
     with pytest.raises(ValueError, match="needs step_lengths"):
-        PatternSearch(model.parameters(), units_per_step=4)
+        PatternSearch(model.parameters(), nodes_per_step=4)

@@ -17,7 +17,8 @@ from polls import structured
 from polls.generic import GenericPolls
 from polls.make import make_polls
 from polls.structured import StructuredPolls, part_sizes
-from search.closure import Coordinates, OneByOne
+from search.closure import OneByOne
+from search.coordinates import Coordinates
 from transformer import POSITIONS, DecoderOnlyTransformer
 
 MODELS = {
@@ -167,7 +168,7 @@ def test_a_search_takes_the_same_decisions(poll, positions):
 def test_a_weight_that_changes_nothing_is_exactly_as_good_as_the_incumbent():
     model, coordinates, closure, _ = setup()
     with torch.no_grad():
-        model.blocks[0].ff.inner.bias[3] = -1e3  # a unit that never fires
+        model.blocks[0].ff.inner.bias[3] = -1e3  # a node that never fires
         model.token_embedding.weight[:, 0] = 0
     model.max_len = 16
     start = coordinates.ends[[p is model.blocks[0].ff.inner.weight for p in coordinates.parameters].index(True) - 1]
@@ -205,7 +206,7 @@ def test_a_change_of_the_stream_that_overflows_comes_out_as_in_the_plain_forward
     model, coordinates, closure, plain = setup()
     ff = model.blocks[1].ff
     with torch.no_grad():
-        ff.inner.bias[0], ff.outer.weight[:, 0] = 1e25, 0  # a huge unit that nothing reads yet
+        ff.inner.bias[0], ff.outer.weight[:, 0] = 1e25, 0  # a huge node that nothing reads yet
     owner = [p is ff.outer.weight for p in coordinates.parameters].index(True)
     chosen = coordinates.ends[owner] - ff.outer.weight.numel() + torch.arange(16) * ff.outer.in_features
     steps = torch.full((16,), 0.1, dtype=torch.float64)

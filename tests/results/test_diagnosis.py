@@ -48,7 +48,7 @@ def test_slopes_are_compared_by_their_age(seen):
     assert right[0] / count[0] > 0.6  # a fresh slope mostly points downhill
 
 
-def test_samples_of_units_are_compared_with_the_gradient():
+def test_samples_of_nodes_are_compared_with_the_gradient():
     options = ["experiment=z5", "trainer.max_steps=2", "callbacks=none", "task.parameters=[blocks,norm,head]"]
     _, table = diagnosis.diagnose(options)
     cosines = table["cosine of samples"]

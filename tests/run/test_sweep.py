@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from conftest import ROOT
-from run import cpu
+from polls import threads
 from run.sweep import read_jobs
 
 FAILING = """
@@ -58,7 +58,7 @@ def test_the_other_jobs_run_when_some_fail(launcher, tmp_path):
     assert f"report.py tables {sweep}" in out
     assert "Traceback" not in out
     if launcher == "joblib":
-        assert out.count(f"candidates on {max(1, cpu.available_cores() // 2)} thread(s)") == 4
+        assert out.count(f"candidates on {max(1, threads.available_cores() // 2)} thread(s)") == 4
 
 
 def test_ctrl_c_ends_the_whole_sweep_with_its_table_and_the_printed_command_goes_on(tmp_path):
@@ -101,7 +101,7 @@ def test_a_job_that_was_finished_before_counts_as_kept(tmp_path):
 
 @pytest.mark.parametrize(("processes", "cores"), [(1, 6), (2, 3), (4, 1), (-1, 1)])
 def test_processes_share_the_cores(processes, cores, monkeypatch):
-    monkeypatch.setattr(cpu, "_processes", 1)
-    monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    cpu.share_cores(processes)
-    assert cpu.available_cores() == cores
+    monkeypatch.setattr(threads, "_processes", 1)
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    threads.share_cores(processes)
+    assert threads.available_cores() == cores

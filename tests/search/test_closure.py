@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from search.closure import Coordinates, OneByOne, forward_only
+from search.closure import OneByOne, forward_only
+from search.coordinates import Coordinates
 
 
 @pytest.fixture

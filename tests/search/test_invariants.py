@@ -51,23 +51,23 @@ class Landscape:
 
 
 class Answering(OneByOne):
-    """Answers in blocks, and for units too: unit u is the parameter u with weights, and its slopes are random."""
+    """Answers in blocks, and for nodes too: node u is the parameter u with weights, and its slopes are random."""
 
     def __init__(self, closure, coordinates, block=1):
         super().__init__(closure, coordinates)
         self.block = block
-        self.unit_parameter = torch.tensor([i for i, p in enumerate(coordinates.parameters) if p.numel()])
-        self.n_units = len(self.unit_parameter)
+        self.node_parameter = torch.tensor([i for i, p in enumerate(coordinates.parameters) if p.numel()])
+        self.n_nodes = len(self.node_parameter)
 
     def __call__(self):
         return self.closure()
 
-    def credit(self, units, steps, signs):
-        assert len(units) == len(steps)
-        for _ in units:
+    def nodes(self, nodes, steps, signs):
+        assert len(nodes) == len(steps)
+        for _ in nodes:
             self.closure()
         owner = self.coordinates.owner(torch.arange(len(self.coordinates)))
-        coordinates = torch.isin(owner, self.unit_parameter[units]).nonzero().flatten()
+        coordinates = torch.isin(owner, self.node_parameter[nodes]).nonzero().flatten()
         return coordinates, torch.randn(len(coordinates), generator=signs)
 
 
@@ -115,7 +115,7 @@ def searches(draw, **fixed):
         "seed": draw(st.integers(0, 3)),
     }
     if options["step_lengths"] and draw(st.booleans()):
-        options |= {"units_per_step": draw(st.integers(1, 3)), "polls_per_step": draw(st.integers(0, n))}
+        options |= {"nodes_per_step": draw(st.integers(1, 3)), "polls_per_step": draw(st.integers(0, n))}
     return groups, options | fixed
 
 
@@ -262,7 +262,7 @@ def test_the_budget_of_seconds_is_looked_at_before_every_question(drawn_search, 
             assert search.stopped_by is None or landscape.calls >= budget
             step(search, landscape)
     assert search.stopped_by == "max_seconds"
-    largest = max(1, len(options["step_lengths"]), options.get("units_per_step") or 0)
+    largest = max(1, len(options["step_lengths"]), options.get("nodes_per_step") or 0)
     assert landscape.calls < budget + largest
 
 
