@@ -130,7 +130,7 @@ def diagnose(overrides: list[str]) -> tuple[Diagnosis, pd.DataFrame]:
     batch = next(iter(datamodule.train_dataloader()))
     with forward_only(task.model):
         closure = task.make_closure(batch)
-        table = tabulate(diagnosis, poll_rates(closure, diagnosis))
+        table = table_of_parts(diagnosis, poll_rates(closure, diagnosis))
         if diagnosis.search.options["nodes_per_step"]:
             with torch.enable_grad():
                 gradient = torch.autograd.grad(task.loss(batch), diagnosis.parameters)
@@ -169,7 +169,7 @@ def poll_rates(closure: Any, diagnosis: Diagnosis) -> dict[str, float]:
     return rates
 
 
-def tabulate(diagnosis: Diagnosis, rates: dict[str, float]) -> pd.DataFrame:
+def table_of_parts(diagnosis: Diagnosis, rates: dict[str, float]) -> pd.DataFrame:
     """A row a part: weights, candidates a second, share of the seconds of uniform polls, share of the decrease.
 
     `gain a second` is the second share over the first: 1 is what uniform polls get on the whole model.
@@ -184,7 +184,7 @@ def tabulate(diagnosis: Diagnosis, rates: dict[str, float]) -> pd.DataFrame:
     return table
 
 
-def draw(diagnosis: Diagnosis, table: pd.DataFrame, title: str) -> Figure:
+def draw_diagnosis(diagnosis: Diagnosis, table: pd.DataFrame, title: str) -> Figure:
     """Losses by step, decrease on the batch against decrease on all, age of slopes, and parts by time and cost."""
     sns.set_theme(style="whitegrid", context="notebook")
     figure = Figure(figsize=(13, 9), layout="constrained")
@@ -244,7 +244,7 @@ def main(arguments: list[str]) -> None:
     except ValueError as problem:
         refuse([str(problem)])
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    draw(diagnosis, table, " ".join(["python src/train.py", *args.overrides])).savefig(args.output, dpi=100)
+    draw_diagnosis(diagnosis, table, " ".join(["python src/train.py", *args.overrides])).savefig(args.output, dpi=100)
     formats = ["{:,.0f}".format] * 2 + ["{:.1%}".format] * 2 + ["{:.2f}".format] * (len(table.columns) - 4)
     print(table.to_string(formatters=formats))
     print(f"\nDrew {len(diagnosis.steps)} steps: {args.output}")
