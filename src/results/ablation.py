@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from results.runs import Run, RunError, finished_runs, readable
 
-LOOKS = {  # of a run that solved its task, and of one that did not
+LOOKS: dict[bool, dict[str, Any]] = {  # of a run that solved its task, and of one that did not
     True: dict(marker="o", markersize=6, alpha=0.8),
     False: dict(marker=">", markersize=7, markerfacecolor="none"),
 }

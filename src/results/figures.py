@@ -21,7 +21,10 @@ from matplotlib.lines import Line2D
 from results.runs import RunError, read_runs, read_wandb
 
 PANELS = {"loss": "loss, nats a token", "exact_match": "exact match"}
-SPLITS = {"train": dict(alpha=0.5, linewidth=0.8), "val": dict(marker="o", markersize=4, markeredgewidth=0)}
+SPLITS: dict[str, dict[str, Any]] = {
+    "train": dict(alpha=0.5, linewidth=0.8),
+    "val": dict(marker="o", markersize=4, markeredgewidth=0),
+}
 AXES = {"evaluations": "evaluations (a gradient step: one)", "seconds": "training seconds"}
 LABELS = ["model", "optimizer", "variant", "settings"]  # what colours and line styles tell apart
 STYLES = ["-", "--", ":", "-."]  # one for each round of the colours
@@ -118,7 +121,7 @@ def add_legend(figure: Figure, table: pd.DataFrame, looks: Mapping[str, dict]) -
         rows = int(figure.get_figheight() / 0.17)  # lines of small letters, 0.17 inches high
         columns = math.ceil(len(lines) / rows)
         figure.set_figwidth(figure.get_figwidth() + columns * (0.6 + 0.07 * longest))  # the panels keep their size
-        place = dict(loc="outside right upper", ncols=columns, fontsize="x-small")
+        place: dict[str, Any] = dict(loc="outside right upper", ncols=columns, fontsize="x-small")
     else:
         columns = int(9 * figure.get_figwidth() / (longest + 8))  # about 9 letters an inch, and 8 for a line
         place = dict(loc="outside upper center", ncols=max(1, min(columns, 4, len(lines))))
