@@ -3,7 +3,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: train test lint format clean
+.PHONY: train test lint types format clean
 
 train: .venv/installed
 	$(RUN) src/train.py --config-name=pattern_search_train $(ARGS)
@@ -11,9 +11,12 @@ train: .venv/installed
 test: .venv/installed
 	$(RUN) -m pytest $(ARGS)
 
-lint: .venv/installed
+lint: types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+types: .venv/installed
+	$(RUN) -m mypy
 
 format: .venv/installed
 	$(RUN) -m ruff check --fix .
@@ -26,4 +29,4 @@ format: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
