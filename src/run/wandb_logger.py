@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
@@ -40,13 +40,11 @@ def opened_loggers(cfg: DictConfig, interrupts: Interrupts) -> Iterator[list[Log
 
     All starts of a run have one W&B run, whose id its environment.json keeps. The next job of a sweep gets its own.
     """
-    before = {name: os.environ.get(name) for name in ("WANDB_RUN_ID", "WANDB_MODE")}
-    os.environ["WANDB_RUN_ID"] = starts(Path(cfg.output_dir))[-1]["wandb_id"]
+    mode, status = os.environ.get("WANDB_MODE"), "failed"
     loggers: list[Logger] = [MetricsTable(cfg.output_dir)]
-    status = "failed"
     try:
         if "_target_" in cfg.logger:
-            loggers.append(instantiate(cfg.logger))
+            loggers.append(instantiate(cfg.logger, **wandb_id(cfg)))
         for logger in loggers:
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
         yield loggers
@@ -55,10 +53,18 @@ def opened_loggers(cfg: DictConfig, interrupts: Interrupts) -> Iterator[list[Log
             logger.finalize(status)
     finally:
         finish_wandb(loggers, exit_code=int(status != "success"))
-        for name, value in before.items():
-            os.environ.pop(name, None)  # WandbLogger(offline=True) sets the mode of the whole process
-            if value is not None:
-                os.environ[name] = value
+        os.environ.pop("WANDB_MODE", None)  # WandbLogger(offline=True) sets it for the whole process
+        if mode is not None:
+            os.environ["WANDB_MODE"] = mode
+
+
+def wandb_id(cfg: DictConfig) -> dict[str, str]:
+    """The id for a W&B logger whose config has none; nothing for other loggers."""
+    target = get_object(cfg.logger["_target_"])
+    given = cfg.logger.get("id") or cfg.logger.get("version")
+    if given or not (isinstance(target, type) and issubclass(target, WandbLogger)):
+        return {}
+    return {"id": starts(Path(cfg.output_dir))[-1]["wandb_id"]}
 
 
 def finish_wandb(loggers: Sequence[Logger], exit_code: int) -> None:
