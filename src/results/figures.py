@@ -44,7 +44,9 @@ def draw_runs(table: pd.DataFrame) -> Figure:
     Raises:
         RunError: there is nothing to draw yet.
     """
-    table = table.assign(split=table.metric.str.partition("/")[0], panel=table.metric.str.partition("/")[2])
+    split = table.metric.map(lambda name: name.partition("/")[0])
+    panel = table.metric.map(lambda name: name.partition("/")[2])
+    table = table.assign(split=split, panel=panel)
     table = table[table.split.isin(SPLITS) & table.panel.isin(PANELS)]
     if table.empty:
         raise RunError("no metrics yet in these runs")
@@ -151,7 +153,7 @@ def draw_accuracy(table: pd.DataFrame) -> Figure:
         raise RunError("none of these runs has been tested yet")
     rows = rows.assign(label=label_runs(rows, ["task", *LABELS]))
     sns.set_theme(style="whitegrid", context="notebook")
-    figure = Figure(figsize=(9, 1.4 + 0.45 * rows.label.nunique()), layout="constrained")
+    figure = Figure(figsize=(9, 1.2 + 0.36 * rows.label.nunique()), layout="constrained")
     panel = figure.subplots()
     sns.stripplot(data=rows, y="label", x="value", hue="metric", dodge=True, size=6, ax=panel)
     panel.set(ylabel="", xlabel="held-out test", xlim=(-0.02, 1.02))

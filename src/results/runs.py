@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -153,9 +154,14 @@ def find_runs(*paths: str | Path) -> list[Run]:
         _ = run.summary  # a damaged one is found now
         return run
 
-    if not (runs := readable(sorted(found), read)):
+    if not (runs := readable(sorted(found, key=natural), read)):
         raise RunError(f"no run lies below {', '.join(map(str, paths))}")
     return runs
+
+
+def natural(path: Path) -> list[str | int]:
+    """A key that sorts job 2 before job 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
 
 
 def finished_runs(*paths: str | Path) -> list[Run]:

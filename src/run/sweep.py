@@ -22,7 +22,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -64,7 +64,7 @@ class Sweep(Callback):
         directory = Path(config.hydra.runtime.output_dir)
         (directory / "error.txt").unlink(missing_ok=True)
         if config.hydra.mode == RunMode.MULTIRUN:
-            begun = {"directory": str(directory), "override": list(config.hydra.overrides.task), "at": time.time()}
+            begun = {"directory": str(directory), "override": given(config)["task"], "at": time.time()}
             write(Path(config.hydra.sweep.dir, BEGUN, f"{config.hydra.job.num}.json"), json.dumps(begun))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
@@ -82,7 +82,12 @@ class Sweep(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         atexit.unregister(self.sum_up)
-        if any(job.status not in ("done", "kept") for job in self.sum_up(config, ended=True)):
+        try:
+            jobs = self.sum_up(config, ended=True)
+        except Exception:  # Hydra would make a warning of it, and end with exit code 0
+            traceback.print_exc()
+            sys.exit(1)
+        if any(job.status not in ("done", "kept") for job in jobs):
             sys.exit(1)
 
     def sum_up(self, config: DictConfig, ended: bool = False) -> list[Job]:
@@ -175,14 +180,19 @@ def closing_lines(directory: Path, jobs: list[Job], config: DictConfig, ended: b
     return lines
 
 
+def given(config: DictConfig) -> dict[str, list[str]]:
+    """The overrides of the command as they were typed: of Hydra (hydra), and all others (task)."""
+    overrides: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)
+    return {name: overrides[name] for name in ("hydra", "task")}
+
+
 def command(config: DictConfig, directory: Path) -> str:
     """The command that runs what is missing of a sweep."""
     from run.resume import quoted  # only here: it needs torch
 
     own = ("hydra.sweep.dir=", "resume=")
-    given = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
-    given = [o for o in given if not o.startswith(own) and o != "hydra.mode=MULTIRUN"]
+    overrides = [o for of in given(config).values() for o in of if not o.startswith(own) and o != "hydra.mode=MULTIRUN"]
     name = [f"--config-name={config.hydra.job.config_name}"]
     resume = ["resume=auto"] * ("resume" in config)
     place = f"hydra.sweep.dir={quoted(typed(directory))}"
-    return shlex.join(["python", sys.argv[0], "-m", *name, *given, place, *resume])
+    return shlex.join(["python", sys.argv[0], "-m", *name, *overrides, place, *resume])
