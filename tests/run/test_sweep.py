@@ -102,12 +102,12 @@ def test_jobs_are_found_wherever_they_lie_and_those_finished_before_count_as_kep
         (run / "summary.json").write_text(json.dumps(summary))
     os.utime(tmp_path / "a/b/2" / "summary.json", (0, 0))
     jobs = read_jobs(tmp_path, "test/loss")
-    assert [job.job for job in jobs] == ["1", "a/b/2", "10"]
-    assert [job.status for job in jobs] == ["interrupted", "kept", "done"]
-    assert [job.override for job in jobs] == ["seed=1", "seed=a/b/2", "seed=10"]
-    assert [job.metric for job in jobs] == [0.5] * 3
+    assert [job["job"] for job in jobs] == ["1", "a/b/2", "10"]
+    assert [job["status"] for job in jobs] == ["interrupted", "kept", "done"]
+    assert [job["override"] for job in jobs] == ["seed=1", "seed=a/b/2", "seed=10"]
+    assert [job["test/loss"] for job in jobs] == [0.5] * 3
     (tmp_path / "10" / "summary.json").write_text('{"test"')
-    assert read_jobs(tmp_path, "test/loss")[2].status == "interrupted"
+    assert read_jobs(tmp_path, "test/loss")[2]["status"] == "interrupted"
 
 
 @pytest.mark.parametrize(("processes", "cores"), [(1, 6), (2, 3), (4, 1), (-1, 1)])
