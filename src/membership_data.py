@@ -24,6 +24,11 @@ N_HELD_OUT = 1000  # rows of validation and of each test set, at most
 Draw = Callable[[bool, int, np.random.Generator], np.ndarray]  # (member, n, rng) -> n rows
 
 
+def draw_of_label(draw: Draw, member: bool, rng: np.random.Generator, n: int) -> np.ndarray:
+    """The rows of one label, with the arguments that `split_by_hash` gives."""
+    return draw(member, n, rng)
+
+
 def draw_sets(universe: int, sizes: Sequence[int], member: bool, n: int, rng: np.random.Generator) -> np.ndarray:
     """n sets with a query in (or not in) each: the sorted set, filled up with `universe`, then the query.
 
@@ -150,7 +155,7 @@ class MembershipDataModule(SequenceDataModule):
         for member, n in ((False, self.n_samples // 2), (True, self.n_samples - self.n_samples // 2)):
             sizes = {"train": n, "val": held_out, "test": held_out}
             try:
-                by_label.append(split_by_hash(lambda rng, n, member=member: draw(member, n, rng), sizes, self.seed))
+                by_label.append(split_by_hash(partial(draw_of_label, draw, member), sizes, self.seed))
             except ValueError as error:
                 size = f"universe={self.universe}" if self.language == "sets" else f"length={self.length}"
                 where = f"datamodule.{size} is too small for datamodule.language={self.language}"

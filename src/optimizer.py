@@ -1,29 +1,38 @@
 """PatternSearch: direct search on signed coordinates, as a torch optimizer.
 
-It knows parameters and losses, and nothing of Lightning, models or tasks. What it may ask of a
-closure stands in `search/closure.py`.
+It knows parameters and losses, and nothing of Lightning, models or tasks. What it may ask of a closure stands in
+`search/closure.py`, what all optimizers of its kind have in `search/base.py`, its parts in `search/poll.py`,
+`search/node_polls.py` and `search/search_step.py`.
 """
 
-import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from search.budget import Budget, StepReport, initial_state
-from search.closure import Candidates, OneByOne
-from search.coordinates import Coordinates
-from search.directions import Directions, next_nodes, seeded
+from search.base import LossOnlyOptimizer
+from search.budget import Evaluator
+from search.directions import Directions
+from search.node_polls import poll_nodes
 from search.options import check_group, check_options, check_shares
+from search.poll import Move, Poll
+from search.search_step import search_step
 from search.slopes import SlopeMemory
 
-Move = tuple[Tensor, Tensor, Tensor]  # loss there, coordinates, steps
-MAX_BLOCK = 1024  # directions drawn up at a time: memory stays bounded, budgets are looked at in between
+if TYPE_CHECKING:
+    from polls.make import FastPolls
+
+RECOMMENDED: dict[str, Any] = dict(  # where configs/optimizer/pattern_search.yaml differs from the defaults
+    radius=0.05, poll="complete", polls_per_step=192, last_group_share=0.97, one_sided=True,
+    step_lengths=[0.014, 0.007, 0.0035], join_improving=True, contraction=1.0,
+)  # fmt: skip
 
 
-class PatternSearch(torch.optim.Optimizer):
+class PatternSearch(LossOnlyOptimizer):
     """Pattern search: direct search by polling signed coordinates, with a search step along remembered slopes.
 
     1. The loss of the incumbent is taken on the batch at hand. Losses of different batches are never
@@ -55,9 +64,8 @@ class PatternSearch(torch.optim.Optimizer):
     next batch, where this one left off.
 
     Args:
-        params: parameters or parameter groups; every group may set radius, contraction,
-            expansion, min_radius and max_radius for itself. All their weights are searched, whatever
-            `requires_grad` says, since no gradient is needed: to keep a weight, leave it out.
+        params: parameters or parameter groups; every group may set radius, contraction, expansion, min_radius and
+            max_radius for itself. Weights with `requires_grad=False` are left alone.
         radius: initial poll radius (mesh size), in units of the weights.
         poll: "opportunistic" or "complete".
         polls_per_step: directions polled in a step at the most; None for the whole pass.
@@ -95,13 +103,12 @@ class PatternSearch(torch.optim.Optimizer):
         >>> search.stopped_by, w.tolist()
         ('min_radius', [0.0, 0.0])
 
-    The closure is called without gradients and must return the same loss for the same weights
-    throughout a step: evaluate the module in eval mode (`search.closure.forward_only`). If it also
-    answers `poll` (see `search/closure.py`), candidates are asked for many at a time, and the search
-    takes the same decisions.
+    A closure that answers `poll` (see `search/closure.py`) is asked for many candidates at a time; the decisions are
+    the same. `PatternSearch.recommended(model, loss)` makes the search of configs/optimizer/pattern_search.yaml, with
+    such closures, for any module.
     """
 
-    derivative_free = True  # tells a training loop to call step(closure) and to leave backward out
+    _polls: "FastPolls | None" = None  # of a recommended search
 
     def __init__(
         self,
@@ -127,265 +134,176 @@ class PatternSearch(torch.optim.Optimizer):
         nodes_per_step: int | None = None,
         seed: int = 0,
     ):
-        self.options = dict(poll=poll, polls_per_step=polls_per_step, last_group_share=last_group_share, seed=seed)
+        self.options: dict[str, Any] = dict(poll=poll, polls_per_step=polls_per_step, last_group_share=last_group_share)
         self.options |= dict(one_sided=one_sided, nodes_per_step=nodes_per_step, step_lengths=list(step_lengths))
         self.options |= dict(join_improving=join_improving, half_after=half_after)
         self.options |= dict(memory=memory, scale_memory=scale_memory, fade=fade)
-        self.options |= dict(max_evaluations=max_evaluations, max_seconds=max_seconds, target_loss=target_loss)
         check_options(self.options)
-        group_defaults = dict(radius=radius, contraction=contraction, expansion=expansion)
-        super().__init__(params, group_defaults | dict(min_radius=min_radius, max_radius=max_radius))
-        self.state["slopes"] = {}  # filled by the first step that remembers slopes
-        self.state["search"] = initial_state()  # torch saves and loads keys that are no parameters as they are
-        self.report = StepReport()
-        if not len(self.coordinates):
-            raise ValueError("there are no weights to search: all parameters given are empty")
+        of_groups = dict(radius=radius, contraction=contraction, expansion=expansion)
+        of_groups |= dict(min_radius=min_radius, max_radius=max_radius)
+        super().__init__(params, of_groups, seed, max_evaluations, max_seconds, target_loss)
+        self.saved.update(passes=0, cursor=0, improved=[], nodes=0)  # see `Poll`, `take_step` and `poll_nodes`
+        self.state["slopes"] = {}  # type: ignore[index]  # filled by the first step that remembers slopes
         if polls_per_step is not None and polls_per_step > len(self.directions):
             raise ValueError(
                 f"polls_per_step={polls_per_step} is more than the {len(self.directions)} directions of "
                 f"{len(self.coordinates)} weights; use None (null in YAML) for all of them"
             )
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        check_group(group)
-        self._coordinates = self._directions = None  # both follow the groups
-        if "search" in self.state:  # it has begun: the pass and the slopes are of the directions there were
-            self.state["search"]["cursor"] = 0
-            self.state["slopes"].clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"options": self.options, "report": self.report}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._coordinates = self._directions = None
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(copy.deepcopy(state_dict))  # torch would share what this search changes in place
-
-    @property
-    def evaluations(self) -> int:
-        """Function evaluations so far: the losses that the search based its decisions on."""
-        return self.state["search"]["evaluations"]
-
-    @property
-    def stopped_by(self) -> str | None:
-        """The limit that ended the search, or None while it goes on."""
-        return self.state["search"]["stopped_by"]
-
-    def look_at_limits(self) -> None:
-        """Take back that a limit ended the search, if it no longer would: a loaded search has the limits given here."""
-        self._budget = Budget(self.options, self.state["search"], self.report)
-        self.state["search"]["stopped_by"] = self._limit_reached()
-
-    def _limit_reached(self) -> str | None:
-        return self._budget.exhausted_by(self.param_groups)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor], candidates: Candidates | None = None) -> float:
-        """Poll on the batch behind `closure`; returns the incumbent's loss at the end of the step.
-
-        Args:
-            closure: returns the loss at the current weights.
-            candidates: answers `poll`; by default the closure itself if it has such a method, else
-                `OneByOne`. (Lightning hides the closure's own methods, so it passes them here.)
-        """
-        search, report = self.state["search"], StepReport()
-        self.report = report
-        if search["stopped_by"] is not None:
-            return report.loss_after
-        if candidates is None:
-            candidates = closure if hasattr(closure, "poll") else OneByOne(closure, self.coordinates)
-        self._budget = Budget(self.options, search, report)
-        if (half_after := self.options["half_after"]) is not None:
-            report.shortened = 1 / (1 + search["evaluations"] / half_after)
-        report.loss_before = report.loss_after = float(closure())
-        self._budget.spend(1)
-
-        if search["cursor"] == 0:  # a new pass over all directions begins
-            search["polls"] += 1
-            search["improved"] = [False] * len(self.param_groups)
-        polls = self.options["polls_per_step"]
-        end = len(self.directions) if polls is None else min(len(self.directions), search["cursor"] + polls)
-        report.to_poll = end - search["cursor"]
-        if self.slopes:
-            self.slopes.age()
-        if self.options["nodes_per_step"] and self._limit_reached() is None:
-            self._poll_nodes(candidates)
-
-        if self.options["poll"] == "opportunistic":
-            self._poll_opportunistic(candidates, end)
-            best, improving = None, []
+    def take_step(self, evaluate: Evaluator) -> None:
+        """Steps 2 to 5 of the class's description."""
+        options, slopes = self.options, self.slopes
+        best: Move | None = None
+        improving: list[Move] = []
+        if self.saved["cursor"] == 0:
+            self.saved["improved"] = [False] * len(self.param_groups)
+        poll = Poll(self.directions, slopes, self._radius_of, self.saved, self.report, options["polls_per_step"])
+        if slopes is not None:
+            slopes.age()
+            if options["nodes_per_step"] and self.limit() is None:
+                radius_of = partial(self.by_group, option="radius")
+                poll_nodes(evaluate, slopes, radius_of, self.saved, options["nodes_per_step"], self.seed)
+        if options["poll"] == "opportunistic":
+            poll.opportunistic(evaluate, self._accept)
         else:
-            best, improving = self._poll_complete(candidates, end)
-        if self.options["step_lengths"]:
-            best = self._search(candidates, best, improving if self.options["join_improving"] else [])
+            best, improving = poll.complete(evaluate)
+        if slopes is not None and options["step_lengths"]:
+            joined = improving if options["join_improving"] else []
+            to_beat = self.report.loss_after if best is None else float(best.loss)
+            found = search_step(evaluate, slopes.direction, joined, options["step_lengths"], self.shortened, to_beat)
+            self.report.search_accepted = found is not None
+            best = found or best
         if best is not None:
-            self._accept(*best)
-
-        if search["cursor"] == len(self.directions):
-            search["cursor"] = 0
+            self._accept(best)
+        if self.saved["cursor"] == len(self.directions):
+            self.saved["cursor"] = 0
             self._update_radii()
-        search["stopped_by"] = self._limit_reached()
-        return report.loss_after
 
-    def _poll_opportunistic(self, candidates: Candidates, end: int) -> None:
-        """Poll the directions up to `end`; move to each that improves, and go on from there."""
-        search, report = self.state["search"], self.report
-        while search["cursor"] < end and self._limit_reached() is None:
-            start, ahead = search["cursor"], 1
-            coordinates, steps = self._take(start, min(end, start + MAX_BLOCK))
-            while (done := search["cursor"] - start) < len(coordinates) and self._limit_reached() is None:
-                asked = slice(done, done + self._budget.affordable(min(ahead, candidates.block)))
-                losses = candidates.poll(coordinates[asked], steps[asked])
-                better = _improves(losses, report.loss_after).nonzero().flatten().tolist()
-                # what lies behind the first success was asked for too early: it is asked for again, and not counted
-                used = better[0] + 1 if better else len(losses)
-                ahead = 1 if better else 2 * ahead  # so ask for few where successes are frequent
-                self._budget.spend(used)
-                self._advance(used, end)
-                self._learn(coordinates[done : done + used], steps[done : done + used], losses[:used])
-                if better:
-                    k = done + used - 1
-                    self._accept(losses[used - 1], coordinates[k : k + 1], steps[k : k + 1])
-                    if search["cursor"] % 2 and not self.options["one_sided"]:  # + succeeded: - would only lead back
-                        self._advance(1, end)
+    def _accept(self, move: Move) -> None:
+        self.accept(move.loss, move.coordinates, move.changes)
+        moved = self.coordinates.owner(move.coordinates).unique()
+        for group in self.group_of[moved].unique().tolist():
+            self.saved["improved"][group] = True
 
-    def _poll_complete(self, candidates: Candidates, end: int) -> tuple[Move | None, list[Move]]:
-        """Poll the directions up to `end` at the same incumbent; the best move that improves on it, and all of them."""
-        search, best_loss, best, improving = self.state["search"], self.report.loss_after, None, []
-        while search["cursor"] < end and self._limit_reached() is None:
-            size = self._budget.affordable(min(candidates.block, MAX_BLOCK, end - search["cursor"]))
-            coordinates, steps = self._take(search["cursor"], search["cursor"] + size)
-            losses = candidates.poll(coordinates, steps)
-            self._budget.spend(size)
-            self._advance(size, end)
-            self._learn(coordinates, steps, losses)
-            k = _lowest(losses)
-            if _improves(losses[k], best_loss):
-                best_loss, best = float(losses[k]), (losses[k], coordinates[k : k + 1], steps[k : k + 1])
-            better = _improves(losses, self.report.loss_after)
-            improving.append((losses[better], coordinates[better], steps[better]))
-        return best, improving
+    def _update_radii(self) -> None:
+        for group, improved in zip(self.param_groups, self.saved["improved"], strict=True):
+            if not improved:
+                group["radius"] *= group["contraction"]
+            elif group["radius"] < group["max_radius"]:
+                group["radius"] = min(group["radius"] * group["expansion"], group["max_radius"])
 
-    def _poll_nodes(self, candidates: Candidates) -> None:
-        """Poll the next nodes of a random order of all: each tells the slopes of all its weights."""
-        if not hasattr(candidates, "nodes"):
-            raise ValueError(
-                "nodes_per_step needs a closure that answers `nodes`; `polls.nodes.NodePolls` does for a "
-                "DecoderOnlyTransformer (task.fast_polls=true on a CPU); else use nodes_per_step=None (null in YAML)"
-            )
-        done, seed = self.state["search"]["nodes"], self.options["seed"]
-        nodes = next_nodes(done, candidates.n_nodes, self.options["nodes_per_step"], seed)
-        nodes = nodes[: self._budget.affordable(len(nodes))]
-        steps = self._radii(candidates.node_parameter[nodes])
-        coordinates, slopes = candidates.nodes(nodes, steps, seeded(seed, done))
-        self.state["search"]["nodes"] += len(nodes)
-        self._budget.spend(len(nodes))
-        self.slopes.learn(coordinates, slopes)
+    def _radius_of(self, coordinates: Tensor) -> Tensor:
+        return self.by_group(self.coordinates.owner(coordinates), "radius")
 
-    def _search(self, candidates: Candidates, best: Move | None, joined: list[Move]) -> Move | None:
-        """Try all remembered slopes and the `joined` moves together, at every step length; the best, or `best`."""
-        lengths, coordinates = self.options["step_lengths"], torch.arange(len(self.coordinates))
-        move = lengths[0] * self.slopes.direction
-        for _, where, steps in joined:
-            move.index_add_(0, where, steps.to(move))
-        move *= self.report.shortened
-        if not move.any() or self._limit_reached() is not None:
-            return best
-        scales = torch.tensor(lengths[: self._budget.affordable(len(lengths))], dtype=move.dtype) / lengths[0]
-        losses = candidates.trial(coordinates, move, scales)
-        self._budget.spend(len(scales))
-        k = _lowest(losses)
-        if not _improves(losses[k], float(best[0]) if best is not None else self.report.loss_after):
-            return best
-        self.report.search_accepted = True
-        return losses[k], coordinates, scales[k] * move
-
-    def _accept(self, loss: Tensor, coordinates: Tensor, steps: Tensor) -> None:
-        """Move the weights at the coordinates, and make this the incumbent."""
-        if len(coordinates) == 1:
-            self.coordinates.move_one(int(coordinates), float(steps))
-        else:
-            self.coordinates.move(coordinates, steps)
-        moved = self.coordinates.owner(coordinates).bincount(minlength=len(self.coordinates.parameters)).tolist()
-        for group, weights in zip(self._group_of_parameter, moved, strict=True):
-            self.state["search"]["improved"][group] |= weights > 0
-        self.report.loss_after = float(loss)
-        self.report.accepted += 1
-
-    # --- the slopes that polls give ---
+    # --- what it follows from: the slopes so far, the directions of its weights ---
 
     @property
     def slopes(self) -> SlopeMemory | None:
         """The remembered slopes, if any option needs them."""
         if not (self.options["step_lengths"] or self.options["one_sided"]):
             return None
-        p = self.coordinates.parameters[0]
-        dtype = p.dtype if p.dtype == torch.float64 else torch.float32
-        memory = {name: self.options[name] for name in ("memory", "scale_memory", "fade")}
-        if memory["fade"] is not None:
-            memory["fade"] /= self.report.shortened  # shorter moves: slopes stay true for longer
-        return SlopeMemory(self.state["slopes"], len(self.coordinates), dtype, **memory)
-
-    def _learn(self, coordinates: Tensor, steps: Tensor, losses: Tensor) -> None:
-        if self.slopes:
-            self.slopes.learn_polls(coordinates, (losses - self.report.loss_after) / steps)
-
-    def _advance(self, directions: int, end: int) -> None:
-        cursor = min(self.state["search"]["cursor"] + directions, end)
-        self.report.polled += cursor - self.state["search"]["cursor"]
-        self.state["search"]["cursor"] = cursor
-
-    def _update_radii(self) -> None:
-        for group, improved in zip(self.param_groups, self.state["search"]["improved"], strict=True):
-            if not improved:
-                group["radius"] *= group["contraction"]
-            elif group["radius"] < group["max_radius"]:
-                group["radius"] = min(group["radius"] * group["expansion"], group["max_radius"])
-
-    # --- coordinates and directions ---
+        dtype = self.coordinates.parameters[0].dtype
+        dtype = dtype if dtype == torch.float64 else torch.float32
+        fade = self.options["fade"]
+        fade = None if fade is None else fade / self.shortened  # shorter moves: slopes stay true for longer
+        memory, scale_memory = self.options["memory"], self.options["scale_memory"]
+        return SlopeMemory(self.state["slopes"], len(self.coordinates), dtype, memory, scale_memory, fade)  # type: ignore[index]
 
     @property
-    def coordinates(self) -> Coordinates:
-        """The numbering of all weights of all groups, in order."""
-        if self._coordinates is None:
-            self._coordinates = Coordinates(p for group in self.param_groups for p in group["params"])
-        return self._coordinates
+    def shortened(self) -> float:
+        """Length of the search step's moves in this step, as a part of what it was at first."""
+        half_after = self.options["half_after"]
+        before = self.evaluations - self.report.evaluations  # this step
+        return 1.0 if half_after is None else 1 / (1 + before / half_after)
+
+    def number_weights(self) -> None:
+        """Number the weights, and draw up the directions: two for every weight, or one if one side only is polled."""
+        super().number_weights()
+        sizes = [0] * len(self.param_groups)
+        for group, p in zip(self.group_of.tolist(), self.coordinates.parameters, strict=True):
+            sizes[group] += p.numel()
+        share, one_sided = self.options["last_group_share"], self.options["one_sided"]
+        self.directions = Directions([size for size in sizes if size], share, one_sided, self.seed)
+        check_shares(self.options, self.directions.sizes.tolist(), self.directions.shares.tolist())
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        check_group(self.param_groups[-1])
+        if "slopes" in self.state:  # it has begun: the pass and the slopes are of the directions there were
+            self.saved["cursor"] = 0
+            self.state["slopes"].clear()  # type: ignore[index]
+
+    @classmethod
+    def recommended(
+        cls, model: nn.Module, loss: Callable[[Any, Any], Tensor] | None = None, **options: Any
+    ) -> "PatternSearch":
+        """The search that does best by default, over all weights of a model: its groups, its constants, fast polls.
+
+        Args:
+            model: any module.
+            loss: (outputs of the model, batch) -> scalar loss. With it, `polls.on(batch)` is a closure that evaluates
+                many candidates in one pass; a batch is a dict whose "x" the model takes.
+            options: instead of the recommended ones.
+
+        Example:
+            >>> import torch
+            >>> model, x = torch.nn.Linear(4, 1), torch.randn(64, 4)
+            >>> batch = {"x": x, "y": x.sum(1, keepdim=True)}
+            >>> search = PatternSearch.recommended(model, lambda out, batch: (out - batch["y"]).square().mean())
+            >>> losses = [search.step(search.polls.on(batch)) for _ in range(300)]
+            >>> losses[-1] < 0.01 * losses[0]
+            True
+        """
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        groups = cls.parameter_groups(model, parameters, **RECOMMENDED | options)
+        sizes = [sum(p.numel() for p in group["params"]) for group in groups] if groups is not parameters else []
+        # no step polls a weight of a small model twice
+        fewest = min(sizes) - 2 if sizes else sum(p.numel() for p in parameters)
+        few = dict(polls_per_step=min(RECOMMENDED["polls_per_step"], fewest))
+        search = cls(groups, **RECOMMENDED | few | options)
+        if loss is not None:
+            from polls.make import make_polls  # here: a search itself knows nothing of models
+
+            search._polls = make_polls(model, search.coordinates, loss)
+        return search
 
     @property
-    def directions(self) -> Directions:
-        """The directions of a pass: two for every weight, or one if it is polled on one side only."""
-        if self._directions is None:
-            sizes = [len(Coordinates(group["params"])) for group in self.param_groups]
-            share, one_sided, seed = (self.options[name] for name in ("last_group_share", "one_sided", "seed"))
-            self._directions = Directions(sizes, share, one_sided, seed)
-            check_shares(self.options, self._directions.sizes.tolist(), self._directions.shares.tolist())
-        return self._directions
+    def polls(self) -> "FastPolls":
+        """The fast polls of a recommended search."""
+        if self._polls is None:
+            raise AttributeError("only PatternSearch.recommended(model, loss) makes the fast polls of a model")
+        return self._polls
 
-    def _take(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Directions start .. end of the pass: coordinates (end - start,) and signed steps (end - start,)."""
-        before = (self.state["search"]["polls"] - 1) * len(self.directions)  # polled in earlier passes
-        coordinates, signs = self.directions.take(before + start, before + end, self.slopes)
-        return coordinates, signs * self._radii(self.coordinates.owner(coordinates))
+    # --- the contract's questions ---
 
-    def _radii(self, parameters: Tensor) -> Tensor:
-        """(K,) numbers of parameters -> (K,) the radius of the group of each."""
-        radius = torch.tensor([group["radius"] for group in self.param_groups], dtype=torch.float64)
-        return radius[torch.tensor(self._group_of_parameter)[parameters]]
+    def converged(self) -> str | None:
+        return "min_radius" if all(group["radius"] < group["min_radius"] for group in self.param_groups) else None
+
+    def metrics(self) -> dict[str, float]:
+        radii = {f"radius_{i}" if i else "radius": group["radius"] for i, group in enumerate(self.param_groups)}
+        return super().metrics() | {"search_accepted": float(self.report.search_accepted or False)} | radii
+
+    def status(self) -> list[str]:
+        radii = dict.fromkeys(f"{group['radius']:.3g}" for group in self.param_groups)  # equal ones once
+        return [f"radius {'/'.join(radii)}"]
+
+    def shape(self) -> dict[str, int]:
+        return super().shape() | {"directions": len(self.directions)}
 
     @property
-    def _group_of_parameter(self) -> list[int]:
-        return [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
+    def needs_nodes(self) -> bool:
+        return bool(self.options["nodes_per_step"])
 
+    @classmethod
+    def parameter_groups(cls, model: nn.Module, parameters: Sequence[nn.Parameter], **options: Any) -> Any:
+        """With `last_group_share`: what comes before the last of `model.blocks`, and the rest; else one group.
 
-def _improves(losses: Tensor, loss: float) -> Tensor:
-    """Strictly lower, and finite. Any finite loss improves on an incumbent whose loss is not finite."""
-    incumbent = loss if math.isfinite(loss) else math.inf
-    return torch.isfinite(losses) & (losses < incumbent)
-
-
-def _lowest(losses: Tensor) -> int:
-    return int(torch.where(torch.isfinite(losses), losses, math.inf).argmin())
+        And one for a model with fewer than two blocks: there all polls cost about the same.
+        """
+        blocks = list(getattr(model, "blocks", ()))
+        if options.get("last_group_share") is None or len(blocks) < 2:
+            return parameters
+        first = id(next(blocks[-1].parameters()))
+        before = set(takewhile(lambda number: number != first, map(id, model.parameters())))
+        groups = [p for p in parameters if id(p) in before], [p for p in parameters if id(p) not in before]
+        return [{"params": group} for group in groups if group]

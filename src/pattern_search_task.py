@@ -1,24 +1,27 @@
 """PatternSearchTask: the one place where task, model and optimizer meet.
 
-One training step is one optimizer step on one batch. A derivative-free optimizer gets a closure and
+One training step is one optimizer step on one batch. An optimizer that needs losses only gets a closure and
 does everything forward only (Lightning's manual optimization); a gradient optimizer is left to
 Lightning's automatic optimization. Loss, metrics and logs are the same for both.
 """
 
 import time
 from collections.abc import Callable
-from itertools import accumulate, takewhile
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from config.did_you_mean import unknown
 from data.sequences import IGNORE
-from polls.make import has_nodes, make_polls
-from search.closure import forward_only
+from polls.make import FastPolls, has_nodes, make_polls
+from search.base import LossOnlyOptimizer
+from search.closure import Candidates, forward_only
 
 Batch = dict[str, Tensor]
 
@@ -26,6 +29,11 @@ Batch = dict[str, Tensor]
 def masked_loss(logits: Tensor, y: Tensor) -> Tensor:
     """Mean cross-entropy, in nats, over the scored positions: logits (B, T, C), y (B, T) -> scalar."""
     return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE)
+
+
+def batch_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """The same of a batch, as the fast polls want it."""
+    return masked_loss(logits, batch["y"])
 
 
 class Scores:
@@ -68,8 +76,8 @@ class PatternSearchTask(L.LightningModule):
 
     Args:
         model: token ids (B, T) -> logits (B, T, C).
-        optimizer: makes the optimizer from the parameters, e.g. a `functools.partial`. A class with
-            `derivative_free = True` is stepped with a closure, any other one by gradients.
+        optimizer: makes the optimizer from the parameters: a class or a `functools.partial` of one. A
+            `LossOnlyOptimizer` is stepped with a closure, any other one by gradients.
         pattern_search_radius: initial radius of a pattern search. It is read by the optimizer's
             config (`radius: ${task.pattern_search_radius}`) and stands here for the command line.
         parameters: what is trained: names of tensors or of parts, such as ["blocks.1", "head"]; None for all of the
@@ -92,18 +100,25 @@ class PatternSearchTask(L.LightningModule):
         self.make_optimizer = optimizer
         self.parameters_trained = chosen_parameters(model, parameters)
         self.pattern_search_radius = pattern_search_radius
-        self.automatic_optimization = not derivative_free(optimizer)
+        self.automatic_optimization = not losses_only(optimizer)
+        self._evaluations_saved = 0  # when the checkpoint that a run goes on from was written
         self.seconds = 0.0  # wall-clock seconds in training steps: no validation, no setup
-        self.fast_polls, self._polls = fast_polls, None
+        self.fast_polls = fast_polls
+        self._polls: FastPolls | None = None
         self._scores: dict[str, Scores] = {}
         self._newest_batch: Batch | None = None
 
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, T) -> class logits (B, T, C)."""
+        return self.model(tokens)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        parameters = self.parameters_trained
-        if getattr(self.make_optimizer, "keywords", {}).get("last_group_share") is not None:
-            parameters = split_at_last_block(self.model, parameters)
-        optimizer = self.make_optimizer(parameters)
-        if getattr(optimizer, "options", {}).get("nodes_per_step") and not (self.fast_polls and has_nodes(self.model)):
+        if not losses_only(self.make_optimizer):
+            return self.make_optimizer(self.parameters_trained)
+        kind, options = optimizer_class(self.make_optimizer)
+        optimizer = self.make_optimizer(kind.parameter_groups(self.model, self.parameters_trained, **options))
+        assert isinstance(optimizer, LossOnlyOptimizer)
+        if optimizer.needs_nodes and not (self.fast_polls and has_nodes(self.model)):
             raise ValueError(
                 "optimizer.nodes_per_step polls nodes, which only the fast polls of a DecoderOnlyTransformer do: use "
                 "such a model and task.fast_polls=true; or optimizer.nodes_per_step=null, optimizer.polls_per_step=96"
@@ -111,61 +126,44 @@ class PatternSearchTask(L.LightningModule):
         return optimizer
 
     @property
-    def raw_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer itself, not Lightning's wrapper around it."""
-        return self.trainer.optimizers[0]
+    def search(self) -> LossOnlyOptimizer | None:
+        """The optimizer of the run, if it asks for losses only; not Lightning's wrapper around it."""
+        optimizers = self.trainer.optimizers  # none before training
+        return optimizers[0] if optimizers and isinstance(optimizers[0], LossOnlyOptimizer) else None
 
     @property
     def evaluations(self) -> int:
         """Function evaluations so far. A gradient step counts as one, though its backward costs about two more."""
-        return getattr(self.raw_optimizer, "evaluations", self.global_step)
-
-    @property
-    def stopped_by(self) -> str | None:
-        """The optimizer's own reason to stop, if it has one."""
-        return getattr(self.raw_optimizer, "stopped_by", None)
+        return self.global_step if self.search is None else self.search.evaluations
 
     def loss(self, batch: Batch) -> Tensor:
         return masked_loss(self.model(batch["x"]), batch["y"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        if self.automatic_optimization:
+        search = self.search
+        if search is None:
             loss = self.loss(batch)
             self._log_step({"train/loss": loss.detach()})
             return loss
         with forward_only(self.model):
-            # Lightning wraps the closure, so an optimizer sees none of its methods: hand it over a second time
             closure = self.make_closure(batch)
-            answers = {"candidates": closure} if hasattr(closure, "poll") else {}
-            self.optimizers().step(closure=closure, **answers)
-        self._log_step(self._search_metrics())
-        if self.stopped_by is not None:
+            # Lightning wraps the closure, so an optimizer sees none of its methods: hand it over a second time
+            candidates = closure if isinstance(closure, Candidates) else None
+            optimizer = self.optimizers()
+            assert isinstance(optimizer, LightningOptimizer)
+            optimizer.step(closure=closure, candidates=candidates)
+        self._log_step({f"train/{name}": value for name, value in search.metrics().items()})
+        if search.stopped_by is not None:
             self.trainer.should_stop = True
         return None
 
     def make_closure(self, batch: Batch) -> Callable[[], Tensor]:
-        """What a derivative-free optimizer gets to ask about this batch: the loss, and those of candidates."""
-        fast = self.fast_polls and self.device.type == "cpu"  # the fast polls are written for CPUs
-        if not fast or not hasattr(self.raw_optimizer, "coordinates"):
-            return lambda: self.loss(batch)
+        """What a search gets to ask about this batch: the loss, and those of candidates."""
+        if self.search is None or not self.fast_polls or self.device.type != "cpu":  # fast polls are for CPUs
+            return partial(self.loss, batch)
         if self._polls is None:
-            self._polls = make_polls(
-                self.model, self.raw_optimizer.coordinates, lambda logits, batch: masked_loss(logits, batch["y"])
-            )
+            self._polls = make_polls(self.model, self.search.coordinates, batch_loss)
         return self._polls.on(batch)
-
-    def _search_metrics(self) -> dict[str, float]:
-        report = self.raw_optimizer.report
-        metrics = {
-            "train/loss": report.loss_before,  # before the step moved: comparable with a gradient run's
-            "train/loss_after": report.loss_after,  # after it, on the same batch
-            "train/accepted": float(report.accepted),
-            "train/search_accepted": float(report.search_accepted),  # 1 if the search step won this step, else 0
-            "train/evaluations_per_second": report.evaluations / max(report.seconds, 1e-9),
-        }
-        for i, group in enumerate(self.raw_optimizer.param_groups):
-            metrics["train/radius" if i == 0 else f"train/radius_{i}"] = group["radius"]
-        return metrics
 
     # --- the two axes of every plot: function evaluations and seconds ---
 
@@ -173,7 +171,7 @@ class PatternSearchTask(L.LightningModule):
         """To the loggers themselves: through Lightning's results, eight values take as long as a hundred polls."""
         self.log("train/loss", metrics["train/loss"], logger=False)  # what a callback may monitor
         step = self.global_step - (not self.automatic_optimization)  # a gradient step is still to come
-        if (step + 1) % self.trainer.log_every_n_steps:
+        if (step + 1) % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         seconds = self.seconds + time.perf_counter() - self._step_started
         axes = {"evaluations": float(self.evaluations), "seconds": seconds, "epoch": self.current_epoch}
@@ -188,11 +186,18 @@ class PatternSearchTask(L.LightningModule):
         self.seconds += time.perf_counter() - self._step_started
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["seconds"] = self.seconds
+        checkpoint["seconds"], checkpoint["evaluations"] = self.seconds, self.evaluations
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn == "fit":  # a test loads the best weights, and leaves the clock alone
-            self.seconds = checkpoint["seconds"]
+            self.seconds, self._evaluations_saved = checkpoint["seconds"], checkpoint["evaluations"]
+
+    def on_train_start(self) -> None:
+        if self.evaluations < self._evaluations_saved:  # a budget would be spent twice
+            raise ValueError(
+                f"the optimizer counts {self.evaluations} evaluations where its checkpoint has "
+                f"{self._evaluations_saved}: keep what it counts and remembers in `saved`, see docs/extending.md"
+            )
 
     # --- evaluation ---
 
@@ -205,7 +210,8 @@ class PatternSearchTask(L.LightningModule):
         self._evaluate("val", batch)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(self.trainer.datamodule.test_names[dataloader_idx], batch)
+        names = self.trainer.datamodule.test_names  # type: ignore[attr-defined]
+        self._evaluate(names[dataloader_idx], batch)
 
     def on_validation_epoch_end(self) -> None:
         self._log_scores()
@@ -219,10 +225,9 @@ class PatternSearchTask(L.LightningModule):
 
     def _log_scores(self) -> None:
         for split, scores in self._scores.items():
-            metrics = {f"{split}/{name}": value for name, value in scores.compute().items()}
+            metrics: dict[str, Any] = {f"{split}/{name}": value for name, value in scores.compute().items()}
             metrics.pop("train/loss", None)  # logged in every step, before the step moved
-            axes = {"evaluations": float(self.evaluations), "seconds": self.seconds}
-            self.log_dict(metrics | axes)
+            self.log_dict(metrics | {"evaluations": float(self.evaluations), "seconds": self.seconds})
         self._scores.clear()
 
 
@@ -240,18 +245,12 @@ def chosen_parameters(model: nn.Module, names: list[str] | None) -> list[nn.Para
     return [p for known, p in named.items() if names is None or f"{known}.".startswith(tuple(f"{n}." for n in names))]
 
 
-def split_at_last_block(model: nn.Module, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """Parameter groups: what comes before the last of `model.blocks`, and the rest; one group if either is empty.
-
-    And one for a model with fewer than two blocks: there all polls cost about the same.
-    """
-    everything, blocks = list(model.parameters()), getattr(model, "blocks", ())
-    first = id(next(blocks[-1].parameters())) if len(blocks) > 1 else id(everything[0])
-    before = set(takewhile(lambda number: number != first, map(id, everything)))
-    groups = [p for p in parameters if id(p) in before], [p for p in parameters if id(p) not in before]
-    return [{"params": group} for group in groups if group]
+def optimizer_class(optimizer: Callable) -> tuple[Any, dict[str, Any]]:
+    """The class behind `optimizer`, which is one or a partial of one, and the options that are set already."""
+    return (optimizer.func, optimizer.keywords) if isinstance(optimizer, partial) else (optimizer, {})
 
 
-def derivative_free(optimizer: Callable) -> bool:
-    """Whether `optimizer`, a class or a partial of one, asks for losses only."""
-    return getattr(getattr(optimizer, "func", optimizer), "derivative_free", False)
+def losses_only(optimizer: Callable) -> bool:
+    """Whether `optimizer`, a class or a partial of one, makes a `LossOnlyOptimizer`."""
+    kind, _ = optimizer_class(optimizer)
+    return isinstance(kind, type) and issubclass(kind, LossOnlyOptimizer)

@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from config.did_you_mean import one_of
+from config.did_you_mean import one_of, unknown
 from data.sequences import MAX_LENGTH, SequenceDataModule, Sequences, lay_out, split_strings
 
 KNOWN_GROUPS = ("parity", "Z2", "Z3", "Z5", "Z60", "S3", "S5", "A5", "A4xZ5")
@@ -78,7 +78,7 @@ class Group:
 def _factor(part: str, name: str) -> Group:
     match = re.fullmatch(r"([ZSA])([1-9]\d*)", part)
     if not match:
-        one_of("datamodule.group", name, KNOWN_GROUPS)
+        raise ValueError(unknown(f"datamodule.group={name}", name, KNOWN_GROUPS))
     kind, n = match[1], int(match[2])
     if kind == "Z":
         if n > MAX_ORDER:
@@ -86,10 +86,10 @@ def _factor(part: str, name: str) -> Group:
         return Group(part, range(n), lambda a, b: (a + b) % n)
     if n > 7:
         raise ValueError(f"datamodule.group={name} is too large: {kind}<n> takes n up to 7")
-    permutations = itertools.permutations(range(1, n + 1))  # lexicographic, identity first
+    permutations = list(itertools.permutations(range(1, n + 1)))  # lexicographic, identity first
     if kind == "A":
-        permutations = (p for p in permutations if _is_even(p))
-    return Group(part, list(permutations), lambda a, b: tuple(a[i - 1] for i in b))
+        permutations = [p for p in permutations if _is_even(p)]
+    return Group(part, permutations, lambda a, b: tuple(a[i - 1] for i in b))
 
 
 def _is_even(permutation: tuple[int, ...]) -> bool:

@@ -115,6 +115,7 @@ class DecoderOnlyTransformer(nn.Module):
         if positions == "learned":
             self.position_embedding = nn.Embedding(max_len, d_model)
         elif positions == "sinusoidal":
+            self.sinusoids: Tensor
             self.register_buffer("sinusoids", sinusoids(max_len, d_model), persistent=False)
         self.drop = nn.Dropout(dropout)
         rotary = positions == "rotary"

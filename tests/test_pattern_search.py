@@ -156,7 +156,7 @@ def test_an_accepted_direction_saves_the_way_back():
     forward_first = search.evaluations == 2  # incumbent and the first sign
     assert search.evaluations == (2 if forward_first else 3)
     assert search.report.accepted == 1
-    assert search.report.polled == search.report.to_poll == 2
+    assert search.report.done == search.report.planned == 2
 
 
 def test_the_incumbent_never_gets_worse_on_a_fixed_batch(variant):
@@ -217,7 +217,7 @@ def test_the_time_budget_ends_a_step_within_a_long_poll():
     search = PatternSearch([w], radius=0.7, max_seconds=0.2)
     search.step(lambda: sphere(w))
     assert search.stopped_by == "max_seconds"
-    assert search.report.polled < search.report.to_poll
+    assert search.report.done < search.report.planned
 
 
 def test_weights_are_restored_bit_for_bit_after_a_rejected_poll(variant):
@@ -271,7 +271,8 @@ def test_frozen_and_strided_parameters():
     frozen = nn.Parameter(torch.ones(2), requires_grad=False)
     strided = nn.Parameter(torch.ones(2, 3).t())  # not contiguous: flat views of it do not exist
     run(PatternSearch([frozen, strided], radius=1.0, min_radius=0.3), lambda: sphere(frozen) + sphere(strided))
-    assert sphere(frozen) == sphere(strided) == 0
+    assert sphere(strided) == 0
+    assert frozen.tolist() == [1.0, 1.0]  # left alone, as gradient optimizers do
 
 
 def test_no_gradient_is_ever_allocated():

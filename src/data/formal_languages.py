@@ -43,8 +43,8 @@ def automaton(language: str, longest: int) -> tuple[np.ndarray, np.ndarray]:
     """
     if language == "dyck1":  # the state is the depth, the last state is dead
         depth, dead = np.arange(longest + 1), longest + 1
-        table = np.stack([depth + 1, np.where(depth > 0, depth - 1, dead)], axis=1)
-        table, accepting = np.vstack([table, [dead, dead]]), [0]
+        moves = np.stack([depth + 1, np.where(depth > 0, depth - 1, dead)], axis=1)
+        table, accepting = [*moves.tolist(), [dead, dead]], [0]
     elif language == "anbn":  # 0..h count the a's read, h + 1 + k says that k b's are missing, the last is dead
         h = longest // 2
         dead = 2 * h + 2

@@ -38,7 +38,9 @@ class Sequences:
 
 
 def lay_out(
-    prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], output_tokens: Sequence[int]
+    prompts: Sequence[Sequence[int]] | np.ndarray,
+    outputs: Sequence[Sequence[int]] | np.ndarray,
+    output_tokens: Sequence[int],
 ) -> Sequences:
     """Lay out prompt -> output pairs for next-token prediction.
 

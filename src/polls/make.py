@@ -15,10 +15,12 @@ from polls.threads import available_cores
 from search.coordinates import Coordinates
 from transformer import DecoderOnlyTransformer
 
+FastPolls = NodePolls | GenericPolls
+
 
 def make_polls(
     module: nn.Module, coordinates: Coordinates, loss: Callable[[Any, Any], Tensor], threads: int | None = None
-) -> NodePolls | GenericPolls:
+) -> FastPolls:
     """The fastest exact evaluator there is for this module: an object whose `on(batch)` is a closure.
 
     `NodePolls`, which are `StructuredPolls`, for a `DecoderOnlyTransformer` with the masked cross-entropy as its

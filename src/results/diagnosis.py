@@ -27,11 +27,11 @@ from torch import Tensor
 from config.check import check_command
 from config.composition import DEFAULT_CONFIG, compose_jobs
 from config.refusal import refuse
-from pattern_search_task import PatternSearchTask, derivative_free, masked_loss
+from pattern_search_task import PatternSearchTask, losses_only, masked_loss
 from run.build import build_datamodule, build_task
 from run.cpu import prepare_machine
+from search.base import seeded
 from search.closure import forward_only
-from search.directions import seeded
 from train import silence_libraries
 
 SEQUENCES = 1000  # of the training set, at the most, that stand for all of it
@@ -57,7 +57,7 @@ class Diagnosis(L.Callback):
     def on_train_start(self, trainer: L.Trainer, task: PatternSearchTask) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):  # nothing is saved, so a signal need not wait for the step's end
             signal.signal(number, signal.SIG_DFL)
-        self.search = task.raw_optimizer
+        self.search = task.search
         self.parameters = self.search.coordinates.parameters
         names = {id(p): name for name, p in task.model.named_parameters()}
         self.parts = [part_of(names[id(p)]) for p in self.parameters]
@@ -120,7 +120,7 @@ def diagnose(overrides: list[str]) -> tuple[Diagnosis, pd.DataFrame]:
     L.seed_everything(cfg.seed, verbose=False)
     datamodule = build_datamodule(cfg)
     task = build_task(cfg, datamodule)
-    if not derivative_free(task.make_optimizer):
+    if not losses_only(task.make_optimizer):
         raise ValueError("only a pattern search can be looked at: optimizer=pattern_search or pattern_search_nodes")
     diagnosis, wanted = Diagnosis(), ("early_stopping", "progress")
     callbacks = [instantiate(cfg.callbacks[name]) for name in wanted if name in cfg.callbacks]

@@ -69,14 +69,14 @@ class SearchProgress(Callback):
     # the thread reads only what these hooks leave: asking Lightning for metrics while it updates them would be a race
 
     def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, *_: Any) -> None:
-        report = getattr(task.raw_optimizer, "report", None)
+        report = getattr(task.search, "report", None)
         self._accepted += getattr(report, "accepted", 0)
         self._loss = float(outputs["loss"]) if report is None else report.loss_after
         self._recent.train_losses.append(self._loss if report is None else report.loss_before)
         if report is not None:
             self._polling += report.seconds
             self._recent.accepted.append(report.accepted > 0)
-            if getattr(task.raw_optimizer, "options", {}).get("step_lengths"):
+            if report.search_accepted is not None:
                 self._recent.search_accepted.append(report.search_accepted)
 
     def on_validation_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
@@ -147,15 +147,15 @@ class SearchProgress(Callback):
     def _status(self) -> tuple[float, int | str, list[str]]:
         """Steps done (with the share of the current one), steps in all, and what to say, the most important first."""
         trainer, task = self._trainer, self._task
-        optimizer = task.raw_optimizer
+        optimizer = task.search
         report = getattr(optimizer, "report", None)
         total = trainer.estimated_stepping_batches
         total = "?" if total == float("inf") else int(total)
         done, accepted = float(trainer.global_step), self._accepted
         loss = self._loss
-        if report is not None and report.polled < report.to_poll:  # within a step
+        if report is not None and report.done < report.planned:  # within a step
             loss = report.loss_after
-            done, accepted = done + report.polled / report.to_poll, accepted + report.accepted
+            done, accepted = done + report.done / report.planned, accepted + report.accepted
         elapsed = time.monotonic() - self._started
         parts, left = [f"loss {loss:.4f}" if loss is not None else "loss -"], math.inf
         if isinstance(total, int) and done > self._first_step:
@@ -169,7 +169,7 @@ class SearchProgress(Callback):
         if self._exact_match is not None:
             parts.append(f"val exact match {float(self._exact_match):.3f}")
         if report is not None:
-            polling = self._polling + (report.seconds if report.polled < report.to_poll else 0)
+            polling = self._polling + (report.seconds if report.done < report.planned else 0)
             radii = dict.fromkeys(f"{group['radius']:.3g}" for group in optimizer.param_groups)  # equal ones once
             parts += [
                 f"accepted {accepted:,}",
@@ -190,7 +190,7 @@ def target_of(trainer: L.Trainer, task: L.LightningModule) -> tuple[str, float |
     for callback in trainer.early_stopping_callbacks:
         if callback.stopping_threshold and callback.mode == "min":
             return callback.monitor, callback.stopping_threshold
-    return "train/loss", getattr(task.raw_optimizer, "options", {}).get("target_loss")
+    return "train/loss", task.search and task.search.limits.target_loss
 
 
 def time_to(target: float, seconds: Sequence[float], losses: Sequence[float]) -> float | None:

@@ -55,8 +55,8 @@ def stopped_by(trainer: L.Trainer, task: PatternSearchTask) -> str:
     """Why training ended: the limit's key, "solved" (early stopping on validation) or "interrupted"."""
     if trainer.interrupted:
         return "interrupted"
-    if task.stopped_by is not None:
-        return task.stopped_by
+    if task.search is not None and task.search.stopped_by is not None:
+        return task.search.stopped_by
     if any(callback.stopped_epoch for callback in trainer.early_stopping_callbacks):
         return "solved"
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:

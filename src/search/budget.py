@@ -1,75 +1,159 @@
-"""What a search has done and spent: all in all, in its newest step, and whether a limit ends it."""
+"""What ends a search: limits of evaluations, seconds and loss. And what is charged for what it asks."""
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from search.closure import AnswersNodes, Candidates
+from search.losses import improves
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What ends a search; None for no limit.
+
+    Attributes:
+        max_evaluations: function evaluations, never exceeded.
+        max_seconds: seconds spent in steps, looked at before every question to the closure.
+        target_loss: the search ends when the incumbent's loss is at or below it.
+
+    Raises:
+        ValueError: a limit that would be reached before anything has begun.
+    """
+
+    max_evaluations: int | None = None
+    max_seconds: float | None = None
+    target_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_evaluations is not None and self.max_evaluations < 1:
+            raise ValueError(
+                f"max_evaluations={self.max_evaluations} must be at least 1, or None (null in YAML) for no limit"
+            )
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise ValueError(f"max_seconds={self.max_seconds} must be above 0, or None (null in YAML) for no limit")
+
+    def reached(self, evaluations: int, seconds: float, loss: float) -> str | None:
+        """The limit that ends a search which has come so far, or None."""
+        if self.target_loss is not None and -math.inf < loss <= self.target_loss:
+            return "target_loss"
+        if self.max_evaluations is not None and evaluations >= self.max_evaluations:
+            return "max_evaluations"
+        if self.max_seconds is not None and seconds >= self.max_seconds:
+            return "max_seconds"
+        return None
 
 
 @dataclass
 class StepReport:
-    """What one step did. Filled while the step runs, so that a display can follow a long poll."""
+    """What one step did. Filled while the step runs, so that a display can follow a long one."""
 
     loss_before: float = math.nan  # on the batch at hand, before any move
     loss_after: float = math.nan  # on the same batch, at the incumbent the step ends with
-    polled: int = 0  # directions polled
-    to_poll: int = 0  # directions the step may poll at the most
     accepted: int = 0  # moves accepted
-    search_accepted: bool = False  # whether one of them was the search step
-    shortened: float = 1.0  # length of the search step's moves by now, as a part of what it was at first
+    search_accepted: bool | None = None  # whether one of them was the search step; None without a search step
+    done: int = 0  # candidates of the running step that are done
+    planned: int = 0  # candidates that the step will take at the most, if that is known
     evaluations: int = 0  # function evaluations, the one at the incumbent included
     seconds: float = 0.0
 
 
-def initial_state() -> dict[str, Any]:
-    """All that changes from step to step beside weights and radii; plain values, so it can be saved."""
-    return {
-        "evaluations": 0,  # function evaluations so far
-        "seconds": 0.0,  # spent in steps so far
-        "polls": 0,  # passes over all directions begun so far, the current one included
-        "cursor": 0,  # directions of the current pass that are done
-        "nodes": 0,  # nodes polled so far
-        "improved": [],  # per group: any success in this pass?
-        "stopped_by": None,  # which limit ended the search
-    }
+class LimitReached(Exception):  # noqa: N818 (it is no error)
+    """A question that the budget does not allow: the step ends where it is. Its argument names the limit."""
 
 
-class Budget:
-    """Counts the evaluations and seconds of a step, and knows the limits.
+@dataclass
+class Evaluator:
+    """Asks the closure, and charges the search for every answer; the one place where evaluations are counted.
 
     Args:
-        options: of the search: max_evaluations, max_seconds and target_loss, None for no limit.
-        state: of the search, see `initial_state`.
-        report: of the step, which begins now.
+        closure: returns the loss at the current weights.
+        candidates: answers for many candidates.
+        limits: of the search.
+        saved: of the search; its evaluations and seconds are counted up.
+        report: of the step.
+        limit: the limit that is reached by now, or None; asked before every question.
+
+    Raises:
+        LimitReached: from every question that comes when a limit is reached, or that asks for more than is left.
     """
 
-    def __init__(self, options: dict[str, Any], state: dict[str, Any], report: StepReport):
-        self.options, self.state, self.report = options, state, report
-        self._counted = time.perf_counter()
+    closure: Callable[[], Tensor]
+    candidates: Candidates
+    limits: Limits
+    saved: dict[str, Any]
+    report: StepReport
+    limit: Callable[[], str | None]
 
-    def spend(self, evaluations: int) -> None:
-        """Count evaluations, and the seconds since they were counted last; the one place where either is counted."""
-        now = time.perf_counter()
-        for counts in (self.state, vars(self.report)):
-            counts["evaluations"] += evaluations
-            counts["seconds"] += now - self._counted
-        self._counted = now
+    def __post_init__(self) -> None:
+        self._counted = time.perf_counter()  # when evaluations were counted last
+
+    @property
+    def block(self) -> int:
+        """Candidates that the closure likes to get in a question."""
+        return self.candidates.block
 
     def affordable(self, evaluations: int) -> int:
         """So many evaluations, or what is left of the budget."""
-        limit = self.options["max_evaluations"]
-        return evaluations if limit is None else min(evaluations, limit - self.state["evaluations"])
+        limit = self.limits.max_evaluations
+        return evaluations if limit is None else min(evaluations, limit - self.saved["evaluations"])
 
-    def exhausted_by(self, groups: Iterable[dict[str, Any]]) -> str | None:
-        """The limit that ends the search by now, or None; `groups` are the parameter groups, for their radii."""
-        target, evaluations, seconds = (self.options[k] for k in ("target_loss", "max_evaluations", "max_seconds"))
-        if target is not None and -math.inf < self.report.loss_after <= target:
-            return "target_loss"
-        if evaluations is not None and self.state["evaluations"] >= evaluations:
-            return "max_evaluations"
-        if seconds is not None and self.state["seconds"] >= seconds:
-            return "max_seconds"
-        if all(group["radius"] < group["min_radius"] for group in groups):
-            return "min_radius"
-        return None
+    def loss(self) -> float:
+        """The loss at the current weights."""
+        self._allow(1)
+        loss = float(self.closure())
+        self._charge(1)
+        return loss
+
+    def poll(self, coordinates: Tensor, steps: Tensor) -> Tensor:
+        """Losses (K,) of the candidates weight[coordinates[k]] + steps[k]; both (K,)."""
+        self._allow(len(coordinates))
+        losses = self.candidates.poll(coordinates, steps)
+        self._charge(len(coordinates))
+        return losses
+
+    def poll_until(self, loss: float, coordinates: Tensor, steps: Tensor) -> Tensor:
+        """The same up to the first that improves on a loss: (k,), k <= K.
+
+        What lies behind it may have been evaluated too. It is not charged, since it will be asked for again.
+        """
+        self._allow(len(coordinates))
+        losses = self.candidates.poll(coordinates, steps)
+        better = improves(losses, loss).nonzero().flatten()
+        losses = losses[: int(better[0]) + 1] if len(better) else losses
+        self._charge(len(losses))
+        return losses
+
+    def trial(self, coordinates: Tensor, changes: Tensor, scales: Tensor) -> Tensor:
+        """Losses (S,) of the combinations weight[coordinates] + scales[s] * changes; both (M,), scales (S,)."""
+        self._allow(len(scales))
+        losses = self.candidates.trial(coordinates, changes, scales)
+        self._charge(len(scales))
+        return losses
+
+    def nodes(self, nodes: Tensor, steps: Tensor, signs: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Coordinates (M,), and samples (M,) of their slopes, of all weights of K nodes; nodes and steps are (K,)."""
+        assert isinstance(self.candidates, AnswersNodes)
+        self._allow(len(nodes))
+        found = self.candidates.nodes(nodes, steps, signs)
+        self._charge(len(nodes))
+        return found
+
+    def _allow(self, evaluations: int) -> None:
+        if self.report.evaluations and (limit := self.limit()):  # the first question of a step is always allowed
+            raise LimitReached(limit)
+        if self.affordable(evaluations) < evaluations:
+            raise LimitReached("max_evaluations")
+
+    def _charge(self, evaluations: int) -> None:
+        """Count evaluations, and the seconds since they were counted last."""
+        now = time.perf_counter()
+        for counts in (self.saved, vars(self.report)):
+            counts["evaluations"] += evaluations
+            counts["seconds"] += now - self._counted
+        self._counted = now

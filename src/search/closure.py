@@ -20,7 +20,7 @@ reference that every faster answer is checked against.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,29 @@ from torch import Tensor, nn
 from search.coordinates import Coordinates
 
 
+@runtime_checkable
 class Candidates(Protocol):
-    """A closure that answers for many candidates. `block` is how many it likes to get in a call."""
+    """What answers for many candidates. `block` is how many it likes to get in a call."""
 
-    block: int
+    @property
+    def block(self) -> int: ...
 
     def poll(self, coordinates: Tensor, steps: Tensor) -> Tensor: ...
 
     def trial(self, coordinates: Tensor, changes: Tensor, scales: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class AnswersNodes(Candidates, Protocol):
+    """What answers for nodes too: there are `n_nodes`; the weights of node u are of parameter `node_parameter[u]`."""
+
+    @property
+    def n_nodes(self) -> int: ...
+
+    @property
+    def node_parameter(self) -> Tensor: ...
+
+    def nodes(self, nodes: Tensor, steps: Tensor, signs: torch.Generator) -> tuple[Tensor, Tensor]: ...
 
 
 class OneByOne:

@@ -1,11 +1,11 @@
 """The directions of a pattern search, + and - each coordinate, and the order in which a pass takes them."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from search.base import seeded
 from search.slopes import SlopeMemory
 
 
@@ -42,7 +42,7 @@ class Directions:
         """Directions start .. end, counted over all passes, (end - start,) each: coordinates, and signs 1. or -1.
 
         Args:
-            slopes: what is remembered; only one-sided directions ask it.
+            slopes: what is remembered, which one-sided directions ask.
         """
         direction = torch.arange(start, end)
         turn = direction if self.one_sided else direction // 2
@@ -55,7 +55,7 @@ class Directions:
             # several groups keep their orders: new ones might bring a coordinate twice within a step
             order, first_negative = self._draw(g, 1 + (int(number[0]) if len(self.sizes) == 1 else g))
             coordinates[its], negative[its] = self.starts[g] + order[place], first_negative[order[place]]
-        if self.one_sided:
+        if self.one_sided and slopes is not None:
             uphill = slopes.uphill(coordinates)
             negative = torch.where(uphill == 0, negative, uphill > 0)
         else:
@@ -79,19 +79,3 @@ class Directions:
             order = torch.randperm(size, generator=generator)
             self._drawn[group] = number, order, torch.randint(2, (size,), generator=generator, dtype=torch.bool)
         return self._drawn[group][1:]
-
-
-def next_nodes(done: int, n_nodes: int, at_most: int, seed: int) -> Tensor:
-    """The nodes to poll after so many polls of nodes: the next of a random order of all, drawn anew for every pass.
-
-    A pass is shared out evenly among its steps.
-    """
-    turn, start = divmod(done, n_nodes)
-    order = torch.randperm(n_nodes, generator=seeded(seed, turn))
-    left = n_nodes - start
-    return order[start : start + math.ceil(left / math.ceil(left / at_most))]
-
-
-def seeded(seed: int, number: int) -> torch.Generator:
-    """A generator of its own for each number of each seed."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + number)

@@ -10,23 +10,20 @@ from config.did_you_mean import one_of
 def check_options(options: dict[str, Any]) -> None:
     """Raise a ValueError that names the option which is out of range, or lacks another one that it needs."""
     one_of("poll", options["poll"], ("opportunistic", "complete"))
-    nodes, share, seconds = (options[name] for name in ("nodes_per_step", "last_group_share", "max_seconds"))
-    for name in ("polls_per_step", "max_evaluations"):
-        least = 0 if name == "polls_per_step" and nodes else 1
-        if options[name] is not None and options[name] < least:
-            raise ValueError(f"{name}={options[name]} must be at least {least}, or None (null in YAML) for no limit")
+    nodes, share, polls = (options[name] for name in ("nodes_per_step", "last_group_share", "polls_per_step"))
+    least = 0 if nodes else 1
+    if polls is not None and polls < least:
+        raise ValueError(f"polls_per_step={polls} must be at least {least}, or None (null in YAML) for no limit")
     if nodes is not None and (nodes < 1 or not options["step_lengths"]):
         raise ValueError(
             f"nodes_per_step={nodes} must be at least 1 and needs step_lengths, the search step that uses the slopes "
             "of nodes; or None (null in YAML) to poll no nodes"
         )
-    if share is not None and not (0 < share < 1 and options["polls_per_step"]):
+    if share is not None and not (0 < share < 1 and polls):
         raise ValueError(
             f"last_group_share={share} must lie in (0, 1) and needs polls_per_step, the polls that are shared out; or "
             "None (null in YAML) to poll all weights equally often"
         )
-    if seconds is not None and not seconds > 0:
-        raise ValueError(f"max_seconds={seconds} must be above 0, or None (null in YAML) for no limit")
     if any(not 0 < length < math.inf for length in options["step_lengths"]):
         raise ValueError(f"step_lengths={options['step_lengths']} must be above 0")
     for name in ("memory", "scale_memory"):
@@ -52,9 +49,6 @@ def check_group(group: dict[str, Any]) -> None:
     for name, (fits, rule) in ranges.items():
         if not fits:
             raise ValueError(f"{name}={group[name]} {rule}")
-    for p in group["params"]:
-        if not p.is_floating_point():
-            raise ValueError(f"a parameter of type {p.dtype} cannot be searched; only floating types can")
 
 
 def check_shares(options: dict[str, Any], sizes: Sequence[int], shares: Sequence[float]) -> None:

@@ -11,8 +11,8 @@ from data.sequences import IGNORE
 from optimizer import PatternSearch
 from polls import node_kinds
 from polls.nodes import NodePolls
+from search.base import seeded
 from search.coordinates import Coordinates
-from search.directions import seeded
 
 
 def setup(layout="seq", **options):

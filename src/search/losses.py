@@ -1,0 +1,17 @@
+"""Comparing losses that may not be finite: such a loss is worse than any finite one."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def improves(losses: Tensor, loss: float) -> Tensor:
+    """Which losses (K,) are finite and strictly lower. Any finite one improves on a loss that is not finite."""
+    incumbent = loss if math.isfinite(loss) else math.inf
+    return torch.isfinite(losses) & (losses < incumbent)
+
+
+def lowest(losses: Tensor) -> int:
+    """Which of the losses (K,) is the lowest finite one; 0 if none is finite."""
+    return int(torch.where(torch.isfinite(losses), losses, math.inf).argmin())

@@ -1,0 +1,59 @@
+"""Polls of nodes: one evaluation gives a sample of the slopes of all weights of a node (node perturbation)."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from search.base import seeded
+from search.budget import Evaluator
+from search.closure import AnswersNodes
+from search.slopes import SlopeMemory
+
+
+def poll_nodes(
+    evaluate: Evaluator,
+    slopes: SlopeMemory,
+    radius_of: Callable[[Tensor], Tensor],
+    saved: dict[str, Any],
+    at_most: int,
+    seed: int,
+) -> None:
+    """Poll the next nodes of a random order of all, and remember the slopes that they gave.
+
+    Args:
+        evaluate: answers `nodes`.
+        slopes: remembers.
+        radius_of: (K,) numbers of parameters -> (K,) poll radii.
+        saved: of the search; here how many `nodes` were polled so far.
+        at_most: nodes polled per step.
+        seed: of the order, and of the signs of the moves.
+
+    Raises:
+        ValueError: the closure does not answer `nodes`.
+    """
+    candidates, done = evaluate.candidates, saved["nodes"]
+    if not isinstance(candidates, AnswersNodes):
+        raise ValueError(
+            "nodes_per_step needs a closure that answers `nodes`; `polls.nodes.NodePolls` does for a "
+            "DecoderOnlyTransformer (task.fast_polls=true on a CPU); else use nodes_per_step=None (null in YAML)"
+        )
+    nodes = next_nodes(done, candidates.n_nodes, at_most, seed)
+    nodes = nodes[: evaluate.affordable(len(nodes))]
+    steps = radius_of(candidates.node_parameter[nodes])
+    coordinates, found = evaluate.nodes(nodes, steps, seeded(seed, done))
+    saved["nodes"] += len(nodes)
+    slopes.learn(coordinates, found)
+
+
+def next_nodes(done: int, n_nodes: int, at_most: int, seed: int) -> Tensor:
+    """The nodes to poll after so many polls of nodes: the next of a random order of all, drawn anew for every pass.
+
+    A pass is shared out evenly among its steps.
+    """
+    turn, start = divmod(done, n_nodes)
+    order = torch.randperm(n_nodes, generator=seeded(seed, turn))
+    left = n_nodes - start
+    return order[start : start + math.ceil(left / math.ceil(left / at_most))]

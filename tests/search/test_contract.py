@@ -1,0 +1,43 @@
+"""Every optimizer that needs losses only keeps the contract: one class each, and none is forgotten."""
+
+from hydra.utils import get_class
+from loss_only_tests import LossOnlyTests
+from omegaconf import OmegaConf
+
+from conftest import ROOT
+from search.base import LossOnlyOptimizer
+
+
+class TestPatternSearch(LossOnlyTests):
+    name = "pattern_search"
+    toy = dict(radius=0.5, polls_per_step=4, last_group_share=None, step_lengths=[0.2, 0.1])
+
+
+class TestPatternSearchClassic(LossOnlyTests):
+    name = "pattern_search_classic"
+    toy = dict(radius=0.5, polls_per_step=5)
+
+
+class TestPatternSearchNodes(LossOnlyTests):
+    name = "pattern_search_nodes"
+    toy = dict(radius=0.5, polls_per_step=2, nodes_per_step=1, step_lengths=[0.2, 0.1])
+
+
+class TestPatternSearchNodesLong(LossOnlyTests):
+    name = "pattern_search_nodes_long"
+    toy = dict(radius=0.5, polls_per_step=2, nodes_per_step=2, step_lengths=[0.2, 0.1])
+
+
+class TestRandomSearch(LossOnlyTests):
+    name = "random_search"
+    toy = dict(radius=0.2, samples=4)
+
+
+def test_every_yaml_of_a_loss_only_optimizer_is_tested():
+    def target(path):
+        cfg = OmegaConf.load(path)
+        return cfg.get("_target_") or target(path.with_name(f"{cfg.defaults[0]}.yaml"))
+
+    yamls = (ROOT / "configs" / "optimizer").glob("*.yaml")
+    names = {path.stem for path in yamls if issubclass(get_class(target(path)), LossOnlyOptimizer)}
+    assert names == {suite.name for suite in LossOnlyTests.__subclasses__()}
