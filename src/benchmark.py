@@ -38,7 +38,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, StackDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from data.sequences import IGNORE
 from pattern_search_task import masked_loss
@@ -66,14 +66,15 @@ class Automatic(L.LightningModule):
         super().__init__()
         self.model, self.batch, self.polling = model, batch, Polling(model.parameters(), seconds)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return masked_loss(self.model(batch["x"]), batch["y"])
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        return masked_loss(self.model(x), y)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.polling
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(StackDataset(**self.batch), batch_size=len(self.batch["x"]))
+        return DataLoader(TensorDataset(self.batch["x"], self.batch["y"]), batch_size=len(self.batch["x"]))
 
 
 class Polling(torch.optim.Optimizer):
@@ -106,15 +107,9 @@ def rate_of(evaluate: Callable[[], int], seconds: float) -> float:
 def backward_rate(model: nn.Module, batch: Batch, seconds: float) -> float:
     """Evaluations per second of a polling optimizer that Lightning drives by automatic optimization."""
     task = Automatic(model, batch, seconds)
-    trainer = L.Trainer(
-        max_steps=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(task)
+    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    options: dict[str, Any] = dict.fromkeys(silent, False)
+    L.Trainer(max_steps=1, accelerator="cpu", **options).fit(task)
     model.zero_grad()
     return task.polling.rate
 
@@ -184,17 +179,16 @@ def measure(
 def measure_classes(model: DecoderOnlyTransformer, batch: Batch, seconds: float) -> pd.DataFrame:
     """One row per class of parameter: how many weights, and evaluations per second of structured polls of it alone."""
     coordinates, generator = Coordinates(model.parameters()), torch.Generator().manual_seed(0)
-    classes: dict[str, list[Tensor]] = {}
+    parts: dict[str, list[Tensor]] = {}
     for (name, p), end in zip(model.named_parameters(), coordinates.ends, strict=True):
         layer = name.rsplit(".", 1)[0].removeprefix("blocks.")
-        classes.setdefault(layer, []).append(torch.arange(end - p.numel(), end))
-    closure, rows = StructuredPolls(model, coordinates, loss_of).on(batch), {}
-    for layer, parts in classes.items():
-        weights = torch.cat(parts)
+        parts.setdefault(layer, []).append(torch.arange(end - p.numel(), end))
+    closure, classes = StructuredPolls(model, coordinates, loss_of).on(batch), {}
+    for layer, weights in ((layer, torch.cat(part)) for layer, part in parts.items()):
         rate_in = partial(poll_rate, closure, weights, closure.block, generator)
         rate_in(0)  # warms up
-        rows[layer] = {"weights": len(weights), "rate": rate_in(seconds / len(classes))}
-    return pd.DataFrame.from_dict(rows, orient="index")
+        classes[layer] = len(weights), rate_in(seconds / len(parts))
+    return pd.DataFrame.from_dict(classes, orient="index", columns=["weights", "rate"])
 
 
 def matrix_product_peak(seconds: float = 1.0) -> float:
