@@ -18,7 +18,7 @@ from search.base import LossOnlyOptimizer
 from search.budget import Evaluator
 from search.directions import Directions
 from search.node_polls import poll_nodes
-from search.options import check_group, check_options, check_shares
+from search.options import RECOMMENDED, check_group, check_options, check_shares
 from search.poll import Move, Poll
 from search.search_step import search_step
 from search.slopes import SlopeMemory
@@ -26,42 +26,33 @@ from search.slopes import SlopeMemory
 if TYPE_CHECKING:
     from polls.make import FastPolls
 
-RECOMMENDED: dict[str, Any] = dict(  # where configs/optimizer/pattern_search.yaml differs from the defaults
-    radius=0.05, poll="complete", polls_per_step=192, last_group_share=0.97, one_sided=True,
-    step_lengths=[0.014, 0.007, 0.0035], join_improving=True, contraction=1.0,
-)  # fmt: skip
-
 
 class PatternSearch(LossOnlyOptimizer):
     """Pattern search: direct search by polling signed coordinates, with a search step along remembered slopes.
 
-    1. The loss of the incumbent is taken on the batch at hand. Losses of different batches are never
-       compared.
-    2. POLL the next `polls_per_step` directions: + and - each coordinate in a seeded random order, at the
-       radius of the coordinate's parameter group. With `last_group_share`, the last group gets this share of the
-       polls. With `one_sided`, each coordinate is polled once, on the side that its remembered slope calls
-       downhill. A candidate is better only if its loss is strictly lower; losses that are not finite are worse
-       than any.
-       `poll="complete"` polls them all at the same incumbent. `poll="opportunistic"` moves to each that
-       improves, goes on from there, and skips the way back (exploratory moves, Hooke and Jeeves 1961).
-       With `nodes_per_step`, nodes are polled before: one evaluation tells the slopes of all weights of a node
-       from the losses of single tokens (`polls/nodes.py`).
-    3. SEARCH, if there are `step_lengths`: every poll gives the slope of its coordinate. The remembered
-       slopes of all coordinates, each divided by its running root mean square and faded by its age, make
-       one direction (`search/slopes.py`; simplex slopes, Custodio and Vicente 2007). With `join_improving`, all moves
-       of a complete poll that improved are made at the same time (as exploratory moves add up, Hooke and Jeeves
-       1961). The best of the step lengths counts. With `half_after`, moves get shorter with the number of evaluations
-       (Robbins and Monro 1951), and slopes fade more slowly in return.
+    1. Take the loss of the incumbent on the batch at hand. Losses of different batches are never compared.
+    2. POLL the next `polls_per_step` directions: + and - each coordinate in a seeded random order, at the radius of the
+       coordinate's parameter group (`search/directions.py`, `search/poll.py`). With `last_group_share`, the last group
+       gets this share of the polls. With `one_sided`, each coordinate is polled once, on the side that its remembered
+       slope calls downhill. A candidate is better only if its loss is strictly lower.
+       `poll="complete"` polls them all at the same incumbent. `poll="opportunistic"` moves to each that improves, goes
+       on from there, and skips the way back (exploratory moves, Hooke and Jeeves 1961).
+       With `nodes_per_step`, nodes are polled before: one evaluation tells the slopes of all weights of a node from
+       the losses of single tokens (`search/node_polls.py`, `polls/nodes.py`).
+    3. SEARCH, if there are `step_lengths`: every poll gives the slope of its coordinate. The remembered slopes of all
+       coordinates, each divided by its running root mean square and faded by its age, make one direction
+       (`search/slopes.py`; simplex slopes, Custodio and Vicente 2007). With `join_improving`, all moves of a complete
+       poll that improved are made too. The best of the step lengths counts. With `half_after`, moves get shorter with
+       the number of evaluations (Robbins and Monro 1951), and slopes fade more slowly in return.
     4. Move to the best of the complete poll and the search, if it is better than the incumbent; else stay.
-    5. A pass over all directions without a success of a group is a failed poll of this group: its radius
-       is multiplied by `contraction`. Any success multiplies it by `expansion` at the end of the pass
-       (Torczon 1997; Audet and Dennis 2003).
-    6. The search stops when every radius is below `min_radius` or a budget is used up; from then on
-       `stopped_by` says why and steps do nothing.
+    5. A pass over all directions without a success of a group is a failed poll of this group: its radius is multiplied
+       by `contraction`. Any success multiplies it by `expansion` at the end of the pass (Torczon 1997; Audet and Dennis
+       2003).
+    6. The search stops when every radius is below `min_radius` or a budget is used up; from then on `stopped_by` says
+       why and steps do nothing.
 
-    Without `step_lengths` and `one_sided` it is the pattern search of the literature. A step is one whole
-    pass, or the next `polls_per_step` directions of it: then the pass goes on in the next step, on the
-    next batch, where this one left off.
+    Without `step_lengths` and `one_sided` it is the pattern search of the literature. A step is one whole pass, or the
+    next `polls_per_step` directions of it: then the pass goes on in the next step, on the next batch.
 
     Args:
         params: parameters or parameter groups; every group may set radius, contraction, expansion, min_radius and
@@ -84,9 +75,7 @@ class PatternSearch(LossOnlyOptimizer):
         memory, scale_memory, fade: of the remembered slopes, see `search.slopes.SlopeMemory`.
         half_after: function evaluations after which the moves of the search step are half as long, and a third after
             twice as many; `fade` grows as they shrink. None: they stay as they are.
-        max_evaluations: budget of function evaluations, never exceeded.
-        max_seconds: budget of seconds spent in steps, looked at before every call of the closure.
-        target_loss: the search ends when the incumbent's loss is at or below it.
+        max_evaluations, max_seconds, target_loss: what ends the search, see `search.budget.Limits`.
         nodes_per_step: nodes polled in a step at the most, in a seeded random order, all equally often; None for
             none. The closure must answer `nodes`. `polls_per_step` may then be 0.
         seed: seeds the order of the directions and of the nodes.
@@ -296,14 +285,20 @@ class PatternSearch(LossOnlyOptimizer):
 
     @classmethod
     def parameter_groups(cls, model: nn.Module, parameters: Sequence[nn.Parameter], **options: Any) -> Any:
-        """With `last_group_share`: what comes before the last of `model.blocks`, and the rest; else one group.
+        """With `last_group_share` and more than one of `model.blocks`: what comes before the last, and the rest."""
+        shared_out = options.get("last_group_share") is not None
+        return split_at_last_block(model, parameters) if shared_out else parameters
 
-        And one for a model with fewer than two blocks: there all polls cost about the same.
-        """
-        blocks = list(getattr(model, "blocks", ()))
-        if options.get("last_group_share") is None or len(blocks) < 2:
-            return parameters
-        first = id(next(blocks[-1].parameters()))
-        before = set(takewhile(lambda number: number != first, map(id, model.parameters())))
-        groups = [p for p in parameters if id(p) in before], [p for p in parameters if id(p) not in before]
-        return [{"params": group} for group in groups if group]
+
+def split_at_last_block(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Any:
+    """Parameter groups: what comes before the last of `model.blocks`, and the rest; one group if either is empty.
+
+    And one for a model with fewer than two blocks: there all polls cost about the same.
+    """
+    blocks = list(getattr(model, "blocks", ()))
+    if len(blocks) < 2:
+        return parameters
+    first = id(next(blocks[-1].parameters()))
+    before = set(takewhile(lambda number: number != first, map(id, model.parameters())))
+    groups = [p for p in parameters if id(p) in before], [p for p in parameters if id(p) not in before]
+    return [{"params": group} for group in groups if group]

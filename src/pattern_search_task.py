@@ -170,7 +170,7 @@ class PatternSearchTask(L.LightningModule):
     def _log_step(self, metrics: dict[str, Any]) -> None:
         """To the loggers themselves: through Lightning's results, eight values take as long as a hundred polls."""
         self.log("train/loss", metrics["train/loss"], logger=False)  # what a callback may monitor
-        step = self.global_step - (not self.automatic_optimization)  # a gradient step is still to come
+        step = self.global_step if self.automatic_optimization else self.global_step - 1  # a search has stepped already
         if (step + 1) % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         seconds = self.seconds + time.perf_counter() - self._step_started

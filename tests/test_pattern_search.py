@@ -1,6 +1,7 @@
 """The optimizer against the textbook: test functions, radii, counts, budgets, exact restore, state."""
 
 import copy
+import inspect
 import io
 import math
 
@@ -9,8 +10,11 @@ import torch
 from torch import nn
 
 from optimizer import PatternSearch
+from pattern_search_task import masked_loss
 from search.closure import OneByOne
+from search.options import RECOMMENDED
 from search.slopes import SlopeMemory
+from transformer import DecoderOnlyTransformer
 
 
 def sphere(w):
@@ -472,3 +476,37 @@ def test_options_outside_their_range_are_refused(options, message):
 def test_integer_parameters_are_refused():
     with pytest.raises(ValueError, match=r"int64 cannot be searched"):
         PatternSearch([torch.ones(2, dtype=torch.int64)])
+
+
+def test_the_recommended_search_is_that_of_the_yaml(compose_config):
+    cfg = compose_config("optimizer=pattern_search").optimizer
+    given = {key: value for key, value in cfg.items() if not key.startswith("_")}
+    search, defaults = inspect.signature(PatternSearch).parameters, RECOMMENDED
+    assert given == {
+        key: defaults.get(key, list(d) if isinstance(d := search[key].default, tuple) else d) for key in given
+    }
+
+
+def test_one_call_makes_the_recommended_search_of_a_transformer(model, parity):
+    torch.manual_seed(0)
+    deeper = DecoderOnlyTransformer(parity.vocab_size, parity.n_classes, parity.max_len, 16, n_layers=2, n_heads=2)
+    for module, groups in ((model, 1), (deeper, 2)):
+        search = PatternSearch.recommended(module, lambda logits, batch: masked_loss(logits, batch["y"]))
+        assert len(search.param_groups) == groups  # of two blocks, the last one gets most of the polls
+        batch = next(iter(parity.train_dataloader()))
+        closure = search.polls.on(batch)
+        before = float(closure())
+        for _ in range(5):
+            search.step(search.polls.on(batch))
+        assert search.report.loss_after < before
+    alone = PatternSearch.recommended(model)
+    with pytest.raises(AttributeError, match="recommended"):
+        alone.polls.on(batch)
+
+
+def test_a_small_model_is_polled_less_by_the_recommended_search():
+    linear = nn.Linear(2, 1)
+    search = PatternSearch.recommended(linear)
+    search.step(lambda: sphere(linear.weight) + sphere(linear.bias))
+    assert search.report.planned == 3
+    assert search.evaluations == 7
