@@ -84,7 +84,6 @@ class PatternSearch(LossOnlyOptimizer):
         ValueError: an option outside its range, a parameter that is not of a floating type, or no weight at all.
 
     Example:
-        >>> import torch
         >>> w = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
         >>> search = PatternSearch([w], radius=1.0, min_radius=1e-3)
         >>> while search.stopped_by is None:
@@ -93,8 +92,7 @@ class PatternSearch(LossOnlyOptimizer):
         ('min_radius', [0.0, 0.0])
 
     A closure that answers `poll` (see `search/closure.py`) is asked for many candidates at a time; the decisions are
-    the same. `PatternSearch.recommended(model, loss)` makes the search of configs/optimizer/pattern_search.yaml, with
-    such closures, for any module.
+    the same. `PatternSearch.recommended(model, loss)` makes such closures, and the search of the main command.
     """
 
     _polls: "FastPolls | None" = None  # of a recommended search
@@ -191,12 +189,11 @@ class PatternSearch(LossOnlyOptimizer):
         """The remembered slopes, if any option needs them."""
         if not (self.options["step_lengths"] or self.options["one_sided"]):
             return None
-        dtype = self.coordinates.parameters[0].dtype
-        dtype = dtype if dtype == torch.float64 else torch.float32
-        fade = self.options["fade"]
+        doubles = self.coordinates.parameters[0].dtype == torch.float64
+        memory, scale_memory, fade = (self.options[name] for name in ("memory", "scale_memory", "fade"))
         fade = None if fade is None else fade / self.shortened  # shorter moves: slopes stay true for longer
-        memory, scale_memory = self.options["memory"], self.options["scale_memory"]
-        return SlopeMemory(self.state["slopes"], len(self.coordinates), dtype, memory, scale_memory, fade)  # type: ignore[index]
+        n, dtype = len(self.coordinates), torch.float64 if doubles else torch.float32
+        return SlopeMemory(self.state["slopes"], n, dtype, memory, scale_memory, fade)  # type: ignore[index]
 
     @property
     def shortened(self) -> float:
@@ -208,11 +205,11 @@ class PatternSearch(LossOnlyOptimizer):
     def number_weights(self) -> None:
         """Number the weights, and draw up the directions: two for every weight, or one if one side only is polled."""
         super().number_weights()
-        sizes = [0] * len(self.param_groups)
+        sizes: dict[int, int] = {}  # by group; a group without weights that move has none
         for group, p in zip(self.group_of.tolist(), self.coordinates.parameters, strict=True):
-            sizes[group] += p.numel()
+            sizes[group] = sizes.get(group, 0) + p.numel()
         share, one_sided = self.options["last_group_share"], self.options["one_sided"]
-        self.directions = Directions([size for size in sizes if size], share, one_sided, self.seed)
+        self.directions = Directions(list(sizes.values()), share, one_sided, self.seed)
         check_shares(self.options, self.directions.sizes.tolist(), self.directions.shares.tolist())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -231,25 +228,18 @@ class PatternSearch(LossOnlyOptimizer):
         Args:
             model: any module.
             loss: (outputs of the model, batch) -> scalar loss. With it, `polls.on(batch)` is a closure that evaluates
-                many candidates in one pass; a batch is a dict whose "x" the model takes.
+                many candidates in one pass; the model takes batch["x"].
             options: instead of the recommended ones.
 
         Example:
-            >>> import torch
-            >>> model, x = torch.nn.Linear(4, 1), torch.randn(64, 4)
-            >>> batch = {"x": x, "y": x.sum(1, keepdim=True)}
-            >>> search = PatternSearch.recommended(model, lambda out, batch: (out - batch["y"]).square().mean())
-            >>> losses = [search.step(search.polls.on(batch)) for _ in range(300)]
+            >>> search = PatternSearch.recommended(nn.Linear(4, 1), lambda out, batch: (out - 1).square().mean())
+            >>> losses = [search.step(search.polls.on({"x": torch.randn(64, 4)})) for _ in range(300)]
             >>> losses[-1] < 0.01 * losses[0]
             True
         """
         parameters = [p for p in model.parameters() if p.requires_grad]
         groups = cls.parameter_groups(model, parameters, **RECOMMENDED | options)
-        sizes = [sum(p.numel() for p in group["params"]) for group in groups] if groups is not parameters else []
-        # no step polls a weight of a small model twice
-        fewest = min(sizes) - 2 if sizes else sum(p.numel() for p in parameters)
-        few = dict(polls_per_step=min(RECOMMENDED["polls_per_step"], fewest))
-        search = cls(groups, **RECOMMENDED | few | options)
+        search = cls(groups, **RECOMMENDED | dict(polls_per_step=polls_for(groups)) | options)
         if loss is not None:
             from polls.make import make_polls  # here: a search itself knows nothing of models
 
@@ -258,9 +248,8 @@ class PatternSearch(LossOnlyOptimizer):
 
     @property
     def polls(self) -> "FastPolls":
-        """The fast polls of a recommended search."""
-        if self._polls is None:
-            raise AttributeError("only PatternSearch.recommended(model, loss) makes the fast polls of a model")
+        """The fast polls of a search that `recommended` made for a model and its loss."""
+        assert self._polls is not None, "only PatternSearch.recommended(model, loss) has fast polls"
         return self._polls
 
     # --- the contract's questions ---
@@ -288,6 +277,12 @@ class PatternSearch(LossOnlyOptimizer):
         """With `last_group_share` and more than one of `model.blocks`: what comes before the last, and the rest."""
         shared_out = options.get("last_group_share") is not None
         return split_at_last_block(model, parameters) if shared_out else parameters
+
+
+def polls_for(groups: Any) -> int:
+    """Recommended polls per step of parameters, or of groups of them: no weight of a small model twice in a step."""
+    sizes = [sum(p.numel() for p in group["params"]) - 2 for group in groups if isinstance(group, dict)]
+    return min([RECOMMENDED["polls_per_step"], *(sizes or [sum(p.numel() for p in groups)])])
 
 
 def split_at_last_block(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Any:
