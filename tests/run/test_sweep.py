@@ -112,7 +112,7 @@ def test_jobs_are_found_wherever_they_lie_and_those_finished_before_count_as_kep
 
 @pytest.mark.parametrize(("processes", "cores"), [(1, 6), (2, 3), (4, 1), (-1, 1)])
 def test_processes_share_the_cores(processes, cores, monkeypatch):
-    monkeypatch.setattr(threads, "_processes", 1)
+    monkeypatch.setenv(threads.PROCESSES, "1")
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     threads.share_cores(processes)
     assert threads.available_cores() == cores
