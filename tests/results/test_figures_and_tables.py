@@ -7,9 +7,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from results.figures import AXES, draw_accuracy, draw_runs
-from results.tables import read_summaries, tabulate
-from run.metrics_table import COLUMNS, MetricsTable, name_settings, read_runs, read_wandb
-from run.summary import draw_progress
+from results.runs import COLUMNS, RunError, name_settings, read_runs, read_wandb
+from results.tables import read_summaries, summary_table
+from run.metrics_table import MetricsTable
+from run.summary import leave_picture
 
 CONFIG = {
     "choices": {"task": "state_tracking", "model": "tiny", "optimizer": "pattern_search"},
@@ -18,10 +19,10 @@ CONFIG = {
 }
 
 
-def write_run(path, optimizer="pattern_search", value=0.5, chance_loss=1.6, **choices):
+def write_run(path, optimizer="pattern_search", value=0.5, chance_loss=1.6, fade=None, **choices):
     path.mkdir(parents=True)
     choices = CONFIG["choices"] | choices | {"optimizer": optimizer}
-    OmegaConf.save(CONFIG | {"choices": choices}, path / "config.yaml")
+    OmegaConf.save(CONFIG | {"choices": choices, "optimizer": {"fade": fade}}, path / "config.yaml")
     (path / "summary.json").write_text(json.dumps({"chance_loss": chance_loss, "stopped_by": "interrupted"}))
     table = MetricsTable(path)
     for step in range(3):
@@ -58,7 +59,7 @@ def test_runs_are_read_together_and_described_by_their_configs(tmp_path):
 
 
 def test_a_place_without_runs_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+    with pytest.raises(RunError, match=str(tmp_path)):
         read_runs(tmp_path)
 
 
@@ -108,6 +109,39 @@ def test_figures_show_every_run_on_both_axes(tmp_path):
     assert sum(len(c.get_offsets()) for c in draw_accuracy(table).axes[0].collections) == 6
 
 
+@pytest.mark.parametrize("count", [3, 21, 45])
+def test_any_number_of_kinds_is_drawn_with_looks_of_their_own(tmp_path, count):
+    for i in range(count):
+        write_run(tmp_path / str(i), fade=i)
+    figure = draw_runs(read_runs(tmp_path))
+    drawn = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines[:-1]}
+    assert len(drawn) == min(count, 40)  # ten colours, four styles
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names[3:] == [f"fade={i} (1 run)" for i in range(count)]
+    figure.savefig(tmp_path / "a.png")
+    legend = figure.legends[0].get_window_extent()
+    assert legend.width * legend.height < 0.25 * figure.bbox.width * figure.bbox.height
+    assert figure.bbox.y1 >= legend.y1 > legend.y0 >= figure.bbox.y0  # all of it is seen
+
+
+def test_losses_near_zero_get_a_logarithmic_axis(tmp_path):
+    write_run(tmp_path / "a", value=0.5)
+    assert [panel.get_yscale() for panel in draw_runs(read_runs(tmp_path)).axes] == ["linear"] * 4
+    MetricsTable(tmp_path / "a").log_metrics({"train/loss": 0.001, "val/loss": float("inf")}, 4)
+    assert [panel.get_yscale() for panel in draw_runs(read_runs(tmp_path)).axes] == ["log", "log", "linear", "linear"]
+
+
+def test_accuracies_of_one_optimizer_with_two_settings_are_told_apart(tmp_path):
+    for i, fade in enumerate((1, 1, 2)):
+        write_run(tmp_path / str(i), fade=fade)
+    panel = draw_accuracy(read_runs(tmp_path)).axes[0]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["fade=1", "fade=2"]
+    with pytest.raises(RunError, match="no metrics"):
+        draw_runs(read_runs(tmp_path).head(0))
+    with pytest.raises(RunError, match="tested"):
+        draw_accuracy(read_runs(tmp_path).head(0))
+
+
 def test_tasks_have_rows_of_their_own_with_their_own_chance(tmp_path):
     write_run(tmp_path / "a", experiment="easy", chance_loss=0.7)
     write_run(tmp_path / "b", experiment="hard", chance_loss=3.0)
@@ -125,10 +159,10 @@ def test_a_run_without_a_summary_is_drawn_without_chance(tmp_path):
 
 def test_no_run_fails_for_its_picture(tmp_path, caplog):
     write_run(tmp_path / "a")
-    draw_progress(tmp_path / "a")
+    leave_picture(tmp_path / "a")
     assert (tmp_path / "a" / "progress.png").stat().st_size > 10_000
-    draw_progress(tmp_path / "nothing")
-    assert "progress.png was not drawn: FileNotFoundError" in caplog.text
+    leave_picture(tmp_path / "nothing")
+    assert "progress.png was not drawn: RunError" in caplog.text
 
 
 def test_finished_runs_become_a_markdown_table_over_their_seeds(tmp_path):
@@ -139,12 +173,13 @@ def test_finished_runs_become_a_markdown_table_over_their_seeds(tmp_path):
         (tmp_path / str(seed) / "summary.json").write_text(json.dumps(summary))
     write_run(tmp_path / "interrupted")
     (tmp_path / "interrupted" / "summary.json").write_text(json.dumps(summary | {"stopped_by": "interrupted"}))
-    row = tabulate(read_summaries(tmp_path)).splitlines()[-1]
-    assert len(tabulate(read_summaries(tmp_path)).splitlines()) == 3  # the interrupted run is left out
-    assert row == "| state_tracking Z5 | tiny | pattern_search | 1 / 2 | 0.750 (0.500) | 10 | 2.5 (3.0) | 1,000 |"
-    with pytest.raises(KeyError):
-        tabulate(read_summaries(tmp_path), "test/unknown")
-    with pytest.raises(FileNotFoundError):
+    row = summary_table(read_summaries(tmp_path)).splitlines()[-1]
+    assert len(summary_table(read_summaries(tmp_path)).splitlines()) == 3  # the interrupted run is left out
+    cells = ["state_tracking Z5", "tiny", "pattern_search", "1 / 2", "0.750 (0.500)", "10", "2.5 (3.0)", "1,000"]
+    assert row == f"| {' | '.join([*cells, 'max_steps 2'])} |"
+    with pytest.raises(RunError):
+        summary_table(read_summaries(tmp_path), "test/unknown")
+    with pytest.raises(RunError):
         read_summaries(tmp_path / "nothing")
 
 
@@ -155,7 +190,7 @@ def test_runs_with_different_settings_get_rows_of_their_own(tmp_path):
         OmegaConf.save(config, tmp_path / str(i) / "config.yaml")
         summary = {"test": {"test/exact_match": 1.0}, "evaluations": 1, "seconds": 1.0, "steps": 1, "stopped_by": "x"}
         (tmp_path / str(i) / "summary.json").write_text(json.dumps(summary))
-    rows = tabulate(read_summaries(tmp_path)).splitlines()[2:]
+    rows = summary_table(read_summaries(tmp_path)).splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == [f"| state_tracking Z5, length={n}" for n in (8, 16)]
 
 
