@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import fuzz_config
-from config import check, composition
-from config.check import check_command
-from config.composition import CONFIGS, compose_jobs, read_command
-from config.refusal import refuse, tell
+from config import compose
+from config.check import checked_config
+from config.keys import CONFIGS, flags_first
+from config.refusal import ConfigError, refuse
+from run import wandb_account
 
 PRIMARIES = ["pattern_search_train", "train"]
 OPTIONS = sorted(
@@ -21,7 +22,11 @@ OPTIONS = sorted(
 
 def problems(*overrides, config_name="pattern_search_train"):
     """What the check says about a command, one string a problem."""
-    return check_command(config_name, overrides)
+    try:
+        checked_config(overrides, config_name)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 @pytest.mark.parametrize("primary", PRIMARIES)
@@ -122,8 +127,8 @@ def test_every_value_has_a_comment_with_its_meaning():
     ],
 )
 def test_what_is_wrong_is_named_with_what_to_do(overrides, message, monkeypatch):
-    monkeypatch.setattr(check, "wandb_key", lambda: None)
-    monkeypatch.setattr(check.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(wandb_account, "wandb_key", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = problems(*overrides)
     assert len(found) == 1, found
     assert message in found[0]
@@ -164,7 +169,7 @@ def test_mistakes_in_yaml_files_are_found(file, right, wrong, message, tmp_path,
     path = tmp_path / "configs" / file
     assert right in path.read_text()
     path.write_text(path.read_text().replace(right, wrong))
-    monkeypatch.setattr(composition, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(compose, "CONFIGS", tmp_path / "configs")
     found = problems("experiment=z5")
     assert any(message in problem for problem in found), found
 
@@ -212,7 +217,7 @@ def test_packages_can_be_allowed(tmp_path, monkeypatch):
 
 def test_random_mistakes_run_or_are_refused_by_name(monkeypatch):
     """A few cases of tests/fuzz_config.py, which runs any number of them."""
-    monkeypatch.setattr(composition, "CONFIGS", CONFIGS)
+    monkeypatch.setattr(compose, "CONFIGS", CONFIGS)
     counts = fuzz_config.run(range(25), seed=7)
     assert counts["refused"] + counts["ran"] == 25
     assert counts["refused"] > 5

@@ -1,0 +1,140 @@
+"""Composing a config outside `hydra.main`, and saying why Hydra cannot compose one. Nothing here imports torch."""
+
+import argparse
+import copy
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from config.did_you_mean import moved, unknown
+from config.keys import CONFIGS, dig, key_of, leaves
+from config.refusal import ConfigError
+from config.signatures import arguments_model, find
+
+DEFAULT_CONFIG = "pattern_search_train"
+
+
+def compose_config(overrides: Sequence[str], config_name: str = DEFAULT_CONFIG) -> DictConfig:
+    """The config of a run, with its `hydra` node, as `src/train.py` composes it.
+
+    Raises:
+        ConfigError: Hydra cannot compose it.
+    """
+    os.environ.setdefault("PATTERN_SEARCH_ROOT", str(CONFIGS.parent))
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name="train"):
+            return compose(config_name, list(overrides), return_hydra_config=True)
+    except Exception as error:  # Hydra, OmegaConf, PyYAML and ANTLR each have exceptions of their own
+        raise ConfigError([explain(error, [f"--config-name={config_name}", *overrides])]) from error
+
+
+def job_config(config: DictConfig, run_dir: str | Path) -> DictConfig:
+    """A composed config as its job gets it: without its `hydra` node, which `${hydra:...}` still finds.
+
+    Args:
+        config: with its `hydra` node.
+        run_dir: where the job runs.
+    """
+    with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
+        config.hydra.runtime.output_dir = str(Path(run_dir).absolute())
+    HydraConfig.instance().set_config(config)  # as Hydra does when the job begins
+    cfg = copy.deepcopy(config)
+    with read_write(cfg), open_dict(cfg), suppress(OmegaConfBaseException):  # the check tells what has no value
+        del cfg["hydra"]
+        cfg.output_dir = cfg.output_dir  # now: the next job of a sweep has others
+        OmegaConf.resolve(cfg.choices)
+    return cfg
+
+
+def explain(error: BaseException, arguments: Sequence[str]) -> str:
+    """Why Hydra cannot compose a command, with the nearest known word.
+
+    Args:
+        error: what Hydra raised.
+        arguments: of the command.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config-name", "-cn", default=DEFAULT_CONFIG)
+    parser.add_argument("--config-path", "-cp")
+    flags, words = parser.parse_known_args(arguments)
+    name, configs = flags.config_name, CONFIGS
+    if flags.config_path:
+        configs = CONFIGS.parent / "src" / flags.config_path
+    overrides, options = [word for word in words if not word.startswith("-")], groups(configs)
+    text = "\n".join(str(e) for e in (error, error.__cause__) if str(e or "")) or type(error).__name__
+    message = " ".join(re.sub(r"\n(See https|    full_key:|Config search path)(.|\n)*", "", text).split())
+
+    if match := re.match(r"(?:In '([^']+)': )?Could not find '([^']+)/([^'/]*)'", text):
+        file, group, option = match.groups()
+        listed = text.partition("Available options")[2].partition("Config search path")[0].partition(":")[2].split()
+        said = unknown(f"{group}={option}", option, listed)
+        return f"configs/{file}.yaml: {said}" if file != name and (configs / f"{file}.yaml").exists() else said
+    if "Cannot find primary config" in text:
+        return unknown(f"--config-name={name}", name, sorted(path.stem for path in configs.glob("*.yaml")))
+    if "Config group override must be" in text:  # Hydra does not say which
+        group = next((key_of(o) for o in overrides if o.endswith("=null") and key_of(o) in options), "")
+        return f"{group}=null: a group cannot be left out; choose one of {', '.join(options.get(group, []))}"
+    if match := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.+)'", text):
+        return f"{match[1]}: several values are a sweep, which needs -m; a list is written in brackets"
+    if match := re.match(r"Error locating target '([^']+)'", text):
+        near = moved(match[1])
+        return f"_target_={match[1]} cannot be imported" + (f"; did you mean {near}?" if near else "")
+    if broken := broken_files(configs):
+        return "; ".join(broken)
+    if override := getattr(error, "override", ""):  # of an OverrideParseException
+        example = next((f", such as {g}={options[g][0]}" for g in difflib.get_close_matches(override, options)), "")
+        return f"{override}: {message}: give key=value{example}"
+    if match := re.match(r"Could not append to config. An item is already at '([^']+)'", text):
+        return f"+{match[1]} is in the config already; leave out the +"
+    if match := re.match(r"Could not (?:override|delete from config\.) '([^']+)'", text):
+        return unknown_key(match[1], name, configs, overrides)
+    named = [override for override in overrides if key_of(override) in message]
+    return f"{' '.join(named or overrides) or f'configs/{name}.yaml'}: {message}"
+
+
+def unknown_key(key: str, config_name: str, configs: Path, overrides: Sequence[str]) -> str:
+    """What to write instead of a key that the config does not have: an argument that a class takes needs a +."""
+    path, _, name = key.rpartition(".")
+    chosen = [override for override in overrides if key_of(override) in groups(configs)]
+    if swept := next((choice for choice in chosen if key_of(choice) == path and "," in choice), None):
+        return f"key {key} is not in the config of a sweep over {swept}; write ++{key}=... for all its jobs"
+    with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
+        try:
+            cfg = compose(config_name, chosen, return_hydra_config=True)
+        except Exception:  # a choice is wrong too
+            cfg = compose(config_name, return_hydra_config=True)
+    raw = OmegaConf.to_container(cfg)
+    node, hydra = dig(raw, path), dig(raw, "hydra")
+    known = [k for k in leaves(raw) if not k.startswith("hydra.") or key.startswith("hydra.")]
+    if path and isinstance(node, dict) and "_target_" in node and hydra:
+        misspelt = difflib.get_close_matches(name, node, cutoff=0.8)
+        fields = [] if misspelt else list(arguments_model(find(node["_target_"]), {name: None}, ()).model_fields)
+        for near in difflib.get_close_matches(name, fields, n=1, cutoff=0.8):
+            what = f"key {key} is not in the config" if near == name else f"key {key} is not known"
+            return f"{what}; write +{path}.{near}=... for the argument of {node['_target_']}"
+    return unknown(f"key {key}", key, [*known, *groups(configs)], list_known=False)
+
+
+def groups(configs: Path) -> dict[str, list[str]]:
+    """The options of each group of a folder of configs."""
+    folders = sorted(path for path in configs.glob("*") if path.is_dir() and path.name != "hydra")
+    return {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
+
+
+def broken_files(configs: Path) -> list[str]:
+    """The YAML files that cannot be read, with the reason."""
+    broken = []
+    for path in sorted(configs.rglob("*.yaml")):
+        try:
+            OmegaConf.load(path)
+        except Exception as error:  # of PyYAML or OmegaConf
+            broken.append(f"configs/{path.relative_to(configs)}: {' '.join(str(error).split())}")
+    return broken
