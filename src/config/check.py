@@ -12,7 +12,7 @@ from hydra.conf import HydraConf
 from omegaconf import DictConfig
 
 from config.builds import check_builds
-from config.compose import DEFAULT_CONFIG, compose_config, job_config
+from config.compose import DEFAULT_CONFIG, compose_config, given, job_config
 from config.did_you_mean import unknown
 from config.draft import Draft
 from config.keys import key_of
@@ -22,7 +22,7 @@ from config.refusal import ConfigError
 
 def check(cfg: DictConfig, hydra: HydraConf) -> Draft:
     """Check the config of a job; `hydra` is what Hydra says about it, the node that `cfg` itself is without."""
-    draft = Draft(cfg, [key_of(override) for override in hydra.overrides.task])
+    draft = Draft(cfg, [key_of(override) for override in given(hydra)])
     sources = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
     groups = {path.name for source in sources for path in source.glob("*") if path.is_dir()}
     for group in hydra.runtime.choices:  # Hydra passes over a group without an option that does not exist

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
@@ -54,6 +55,11 @@ def job_config(config: DictConfig, run_dir: str | Path) -> DictConfig:
     return cfg
 
 
+def given(hydra: HydraConf) -> list[str]:
+    """The overrides of a command, but those of Hydra's own config; `hydra` is the node of a config."""
+    return [str(word) for word in OmegaConf.to_container(hydra.overrides.task)]  # without resolving what they quote
+
+
 def explain(error: BaseException, arguments: Sequence[str]) -> str:
     """Why Hydra cannot compose a command, with the nearest known word.
 
@@ -91,7 +97,7 @@ def explain(error: BaseException, arguments: Sequence[str]) -> str:
         return "; ".join(broken)
     if override := getattr(error, "override", ""):  # of an OverrideParseException
         example = next((f", such as {g}={options[g][0]}" for g in difflib.get_close_matches(override, options)), "")
-        return f"{override}: {message}: give key=value{example}"
+        return f"{text.splitlines()[0]}: give key=value{example}"
     if match := re.match(r"Could not append to config. An item is already at '([^']+)'", text):
         return f"+{match[1]} is in the config already; leave out the +"
     if match := re.match(r"Could not (?:override|delete from config\.) '([^']+)'", text):
@@ -118,8 +124,9 @@ def unknown_key(key: str, config_name: str, configs: Path, overrides: Sequence[s
         misspelt = difflib.get_close_matches(name, node, cutoff=0.8)
         fields = [] if misspelt else list(arguments_model(find(node["_target_"]), {name: None}, ()).model_fields)
         for near in difflib.get_close_matches(name, fields, n=1, cutoff=0.8):
+            value = next((o.partition("=")[2] for o in overrides if key_of(o) == key), "...")
             what = f"key {key} is not in the config" if near == name else f"key {key} is not known"
-            return f"{what}; write +{path}.{near}=... for the argument of {node['_target_']}"
+            return f"{what}; write +{path}.{near}={value} for the argument of {node['_target_']}"
     return unknown(f"key {key}", key, [*known, *groups(configs)], list_known=False)
 
 

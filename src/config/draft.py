@@ -41,7 +41,8 @@ class Draft:
     def report(self, found: dict[str, str]) -> None:
         """Note problems; a value taken from another key is reported where it was written, if it is wrong there too."""
         for key, problem in found.items():
-            if self.written(key) == key or self.written(key) not in found:
+            source = f"{self.written(key)}."
+            if source == f"{key}." or not any(source.startswith(f"{k}.") for k in [*found, *self.problems]):
                 self.note(key, problem)
 
     def sound(self, *nodes: str) -> bool:

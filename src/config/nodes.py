@@ -77,7 +77,7 @@ PLAIN: dict[str, type[BaseModel]] = {"": Root, "wandb": Wandb, "choices": Choice
 
 def check_text(draft: Draft) -> None:
     """All that can be said about keys and types without building anything."""
-    found = {key: problem for key, error in draft.unresolved.items() if (problem := unresolved(draft, key, error))}
+    found = {key: unresolved(draft, key, error) for key, error in draft.unresolved.items()}
     for path, model in PLAIN.items():
         if isinstance(node := dig(draft.values, path), dict):
             found = dict(validate(model, node, path)) | found
@@ -93,13 +93,12 @@ def check_text(draft: Draft) -> None:
         check_node(draft, path, node)
 
 
-def unresolved(draft: Draft, key: str, error: str) -> str | None:
-    """Why a key has no value; None if it takes it from one that is reported as missing itself."""
-    text, absent = " ".join(error.splitlines()[0].split()), re.search(r"Interpolation key '([^']+)' not found", error)
-    if absent and absent[1].partition(".")[0] in Root.model_fields.keys() - draft.raw.keys():
-        return None
+def unresolved(draft: Draft, key: str, error: str) -> str:
+    """Why a key has no value."""
+    absent = re.search(r"Interpolation key '([^']+)' not found", error)
     near = nearest(absent[1], leaves(draft.raw)) if absent else None
-    return f"{key}={shown(dig(draft.raw, key))}: {text}" + (f"; did you mean ${{{near}}}?" if near else "")
+    text = f"{key}={shown(dig(draft.raw, key))}: {' '.join(error.splitlines()[0].split())}"
+    return f"{text}; did you mean ${{{near}}}?" if near else text
 
 
 def check_target(draft: Draft, path: str) -> None:

@@ -22,7 +22,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
 from config.check import check, problems_of
-from config.compose import explain, job_config
+from config.compose import explain, given, job_config
 from config.draft import Draft
 from config.refusal import refuse
 from run.resume import plan
@@ -55,7 +55,7 @@ class Start(Callback):
     def _planned(self, drafts: list[Draft], config: DictConfig, multirun: bool) -> list[Any]:
         if problems := problems_of(drafts):
             refuse(problems)
-        overrides = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
+        overrides = [*config.hydra.overrides.hydra, *given(config.hydra)]
         run_dirs, problems = plan([draft.cfg for draft in drafts], overrides, multirun)
         if problems:
             refuse(problems)
@@ -66,7 +66,7 @@ def jobs(config: DictConfig) -> list[list[str]]:
     """The overrides of each job: all combinations of the values in the config and on the command line, which wins."""
     params = [f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items()]
     parser, values = OverridesParser.create(GlobalHydra.instance().config_loader()), {}
-    for override in parser.parse_overrides([*params, *config.hydra.overrides.task]):
+    for override in parser.parse_overrides([*params, *given(config.hydra)]):
         key = override.get_key_element()
         swept = override.is_sweep_override()
         chosen = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]

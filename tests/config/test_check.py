@@ -1,8 +1,6 @@
 """Every option of every group composes and passes the check; what is wrong is named, with what to do."""
 
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -212,5 +210,11 @@ def test_random_mistakes_run_or_are_refused_by_name(monkeypatch):
 def test_flags_may_stand_between_overrides():
     words = ["model=tiny", "--config-name=train", "-cd", "a=b", "seed=0,1", "~callbacks.progress", "-m"]
     assert flags_first(words) == [  # as Hydra wants them
-        "--config-name=train", "-cd", "a=b", "-m", "model=tiny", "seed=0,1", "~callbacks.progress"
+        "--config-name=train",
+        "-cd",
+        "a=b",
+        "-m",
+        "model=tiny",
+        "seed=0,1",
+        "~callbacks.progress",
     ]
