@@ -45,11 +45,12 @@ class Start(Callback):
             return
         with told():
             loader, drafts = GlobalHydra.instance().config_loader(), []
+            sweep_dir = config.hydra.sweep.dir  # the time in it is that of the sweep, not of its jobs
             for number, overrides in enumerate(jobs(config)):
                 job = loader.load_sweep_config(config, overrides)
                 with open_dict(job.hydra.job):
                     job.hydra.job.num = job.hydra.job.id = number
-                drafts.append(checked(job, os.path.join(job.hydra.sweep.dir, job.hydra.sweep.subdir)))
+                drafts.append(checked(job, os.path.join(sweep_dir, job.hydra.sweep.subdir)))
             self._planned(drafts, config, multirun=True)
 
     def _planned(self, drafts: list[Draft], config: DictConfig, multirun: bool) -> list[Any]:
