@@ -26,11 +26,11 @@ READ_BY_OTHERS = ("task.pattern_search_radius", "wandb.entity", "wandb.project")
 
 def data_of(cfg: DictConfig) -> SequenceDataModule:
     """The data of a config. The newest are kept: the check of a run and the run itself share them."""
-    return _made(json.dumps(OmegaConf.to_container(cfg.datamodule, resolve=True), sort_keys=True))
+    return made(json.dumps(OmegaConf.to_container(cfg.datamodule, resolve=True), sort_keys=True))
 
 
 @lru_cache(maxsize=1)
-def _made(datamodule: str) -> SequenceDataModule:
+def made(datamodule: str) -> SequenceDataModule:
     return build_datamodule(OmegaConf.create({"datamodule": json.loads(datamodule)}))
 
 

@@ -122,6 +122,23 @@ def test_every_value_has_a_comment_with_its_meaning():
         (["logger=csv", "wandb.project=mine"], "wandb.project=mine has no effect"),
         (["task=membership", "datamodule.length=20"], "datamodule.length=20 has no effect"),
         (["task=scan", "datamodule.oversample=false"], "datamodule.oversample=false has no effect"),
+        # valid, but not written so
+        (["logger.group=g"], "write +logger.group=g for the argument of run.wandb_logger.WandbRun"),
+        (["trainer.profiler=simple"], "write +trainer.profiler=simple for the argument of lightning.Trainer"),
+        (["callbacks.best.save_top_k=3"], "write +callbacks.best.save_top_k=3 for the argument of"),
+        (["+seed=3"], "seed is in the config already; leave out the +"),
+        (["optimizer=adam", "optimizer.max_seconds=60"], "did you mean trainer.max_time?"),
+        # names that were others
+        (["optimizer=pattern_search_credit"], "did you mean pattern_search_nodes?"),
+        (["optimizer=pattern_search_credit_long"], "did you mean pattern_search_nodes_long?"),
+        (["optimizer.units_per_step=3"], "did you mean optimizer.nodes_per_step?"),
+        (["callbacks.progress._target_=progress.SearchProgress"], "did you mean run.progress.SearchProgress?"),
+        (["callbacks.averaging._target_=averaging.WeightAverage"], "did you mean run.averaging.WeightAverage?"),
+        (["logger._target_=wandb_run.WandbRun"], "did you mean run.wandb_logger.WandbRun?"),
+        # monitors
+        (["callbacks.early_stopping.monitor=val/exact_match"], "use callbacks.early_stopping.mode=max"),
+        (["callbacks.best.mode=max"], "of val/loss, lower is better; use callbacks.best.mode=min"),
+        (["+callbacks.c={_target_:lightning.pytorch.callbacks.RichProgressBar}"], "trainer.enable_progress_bar=false"),
     ],
 )
 def test_what_is_wrong_is_named_with_what_to_do(overrides, message, monkeypatch):
@@ -182,6 +199,13 @@ def test_mistakes_in_yaml_files_are_found(file, right, wrong, message, tmp_path,
     monkeypatch.setattr(compose, "CONFIGS", tmp_path / "configs")
     found = problems("experiment=z5")
     assert any(message in problem for problem in found), found
+
+
+def test_callbacks_beside_ours_are_accepted():
+    bar = "+callbacks.c={_target_:lightning.pytorch.callbacks.RichProgressBar}"
+    assert problems(bar, "trainer.enable_progress_bar=true") == []
+    best = ["callbacks.early_stopping.monitor=val/exact_match", "callbacks.early_stopping.mode=max"]
+    assert problems(*best, "callbacks.early_stopping.stopping_threshold=0.99") == []
 
 
 def test_a_reason_is_told_once(capsys):
