@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -40,21 +41,18 @@ def check_builds(draft: Draft) -> None:
     cfg = draft.cfg
     data = build(draft, ["datamodule"], lambda: data_of(cfg))
     model = build(draft, ["model", "datamodule"], lambda: model_of(cfg)) if data else None
-    if model is not None:
-        check_memory(draft, model)
     task = build(draft, ["optimizer", "task"], lambda: task_of(cfg, model)) if model else None
-    callbacks = {
-        name: build(draft, [f"callbacks.{name}"], partial(instantiate, cfg.callbacks[name]))
+    callbacks = [
+        build(draft, [f"callbacks.{name}"], partial(instantiate, cfg.callbacks[name]))
         for name in (draft.get("callbacks") or {})
-    }
-    usable = [callback for callback in callbacks.values() if callback is not None]
+    ]
+    usable = [callback for callback in callbacks if callback is not None]
     trainer = build(draft, ["trainer"], lambda: instantiate(cfg.trainer, logger=False, callbacks=usable))
     if task is not None:
-        searches = not task.automatic_optimization
-        check_read(draft, data, searches)
+        check_read(draft, data, searches=not task.automatic_optimization)
         check_monitors(draft, data, task)
         if trainer is not None:
-            check_trainer(draft, data, trainer, searches)
+            check_trainer(draft, data, trainer, searches=not task.automatic_optimization)
 
 
 def build(draft: Draft, nodes: list[str], make: Callable[[], Any]) -> Any:
@@ -66,16 +64,11 @@ def build(draft: Draft, nodes: list[str], make: Callable[[], Any]) -> Any:
             warnings.simplefilter("ignore")  # what Lightning says about a trainer is said once it is used
             return make()
     except Exception as error:  # whatever a constructor refuses, the user gets the reason and not a traceback
-        draft.note(*attribute(draft, nodes, reason(error)))
+        cause: BaseException = error
+        while cause.__cause__ is not None and isinstance(cause, HydraException):  # Hydra wraps what was raised
+            cause = cause.__cause__
+        draft.note(*attribute(draft, nodes, " ".join(str(cause).split())[:400] or type(cause).__name__))
         return None
-
-
-def reason(error: BaseException) -> str:
-    """Why something cannot be built, in one line: Hydra wraps what a constructor raised."""
-    while error.__cause__ is not None and type(error).__module__.startswith("hydra"):
-        error = error.__cause__
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 400 else f"{text[:400]} ..."
 
 
 def attribute(draft: Draft, nodes: list[str], message: str) -> tuple[str, str]:
@@ -83,43 +76,58 @@ def attribute(draft: Draft, nodes: list[str], message: str) -> tuple[str, str]:
 
     It is the key that the message names, or whose value it cites; of several, one that the command line sets.
     """
-
-    def named(key: str) -> bool:
-        return re.search(rf"(?<![\w.]){key.rpartition('.')[2]}\b", message) is not None
-
-    def cited(key: str) -> bool:
-        values = draft.get(key) if isinstance(draft.get(key), list) else [draft.get(key)]
-        words = [str(v) for v in values if v is not None and not isinstance(v, bool)]
-        return any(re.search(rf"(?<![\w.]){re.escape(word)}(?![\w.]*\w)", message) for word in words if word)
-
     below = [key for key in leaves(draft.raw) if key.startswith(tuple(f"{node}." for node in nodes))]
-    below = [key for key in below if not isinstance(draft.get(key), dict) and not key.endswith("_")]
-    below.sort(key=lambda key: draft.written(key) not in draft.given)
-    for fits in (message.__contains__, lambda key: f"{key.rpartition('.')[2]}=" in message, named, cited):
-        if key := next(filter(fits, below), None):
-            break
-    else:
-        given = [key for key in below if key in draft.given]
-        if given:
-            return given[0], f"{', '.join(f'{key}={shown(draft.get(key))}' for key in given)}: {message}"
-        return nodes[0], f"{nodes[0]}={draft.get(f'choices.{nodes[0]}')}: {message}"
-    key = draft.written(key)
-    path, _, name = key.rpartition(".")
-    if key in message:
-        return key, message
-    return key, f"{path}.{message}" if message.startswith(f"{name}=") else f"{key}={shown(draft.get(key))}: {message}"
+    given = [key for key in below if draft.written(key) in draft.given]
+    keys = given + [k for k in below if k not in given and not k.endswith("_") and not isinstance(draft.get(k), dict)]
+    values = {k: v if isinstance(v := draft.get(k), list) else [v] for k in keys}
+    signs: dict[str, list[str]] = {  # what may stand for a key in the message, the surest first
+        "name and value": [rf"{re.escape(k.rpartition('.')[2])}=" for k in keys],
+        "name": [rf"{re.escape(k.rpartition('.')[2])}\b" for k in keys],
+        "value": ["|".join(rf"{re.escape(str(v))}(?!\.?\w)" for v in values[k] if cited(v)) or "(?!)" for k in keys],
+    }
+    if whole := next((key for key in keys if key in message), None):
+        return draft.written(whole), message
+    for patterns in signs.values():
+        for key, pattern in zip(keys, patterns, strict=True):
+            if re.search(rf"(?<![\w.])(?:{pattern})", message):
+                key = draft.written(key)
+                path, _, name = key.rpartition(".")
+                named = message.startswith(f"{name}=")
+                return key, f"{path}.{message}" if named else f"{key}={shown(draft.get(key))}: {message}"
+    if given:
+        return given[0], f"{', '.join(f'{key}={shown(draft.get(key))}' for key in given)}: {message}"
+    return nodes[0], f"{nodes[0]}={draft.get(f'choices.{nodes[0]}') or '...'}: {message}"
+
+
+def cited(value: Any) -> bool:
+    """Whether a value, if it stands in a message, tells which key the message is about."""
+    return not isinstance(value, bool | dict | None) and str(value) != ""
 
 
 def model_of(cfg: DictConfig) -> torch.nn.Module:
-    """The model without memory for its weights, or if it cannot be built so, with."""
+    """The model without memory for its weights, or if it cannot be built so, with.
+
+    Raises:
+        ValueError: its weights alone do not fit in memory, or what its constructor refuses.
+    """
     try:
         with torch.device("meta"):
-            return build_model(cfg, data_of(cfg))
+            model = build_model(cfg, data_of(cfg))
     except NotImplementedError:
-        return build_model(cfg, data_of(cfg))
+        model = build_model(cfg, data_of(cfg))
+    weights = sum(p.numel() for p in model.parameters())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * weights > memory:
+        raise ValueError(f"a model of {weights:,} weights does not fit in {memory / 2**30:.0f} GiB of memory")
+    return model
 
 
 def task_of(cfg: DictConfig, model: torch.nn.Module) -> PatternSearchTask:
+    """The task with its optimizer.
+
+    Raises:
+        TypeError: what should be the optimizer is none.
+    """
     task = instantiate(cfg.task, model=model, optimizer=instantiate(cfg.optimizer))
     if not isinstance(task.configure_optimizers(), torch.optim.Optimizer):
         raise TypeError(f"optimizer._target_={cfg.optimizer._target_} makes no torch.optim.Optimizer")
@@ -128,56 +136,42 @@ def task_of(cfg: DictConfig, model: torch.nn.Module) -> PatternSearchTask:
 
 def check_machine(draft: Draft) -> None:
     """What the config asks of the machine and cannot get."""
-    accelerator = draft.get("trainer.accelerator")
+    accelerator, upload = draft.get("trainer.accelerator"), draft.get("logger.offline") is False
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        text = f"trainer.accelerator={accelerator}: this machine has no CUDA GPU; use trainer.accelerator=cpu"
-        draft.note("trainer.accelerator", text)
-    if steps := draft.get("trainer.fast_dev_run"):
-        text = "Lightning would take loggers and checkpoints away; use trainer.max_steps=1 trainer.limit_val_batches=1"
-        draft.note("trainer.fast_dev_run", f"trainer.fast_dev_run={shown(steps)}: {text}")
-    if draft.get("logger.offline") is False:
-        later = "or use logger.offline=True and upload later"
-        if not wandb_account.wandb_key():
-            account = "no W&B account is set up on this machine; run `wandb login`, or set WANDB_API_KEY"
-            draft.note("logger.offline", f"logger.offline=False: {account}, {later}")
-        elif problem := wandb_account.out_of_reach():
-            draft.note("logger.offline", f"logger.offline=False: {problem}; connect this machine, {later}")
-
-
-def check_memory(draft: Draft, model: torch.nn.Module) -> None:
-    """Refuse a model whose weights alone do not fit."""
-    weights = sum(p.numel() for p in model.parameters())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if 4 * weights > memory:
-        sizes = [key for key in draft.given if key.startswith(("model.", "datamodule."))] or ["choices.model"]
-        given = ", ".join(f"{key}={draft.get(key)}" for key in sizes).removeprefix("choices.")
-        text = f"a model of {weights:,} weights does not fit in {memory / 2**30:.0f} GiB of memory"
-        draft.note(sizes[0], f"{given}: {text}")
+        draft.note_value("trainer.accelerator", ": this machine has no CUDA GPU; use trainer.accelerator=cpu")
+    if draft.get("trainer.fast_dev_run"):
+        instead = "use trainer.max_steps=1 trainer.limit_val_batches=1"
+        draft.note_value("trainer.fast_dev_run", f": Lightning would take loggers and checkpoints away; {instead}")
+    if upload and not wandb_account.wandb_key():
+        how = "run `wandb login`, or set WANDB_API_KEY, or use logger.offline=True and upload later"
+        draft.note_value("logger.offline", f": no W&B account is set up on this machine; {how}")
+    elif upload and (problem := wandb_account.out_of_reach()):
+        how = "connect this machine, or use logger.offline=True and upload later"
+        draft.note_value("logger.offline", f": {problem}; {how}")
 
 
 def check_trainer(draft: Draft, data: SequenceDataModule, trainer: L.Trainer, searches: bool) -> None:
     """What the trainer accepts, and what cannot run with this data, or with a search."""
+    options = draft.values["trainer"]
 
     def note(name: str, problem: str) -> None:
-        draft.note(f"trainer.{name}", f"trainer.{name}={shown(draft.get(f'trainer.{name}'))}{problem}")
+        draft.note_value(f"trainer.{name}", problem)
 
     for name in ("check_val_every_n_epoch", "val_check_interval", "log_every_n_steps"):
-        if (value := draft.get(f"trainer.{name}")) is not None and value <= 0:
+        if options.get(name) is not None and options[name] <= 0:
             note(name, " must be above 0")
-    if searches:
-        if "mixed" in str(draft.get("trainer.precision")):
-            note("precision", " hides the closure from a search; use 32-true or 64-true")
-        for name, neutral in {"gradient_clip_val": (None, 0), "accumulate_grad_batches": (None, 1)}.items():
-            if draft.get(f"trainer.{name}") not in neutral:
-                note(name, " is for gradients, and a search has none")
-    loaders = {"train": [data.train_dataloader()], "val": [data.val_dataloader()], "test": data.test_dataloader()}
-    for split, parts in loaders.items():
-        limit, batches = getattr(trainer, f"limit_{split}_batches"), min(map(len, parts))
-        if isinstance(limit, float) and limit > 0 and int(batches * limit) == 0:
-            note(f"limit_{split}_batches", f" of {batches} batches is none; use a number of batches, or 1.0 for all")
-    limit, batches = trainer.limit_train_batches, len(data.train_dataloader())
-    n_train = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
-    every = draft.get("trainer.val_check_interval")
+    if searches and "mixed" in str(options.get("precision")):
+        note("precision", " hides the closure from a search; use 32-true or 64-true")
+    for name, neutral in {"gradient_clip_val": (None, 0), "accumulate_grad_batches": (None, 1)}.items():
+        if searches and options.get(name) not in neutral:
+            note(name, " is for gradients, and a search has none")
+    batches = {"train": len(data.train_dataloader()), "val": len(data.val_dataloader())}
+    for split, n in (batches | {"test": min(map(len, data.test_dataloader()))}).items():
+        limit = getattr(trainer, f"limit_{split}_batches")
+        if isinstance(limit, float) and limit > 0 and int(n * limit) == 0:
+            note(f"limit_{split}_batches", f" of {n} batches is none; use a number of batches, or 1.0 for all")
+    limit, every = trainer.limit_train_batches, options.get("val_check_interval")
+    n_train = int(batches["train"] * limit) if isinstance(limit, float) else min(batches["train"], limit)
     if isinstance(every, int) and every > n_train > 0 and trainer.check_val_every_n_epoch is not None:
         across = "set trainer.check_val_every_n_epoch=null to count across epochs"
         note("val_check_interval", f" is more than the {n_train} batches of an epoch; {across}")
@@ -195,34 +189,29 @@ def check_monitors(draft: Draft, data: SequenceDataModule, task: PatternSearchTa
     known = [f"val/{name}" for name in scores.compute()] + ["train/loss", "evaluations", "seconds", "epoch", "step"]
     if not task.automatic_optimization:
         known += [f"train/{name}" for name in ("loss_after", "accepted", "evaluations_per_second", "radius")]
-    for callback, options in draft.get("callbacks").items():
-        if (monitor := options.get("monitor")) is None:
+    for callback, options in draft.values["callbacks"].items():
+        key, monitor, mode = f"callbacks.{callback}", options.get("monitor"), options.get("mode", "min")
+        if monitor is None:
             continue
-        key = f"callbacks.{callback}"
         if monitor not in known:
             draft.note(f"{key}.monitor", unknown(f"{key}.monitor={monitor}", str(monitor), known))
-        mode = options.get("mode", "min")
-        wrong_way = {"min": ("max", "higher", ("accuracy", "exact_match")), "max": ("min", "lower", ("loss",))}
-        if mode in wrong_way and str(monitor).endswith(wrong_way[mode][2]):
-            right, better, _ = wrong_way[mode]
-            draft.note(f"{key}.mode", f"{key}.mode={mode}: of {monitor}, {better} is better; use {key}.mode={right}")
-        at_epoch_end, stops = options.get("check_on_train_epoch_end"), options["_target_"].endswith(".EarlyStopping")
-        if stops and str(monitor).startswith("val/") and at_epoch_end is not False:
-            key = f"{key}.check_on_train_epoch_end"
-            text = f"{key}={shown(at_epoch_end)} looks before the validation has run; use {key}=false"
-            draft.note(key, text)
+        if mode == "min" and str(monitor).endswith(("accuracy", "exact_match")):
+            draft.note(f"{key}.mode", f"{key}.mode=min: of {monitor}, higher is better; use {key}.mode=max")
+        if mode == "max" and str(monitor).endswith("loss"):
+            draft.note(f"{key}.mode", f"{key}.mode=max: of {monitor}, lower is better; use {key}.mode=min")
+        key = f"{key}.check_on_train_epoch_end"
+        early = draft.get(key) is not False and options["_target_"].endswith(".EarlyStopping")
+        if early and str(monitor).startswith("val/"):
+            draft.note_value(key, f" looks before the validation has run; use {key}=false")
 
 
 def check_read(draft: Draft, data: SequenceDataModule, searches: bool) -> None:
-    """Note the keys that nothing reads beside the choices that were made."""
+    """Say of the keys that nothing reads beside the choices that were made why it is so."""
     text, reader = json.dumps(draft.raw, default=str), f"optimizer={draft.get('choices.optimizer')} does not read it"
     unread = {key: "the logger does not read it" for key in READ_BY_OTHERS if f"${{{key}}}" not in text}
     unread |= {key: reader for key in unread if key.startswith("task.")}
-    if searches and draft.get("model.dropout"):
-        unread["model.dropout"] = "it is off while a search polls"
-    if not searches:
-        unread["task.fast_polls"] = "only a search reads it"
     unread |= {f"datamodule.{name}": "the other options of the data leave it out" for name in data.unread}
-    draft.unread = {
-        key: f"{key}={shown(draft.get(key))} has no effect: {why}; leave it out" for key, why in unread.items()
-    }
+    unread |= {} if searches else {"task.fast_polls": "only a search reads it"}
+    unread |= {"model.dropout": "it is off while a search polls"} if searches and draft.get("model.dropout") else {}
+    for key, why in unread.items():
+        draft.unread[key] = f"{key}={shown(draft.get(key))} has no effect: {why}; leave it out"

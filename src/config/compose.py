@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.conf import HydraConf
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
@@ -86,8 +87,10 @@ def explain(error: BaseException, arguments: Sequence[str]) -> str:
     if "Cannot find primary config" in text:
         return unknown(f"--config-name={name}", name, sorted(path.stem for path in configs.glob("*.yaml")))
     if "Config group override must be" in text:  # Hydra does not say which
-        group = next((key_of(o) for o in overrides if o.endswith("=null") and key_of(o) in options), "")
-        return f"{group}=null: a group cannot be left out; choose one of {', '.join(options.get(group, []))}"
+        chosen = {key_of(o): o.partition("=")[2] for o in overrides if key_of(o) in options}
+        group = next(group for group, option in chosen.items() if option not in options[group])
+        why = "a group cannot be left out; " if chosen[group] == "null" else ""
+        return f"{group}={chosen[group]}: {why}choose one of {', '.join(options[group])}"
     if match := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.+)'", text):
         return f"{match[1]}: several values are a sweep, which needs -m; a list is written in brackets"
     if match := re.match(r"Error locating target '([^']+)'", text):
@@ -112,6 +115,7 @@ def unknown_key(key: str, config_name: str, configs: Path, overrides: Sequence[s
     chosen = [override for override in overrides if key_of(override) in groups(configs)]
     if swept := next((choice for choice in chosen if key_of(choice) == path and "," in choice), None):
         return f"key {key} is not in the config of a sweep over {swept}; write ++{key}=... for all its jobs"
+    GlobalHydra.instance().clear()  # nothing goes on after a refusal
     with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
         try:
             cfg = compose(config_name, chosen, return_hydra_config=True)

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from config.keys import dig
+from config.keys import dig, shown
 
 
 class Draft:
@@ -32,6 +32,9 @@ class Draft:
 
     def note(self, key: str, problem: str) -> None:
         self.problems.setdefault(key, problem)
+
+    def note_value(self, key: str, problem: str) -> None:
+        self.note(key, f"{key}={shown(self.get(key))}{problem}")
 
     def written(self, key: str) -> str:
         """Where the value of a key was written: there, or at the key that it is taken from."""

@@ -7,12 +7,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import Field
 
 from config.did_you_mean import moved, nearest
 from config.draft import Draft
 from config.keys import CONFIGS, dig, leaves, shown
-from config.signatures import INSTRUCTIONS, arguments_model, find, validate
+from config.signatures import INSTRUCTIONS, arguments_model, find, strict_model, validate
 from data.sequences import SequenceDataModule
 from pattern_search_task import PatternSearchTask
 
@@ -38,49 +38,28 @@ KINDS: dict[str, type] = {
     "logger": Logger,
     "callbacks": L.Callback,
 }
-STRICT = ConfigDict(extra="forbid", strict=True)
-CHOICES = ("task", "model", "optimizer", "experiment", "variant")
-
-
-class Root(BaseModel, **STRICT):
-    """The keys of the config that are passed to no callable."""
-
-    seed: int = Field(ge=0, lt=2**32)
-    task: dict
-    datamodule: dict
-    model: dict
-    optimizer: dict
-    trainer: dict
-    logger: dict
-    callbacks: dict
-    wandb: dict
-    resume: str | None
-    checkpoint: dict
-    choices: dict
-    output_dir: str
-    allowed_packages: list[str]
-
-
-class Wandb(BaseModel, **STRICT):
-    entity: str | None
-    project: str
-
-
-class Checkpoint(BaseModel, **STRICT):
-    every_seconds: float | None = Field(ge=0)
-    every_steps: int | None = Field(ge=1)
-
-
-Choices = create_model("Choices", __config__=STRICT, **dict.fromkeys(CHOICES, (str | None, ...)))
-PLAIN: dict[str, type[BaseModel]] = {"": Root, "wandb": Wandb, "choices": Choices, "checkpoint": Checkpoint}
+NAMES: dict[str, Any] = dict.fromkeys(("task", "model", "optimizer", "experiment", "variant"), str | None)
+PLAIN: dict[str, dict[str, Any]] = {  # the keys that are passed to no callable, by node
+    "": {
+        "seed": (int, Field(ge=0, lt=2**32)),
+        "resume": str | None,
+        "output_dir": str,
+        "allowed_packages": list[str],
+        **dict.fromkeys([*KINDS, "wandb", "checkpoint", "choices"], dict),
+    },
+    "wandb": {"entity": str | None, "project": str},
+    "checkpoint": {"every_seconds": (float | None, Field(ge=0)), "every_steps": (int | None, Field(ge=1))},
+    "choices": NAMES,
+}
 
 
 def check_text(draft: Draft) -> None:
     """All that can be said about keys and types without building anything."""
     found = {key: unresolved(draft, key, error) for key, error in draft.unresolved.items()}
-    for path, model in PLAIN.items():
+    for path, types in PLAIN.items():
         if isinstance(node := dig(draft.values, path), dict):
-            found = dict(validate(model, node, path)) | found
+            fields = {name: hint if isinstance(hint, tuple) else (hint, ...) for name, hint in types.items()}
+            found = dict(validate(strict_model(fields), node, path)) | found
     draft.report(found)
     for name in KINDS:
         node = draft.get(name)
@@ -105,7 +84,7 @@ def check_target(draft: Draft, path: str) -> None:
     """A node that is built must name a class."""
     node = draft.get(path)
     if not isinstance(node, dict) or not node:
-        draft.note(path, f"{path}={shown(node)}: expected a _target_")
+        draft.note_value(path, ": expected a _target_")
     elif "_target_" not in node:
         near = nearest("_target_", [key for key in node if key not in INSTRUCTIONS])
         given = ", ".join(f"{path}.{key}" for key in node)
@@ -129,31 +108,27 @@ def check_node(draft: Draft, path: str, node: dict) -> None:
     partial = node.get("_partial_", False)
     if partial is not (path == "optimizer"):  # only the optimizer waits for something: the weights
         rule = "must be true: the weights are passed later" if path == "optimizer" else "must be false, or left out"
-        draft.note(f"{path}._partial_", f"{path}._partial_={shown(partial)}: {rule}")
-    arguments = {name: value for name, value in node.items() if name not in INSTRUCTIONS}
-    for name in arguments.keys() & set(FILLED_IN.get(path, ())):
+        draft.note_value(f"{path}._partial_", f": {rule}")
+    arguments, filled_in = {k: v for k, v in node.items() if k not in INSTRUCTIONS}, FILLED_IN.get(path, ())
+    for name in arguments.keys() & set(filled_in):
         draft.note(f"{path}.{name}", f"{path}.{name} is filled in by the program and cannot be set")
-    model = arguments_model(target, arguments, FILLED_IN.get(path, ()))
-    draft.report(dict(validate(model, arguments, path)))
+    draft.report(dict(validate(arguments_model(target, arguments, filled_in), arguments, path)))
 
 
 def find_target(draft: Draft, path: str, name: Any) -> Callable | None:
     """The class that a node names; None, with a problem noted, if it is not allowed, not there or of another kind."""
-    key, text, package = f"{path}._target_", f"{path}._target_={shown(name)}", str(name).partition(".")[0]
+    key, package = f"{path}._target_", str(name).partition(".")[0]
     allowed = BUILT_IN_PACKAGES | set(draft.get("allowed_packages") or [])
     if package not in allowed:
         near = moved(str(name)) or nearest(package, allowed)
         hint = f"did you mean {near}?" if near else "add it to allowed_packages"
-        draft.note(key, f"{text}: package {package} is not allowed; {hint}")
-        return None
+        return draft.note_value(key, f": package {package} is not allowed; {hint}")
     try:
         target = find(str(name))
     except (ImportError, AttributeError, ValueError) as error:
-        draft.note(key, f"{text} cannot be imported: {error}")
-        return None
+        return draft.note_value(key, f" cannot be imported: {error}")
     group, _, callback = path.partition(".")
     kind = KINDS.get(group) if "." not in callback and bool(callback) == (group == "callbacks") else None
     if not callable(target) or (isinstance(target, type) and kind and not issubclass(target, kind)):
-        draft.note(key, f"{text} is not a {kind.__name__ if kind else 'callable'}")
-        return None
+        return draft.note_value(key, f" is not a {kind.__name__ if kind else 'callable'}")
     return target

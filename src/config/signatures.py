@@ -42,7 +42,7 @@ def arguments_model(target: Callable, given: Mapping[str, Any], filled_in: Seque
     try:
         parameters = inspect.signature(target).parameters
     except ValueError:  # some classes written in C have no signature
-        return create_model("Arguments", __config__=ConfigDict(extra="allow"))
+        return strict_model({}, further=True)
     fields: dict[str, Any] = dict.fromkeys(filled_in, (Any, None))
     further = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
     passed_on = PASSED_ON.get(getattr(target, "__name__", ""))
@@ -55,8 +55,13 @@ def arguments_model(target: Callable, given: Mapping[str, Any], filled_in: Seque
         if named and name not in filled_in and not name.startswith("_"):
             hint, required = type_of(parameter, target), parameter.default is parameter.empty
             fields[name] = (hint | None, None) if name in GIVEN_IF_NULL else (hint, ... if required else None)
+    return strict_model(fields, further)
+
+
+def strict_model(fields: dict[str, Any], further: bool = False) -> type[BaseModel]:
+    """A pydantic model of the fields, each a pair of type and default; `further`: others are taken too."""
     config = ConfigDict(extra="allow" if further else "forbid", arbitrary_types_allowed=True)
-    return create_model("Arguments", __config__=config, **fields)
+    return create_model("Keys", __config__=config, **fields)
 
 
 def type_of(parameter: inspect.Parameter, target: Callable) -> Any:

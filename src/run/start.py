@@ -90,9 +90,10 @@ def told() -> Iterator[None]:
     """Hydra makes a warning of an error in a callback; here it ends the program. Ctrl-C is the run's from then on."""
     silence_libraries()
     try:
-        yield
-    except HydraException as error:
-        refuse([explain(error, sys.argv[1:])])
+        try:
+            yield
+        except HydraException as error:
+            refuse([explain(error, sys.argv[1:])])
     except Exception:
         traceback.print_exc()
         sys.exit(1)

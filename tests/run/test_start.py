@@ -110,7 +110,7 @@ def test_a_job_that_a_sweeper_chose_is_refused_by_itself(tmp_path):
     with read_write(config), open_dict(config):
         config.hydra.mode = RunMode.MULTIRUN
     cfg = job_config(config, tmp_path)
-    with pytest.raises(ConfigError, match="model.d_model=15 is not divisible by model.n_heads=2"):
+    with pytest.raises(ConfigError, match=r"model\.d_model=15 is not divisible by model\.n_heads=2"):
         job(cfg)
     assert list(tmp_path.iterdir()) == []
     HydraConfig.instance().cfg = None
