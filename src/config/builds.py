@@ -190,9 +190,10 @@ def check_monitors(draft: Draft, data: SequenceDataModule, task: PatternSearchTa
     if not task.automatic_optimization:
         known += [f"train/{name}" for name in ("loss_after", "accepted", "evaluations_per_second", "radius")]
     for callback, options in draft.values["callbacks"].items():
-        key, monitor, mode = f"callbacks.{callback}", options.get("monitor"), options.get("mode", "min")
-        if monitor is None:
+        key = f"callbacks.{callback}"
+        if not draft.sound(key) or options.get("monitor") is None:
             continue
+        monitor, mode = options["monitor"], options.get("mode", "min")
         if monitor not in known:
             draft.note(f"{key}.monitor", unknown(f"{key}.monitor={monitor}", str(monitor), known))
         if mode == "min" and str(monitor).endswith(("accuracy", "exact_match")):

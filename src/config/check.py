@@ -5,6 +5,7 @@ by building the data, the model, the optimizer and the trainer, every value is c
 others (`config/builds.py`). `run/start.py` calls this where Hydra has composed a config and made no directory yet.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +21,14 @@ from config.nodes import check_text
 from config.refusal import ConfigError
 
 
-def check(cfg: DictConfig, hydra: HydraConf) -> Draft:
-    """Check the config of a job; `hydra` is what Hydra says about it, the node that `cfg` itself is without."""
+def check(cfg: DictConfig, hydra: HydraConf, alike: dict[str, Draft] | None = None) -> Draft:
+    """Check the config of a job.
+
+    Args:
+        cfg: the config, as `job_config` gives it.
+        hydra: its `hydra` node.
+        alike: filled with the jobs of a sweep. Of those that differ in their seeds only, the first alone is built.
+    """
     draft = Draft(cfg, [key_of(override) for override in given(hydra)])
     sources = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
     groups = {path.name for source in sources for path in source.glob("*") if path.is_dir()}
@@ -29,7 +36,11 @@ def check(cfg: DictConfig, hydra: HydraConf) -> Draft:
         if group.partition("/")[0] not in groups | {"hydra"}:
             draft.note(group, unknown(f"group {group}", group, groups))
     check_text(draft)
-    check_builds(draft)
+    key = json.dumps({k: v for k, v in draft.raw.items() if k not in ("seed", "output_dir")}, default=str)
+    twin = (alike if alike is not None else {}).setdefault(key, draft)
+    if twin is draft:
+        check_builds(draft)
+    draft.unread = twin.unread
     return draft
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.conf import HydraConf
@@ -49,7 +50,11 @@ def job_config(config: DictConfig, run_dir: str | Path) -> DictConfig:
         config.hydra.runtime.output_dir = str(Path(run_dir).absolute())
     HydraConfig.instance().set_config(config)  # as Hydra does when the job begins
     cfg = copy.deepcopy(config)
-    with read_write(cfg), open_dict(cfg), suppress(OmegaConfBaseException):  # the check tells what has no value
+    with (
+        read_write(cfg),
+        open_dict(cfg),
+        suppress(OmegaConfBaseException, ValueError),
+    ):  # the check tells what has no value
         del cfg["hydra"]
         cfg.output_dir = cfg.output_dir  # now: the next job of a sweep has others
         OmegaConf.resolve(cfg.choices)
@@ -58,7 +63,8 @@ def job_config(config: DictConfig, run_dir: str | Path) -> DictConfig:
 
 def given(hydra: HydraConf) -> list[str]:
     """The overrides of a command, but those of Hydra's own config; `hydra` is the node of a config."""
-    return [str(word) for word in OmegaConf.to_container(hydra.overrides.task)]  # without resolving what they quote
+    words: Any = OmegaConf.to_container(hydra.overrides.task)  # without resolving what they quote
+    return list(words)
 
 
 def explain(error: BaseException, arguments: Sequence[str]) -> str:

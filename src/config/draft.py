@@ -56,7 +56,7 @@ class Draft:
 
     def _resolve(self, node: DictConfig, path: str) -> Iterator[tuple[str, Any]]:
         for name in node:
-            key = f"{path}{name}"
+            key = f"{path}{name!s}"
             try:
                 value = node[name]
                 if isinstance(value, DictConfig):

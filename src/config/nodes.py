@@ -122,13 +122,16 @@ def find_target(draft: Draft, path: str, name: Any) -> Callable | None:
     if package not in allowed:
         near = moved(str(name)) or nearest(package, allowed)
         hint = f"did you mean {near}?" if near else "add it to allowed_packages"
-        return draft.note_value(key, f": package {package} is not allowed; {hint}")
+        draft.note_value(key, f": package {package} is not allowed; {hint}")
+        return None
     try:
         target = find(str(name))
     except (ImportError, AttributeError, ValueError) as error:
-        return draft.note_value(key, f" cannot be imported: {error}")
+        draft.note_value(key, f" cannot be imported: {error}")
+        return None
     group, _, callback = path.partition(".")
     kind = KINDS.get(group) if "." not in callback and bool(callback) == (group == "callbacks") else None
     if not callable(target) or (isinstance(target, type) and kind and not issubclass(target, kind)):
-        return draft.note_value(key, f" is not a {kind.__name__ if kind else 'callable'}")
+        draft.note_value(key, f" is not a {kind.__name__ if kind else 'callable'}")
+        return None
     return target

@@ -33,24 +33,26 @@ class Start(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         with told():
-            draft = checked(config, config.hydra.run.dir)
+            draft = check(job_config(config, config.hydra.run.dir), config.hydra)
             run_dir = self._planned([draft], config, multirun=False)[0]
             if draft.cfg.resume:
                 with read_write(config.hydra):
                     config.hydra.run.dir = str(run_dir)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Check the jobs of Hydra's own sweeper; others choose values on the way: jobs check themselves."""
-        if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):
-            return
+        """Check the jobs of Hydra's own sweeper. Others choose values on the way, and jobs check themselves."""
         with told():
+            if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):
+                return
             loader, drafts = GlobalHydra.instance().config_loader(), []
             sweep_dir = config.hydra.sweep.dir  # the time in it is that of the sweep, not of its jobs
+            alike: dict[str, Draft] = {}
             for number, overrides in enumerate(jobs(config)):
                 job = loader.load_sweep_config(config, overrides)
                 with open_dict(job.hydra.job):
                     job.hydra.job.num = job.hydra.job.id = number
-                drafts.append(checked(job, os.path.join(sweep_dir, job.hydra.sweep.subdir)))
+                run_dir = os.path.join(sweep_dir, job.hydra.sweep.subdir)
+                drafts.append(check(job_config(job, run_dir), job.hydra, alike))
             self._planned(drafts, config, multirun=True)
 
     def _planned(self, drafts: list[Draft], config: DictConfig, multirun: bool) -> list[Any]:
@@ -73,16 +75,6 @@ def jobs(config: DictConfig) -> list[list[str]]:
         chosen = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
         values[key] = [f"{key}={value}" for value in chosen]
     return [list(job) for job in itertools.product(*values.values())]
-
-
-def checked(config: DictConfig, run_dir: str) -> Draft:
-    """The config of a job, checked.
-
-    Args:
-        config: with its `hydra` node.
-        run_dir: where the job runs, unless it resumes a run.
-    """
-    return check(job_config(config, run_dir), config.hydra)
 
 
 @contextmanager
