@@ -20,8 +20,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from config.compose import DEFAULT_CONFIG, explain
-from config.keys import flags_first
+from config.compose import DEFAULT_CONFIG, explain, flags_first
 from config.refusal import refuse
 
 ROOT = Path(__file__).resolve().parents[1]

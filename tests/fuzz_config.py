@@ -34,7 +34,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from config import compose
 from config.check import checked_config
-from config.keys import leaves
+from config.compose import leaves
 from config.refusal import ConfigError
 from train import train
 

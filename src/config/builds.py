@@ -14,9 +14,9 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from config.compose import leaves, shown
 from config.did_you_mean import unknown
 from config.draft import Draft
-from config.keys import leaves, shown
 from data.sequences import SequenceDataModule
 from pattern_search_task import PatternSearchTask
 from run import wandb_account
@@ -76,32 +76,31 @@ def attribute(draft: Draft, nodes: list[str], message: str) -> tuple[str, str]:
 
     It is the key that the message names, or whose value it cites; of several, one that the command line sets.
     """
+
+    def signs(key: str) -> tuple[str, ...]:  # what may stand for a key in the message, the surest first
+        name, value = re.escape(key.rpartition(".")[2]), draft.get(key)
+        cited = [v for v in (value if isinstance(value, list) else [value]) if not isinstance(v, bool | dict | None)]
+        values = [rf"{re.escape(str(v))}(?!\.?\w)" for v in cited if v != ""]
+        return re.escape(key), f"{name}=", rf"{name}\b", "|".join(values) or "(?!)"
+
     below = [key for key in leaves(draft.raw) if key.startswith(tuple(f"{node}." for node in nodes))]
     given = [key for key in below if draft.written(key) in draft.given]
-    keys = given + [k for k in below if k not in given and not k.endswith("_") and not isinstance(draft.get(k), dict)]
-    values = {k: v if isinstance(v := draft.get(k), list) else [v] for k in keys}
-    signs: dict[str, list[str]] = {  # what may stand for a key in the message, the surest first
-        "name and value": [rf"{re.escape(k.rpartition('.')[2])}=" for k in keys],
-        "name": [rf"{re.escape(k.rpartition('.')[2])}\b" for k in keys],
-        "value": ["|".join(rf"{re.escape(str(v))}(?!\.?\w)" for v in values[k] if cited(v)) or "(?!)" for k in keys],
-    }
-    if whole := next((key for key in keys if key in message), None):
-        return draft.written(whole), message
-    for patterns in signs.values():
-        for key, pattern in zip(keys, patterns, strict=True):
-            if re.search(rf"(?<![\w.])(?:{pattern})", message):
-                key = draft.written(key)
-                path, _, name = key.rpartition(".")
-                named = message.startswith(f"{name}=")
-                return key, f"{path}.{message}" if named else f"{key}={shown(draft.get(key))}: {message}"
-    if given:
-        return given[0], f"{', '.join(f'{key}={shown(draft.get(key))}' for key in given)}: {message}"
-    return nodes[0], f"{nodes[0]}={draft.get(f'choices.{nodes[0]}') or '...'}: {message}"
-
-
-def cited(value: Any) -> bool:
-    """Whether a value, if it stands in a message, tells which key the message is about."""
-    return not isinstance(value, bool | dict | None) and str(value) != ""
+    keys = given + [key for key in below if not key.endswith("_") and not isinstance(draft.get(key), dict)]
+    found = [
+        (rank, key)
+        for key in keys
+        for rank, sign in enumerate(signs(key))
+        if re.search(rf"(?<![\w.])(?:{sign})", message)
+    ]
+    if not found:
+        choice = f"{nodes[0]}={draft.get(f'choices.{nodes[0]}')}"
+        what = ", ".join(f"{key}={shown(draft.get(key))}" for key in given)
+        return (given or nodes)[0], f"{what or choice}: {message}"
+    key = draft.written(min(found, key=lambda pair: pair[0])[1])
+    path, _, name = key.rpartition(".")
+    if key in message:
+        return key, message
+    return key, f"{path}.{message}" if message.startswith(f"{name}=") else f"{key}={shown(draft.get(key))}: {message}"
 
 
 def model_of(cfg: DictConfig) -> torch.nn.Module:

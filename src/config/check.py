@@ -13,10 +13,9 @@ from hydra.conf import HydraConf
 from omegaconf import DictConfig
 
 from config.builds import check_builds
-from config.compose import DEFAULT_CONFIG, compose_config, given, job_config
+from config.compose import DEFAULT_CONFIG, compose_config, given, job_config, key_of
 from config.did_you_mean import unknown
 from config.draft import Draft
-from config.keys import key_of
 from config.nodes import check_text
 from config.refusal import ConfigError
 

@@ -5,7 +5,7 @@ import copy
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from config.did_you_mean import moved, unknown
-from config.keys import CONFIGS, dig, key_of, leaves
+from config.did_you_mean import RENAMED, moved, nearest, unknown
 from config.refusal import ConfigError
-from config.signatures import arguments_model, find
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DEFAULT_CONFIG = "pattern_search_train"
+VALUED_FLAGS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
 
 
 def compose_config(overrides: Sequence[str], config_name: str = DEFAULT_CONFIG) -> DictConfig:
@@ -112,11 +112,11 @@ def explain(error: BaseException, arguments: Sequence[str]) -> str:
     if match := re.match(r"Could not (?:override|delete from config\.) '([^']+)'", text):
         return unknown_key(match[1], name, configs, overrides)
     named = [override for override in overrides if key_of(override) in message]
-    return f"{' '.join(named or overrides) or f'configs/{name}.yaml'}: {message}"
+    return f"{' '.join(named or [f'configs/{name}.yaml', *overrides])}: {message}"
 
 
 def unknown_key(key: str, config_name: str, configs: Path, overrides: Sequence[str]) -> str:
-    """What to write instead of a key that the config does not have: an argument that a class takes needs a +."""
+    """What to write instead of a key that the config does not have; an argument that a class takes needs a +."""
     path, _, name = key.rpartition(".")
     chosen = [override for override in overrides if key_of(override) in groups(configs)]
     if swept := next((choice for choice in chosen if key_of(choice) == path and "," in choice), None):
@@ -125,18 +125,14 @@ def unknown_key(key: str, config_name: str, configs: Path, overrides: Sequence[s
     with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
         try:
             cfg = compose(config_name, chosen, return_hydra_config=True)
-        except Exception:  # a choice is wrong too
+        except Exception:  # a choice is wrong too, or lies elsewhere
             cfg = compose(config_name, return_hydra_config=True)
     raw = OmegaConf.to_container(cfg)
-    node, hydra = dig(raw, path), dig(raw, "hydra")
+    node, value = dig(raw, path), next((o.partition("=")[2] for o in overrides if key_of(o) == key), "...")
+    target = node.get("_target_") if isinstance(node, dict) and path else None
+    if target and name not in RENAMED and not nearest(key, [f"{path}.{k}" for k in node]):
+        return f"key {key} is not in the config; write +{key}={value} if {target} takes it"
     known = [k for k in leaves(raw) if not k.startswith("hydra.") or key.startswith("hydra.")]
-    if path and isinstance(node, dict) and "_target_" in node and hydra:
-        misspelt = difflib.get_close_matches(name, node, cutoff=0.8)
-        fields = [] if misspelt else list(arguments_model(find(node["_target_"]), {name: None}, ()).model_fields)
-        for near in difflib.get_close_matches(name, fields, n=1, cutoff=0.8):
-            value = next((o.partition("=")[2] for o in overrides if key_of(o) == key), "...")
-            what = f"key {key} is not in the config" if near == name else f"key {key} is not known"
-            return f"{what}; write +{path}.{near}={value} for the argument of {node['_target_']}"
     return unknown(f"key {key}", key, [*known, *groups(configs)], list_known=False)
 
 
@@ -155,3 +151,41 @@ def broken_files(configs: Path) -> list[str]:
         except Exception as error:  # of PyYAML or OmegaConf
             broken.append(f"configs/{path.relative_to(configs)}: {' '.join(str(error).split())}")
     return broken
+
+
+# --- keys of configs, and words of commands ---
+
+
+def leaves(node: Any, path: str = "") -> Iterator[str]:
+    """The paths of all keys of a nested dict."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield f"{path}{key}"
+            yield from leaves(value, f"{path}{key}.")
+
+
+def dig(node: Any, path: str) -> Any:
+    """The value at a dotted path of nested dicts; None if there is none."""
+    for name in path.split(".") if path else ():
+        node = node.get(name) if isinstance(node, dict) else None
+    return node
+
+
+def key_of(override: str) -> str:
+    """The key that an override sets: "a.b" of "+a.b=3"."""
+    return override.lstrip("+~").partition("=")[0]
+
+
+def shown(value: Any) -> str:
+    """A value as it is written on a command line."""
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command with the overrides behind the flags, where Hydra wants them."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    for word in arguments:
+        override = word.startswith("~") or ("=" in word and not word.startswith("-"))
+        (overrides if override and flags[-1:] not in [[f] for f in VALUED_FLAGS] else flags).append(word)
+    return [*flags, *overrides]

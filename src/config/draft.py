@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from config.keys import dig, shown
+from config.compose import dig, shown
 
 
 class Draft:

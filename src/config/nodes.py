@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch.loggers import Logger
 from pydantic import Field
 
+from config.compose import CONFIGS, dig, leaves, shown
 from config.did_you_mean import moved, nearest
 from config.draft import Draft
-from config.keys import CONFIGS, dig, leaves, shown
 from config.signatures import INSTRUCTIONS, arguments_model, find, strict_model, validate
 from data.sequences import SequenceDataModule
 from pattern_search_task import PatternSearchTask

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PydanticUserError, ValidationError, create_model
 
+from config.compose import shown
 from config.did_you_mean import unknown
-from config.keys import shown
 
 INSTRUCTIONS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")  # Hydra's own keys of a node
 GIVEN_IF_NULL = ("max_len",)  # `run/build.py` knows the longest input

@@ -8,7 +8,7 @@ import torch
 import fuzz_config
 from config import compose
 from config.check import checked_config
-from config.keys import CONFIGS, flags_first
+from config.compose import CONFIGS, flags_first
 from config.refusal import ConfigError, refuse
 from run import wandb_account
 
@@ -64,7 +64,7 @@ def test_every_value_has_a_comment_with_its_meaning():
         (["logger=null"], "logger=null: a group cannot be left out; choose one of csv, none, tensorboard, wandb"),
         (["~model"], "model is missing, and cannot be left out"),
         (["~trainer"], "trainer is missing, and cannot be left out"),
-        (["optimizer=adam", "optimizer.radius=0.1"], "key optimizer.radius is not known."),
+        (["optimizer=adam", "optimizer.radius=0.1"], "write +optimizer.radius=0.1 if torch.optim.Adam takes it"),
         (["epochs=3"], "key epochs is not known; did you mean trainer.max_epochs?"),
         (["optimizer=adam", "optimizer.lr=-1"], "optimizer.lr=-1: Invalid learning rate: -1"),
         (["foo"], "Error parsing override 'foo': give key=value"),
@@ -123,9 +123,9 @@ def test_every_value_has_a_comment_with_its_meaning():
         (["task=membership", "datamodule.length=20"], "datamodule.length=20 has no effect"),
         (["task=scan", "datamodule.oversample=false"], "datamodule.oversample=false has no effect"),
         # valid, but not written so
-        (["logger.group=g"], "write +logger.group=g for the argument of run.wandb_logger.WandbRun"),
-        (["trainer.profiler=simple"], "write +trainer.profiler=simple for the argument of lightning.Trainer"),
-        (["callbacks.best.save_top_k=3"], "write +callbacks.best.save_top_k=3 for the argument of"),
+        (["logger.group=g"], "write +logger.group=g if run.wandb_logger.WandbRun takes it"),
+        (["trainer.profiler=simple"], "write +trainer.profiler=simple if lightning.Trainer takes it"),
+        (["callbacks.best.save_top_k=3"], "write +callbacks.best.save_top_k=3 if"),
         (["+seed=3"], "seed is in the config already; leave out the +"),
         (["optimizer=adam", "optimizer.max_seconds=60"], "did you mean trainer.max_time?"),
         # names that were others

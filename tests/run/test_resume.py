@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from config.keys import CONFIGS
+from config.compose import CONFIGS
 from conftest import ROOT
 from pattern_search_task import PatternSearchTask
 from run.checkpoints import RESUMABLE, Checkpoints, read_checkpoint, replacing
