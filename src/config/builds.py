@@ -27,11 +27,12 @@ READ_BY_OTHERS = ("task.pattern_search_radius", "wandb.entity", "wandb.project")
 
 def data_of(cfg: DictConfig) -> SequenceDataModule:
     """The data of a config. The newest are kept: the check of a run and the run itself share them."""
-    return made(json.dumps(OmegaConf.to_container(cfg.datamodule, resolve=True), sort_keys=True))
+    return made(json.dumps(OmegaConf.to_container(cfg.datamodule, resolve=True), sort_keys=True), cfg.seed)
 
 
 @lru_cache(maxsize=1)
-def made(datamodule: str) -> SequenceDataModule:
+def made(datamodule: str, seed: int) -> SequenceDataModule:
+    L.seed_everything(seed, verbose=False)  # for data that are drawn from a library's own generator
     return build_datamodule(OmegaConf.create({"datamodule": json.loads(datamodule)}))
 
 

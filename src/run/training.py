@@ -84,6 +84,7 @@ def run(
     record_start(run_dir)
     L.seed_everything(cfg.seed, verbose=False)
     datamodule = make_data(cfg)
+    L.seed_everything(cfg.seed, verbose=False)  # the first weights are the same whether the data were made before
     task = build_task(cfg, datamodule)
     loggers = [MetricsTable(run_dir)]
     if "_target_" in cfg.logger:
