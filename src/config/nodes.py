@@ -118,7 +118,7 @@ def check_node(draft: Draft, path: str, node: dict) -> None:
 def find_target(draft: Draft, path: str, name: Any) -> Callable | None:
     """The class that a node names; None, with a problem noted, if it is not allowed, not there or of another kind."""
     key, package = f"{path}._target_", str(name).partition(".")[0]
-    allowed = BUILT_IN_PACKAGES | set(draft.get("allowed_packages") or [])
+    allowed = BUILT_IN_PACKAGES | set(draft.get("allowed_packages") if draft.sound("allowed_packages") else [])
     if package not in allowed:
         near = moved(str(name)) or nearest(package, allowed)
         hint = f"did you mean {near}?" if near else "add it to allowed_packages"
