@@ -1,4 +1,4 @@
-"""The whole system as a user runs it, from the root and from src/, and wrong commands. test_docs.py has the documents."""
+"""The whole system as a user runs it: from the root and from src/, and with wrong commands."""
 
 import json
 import os
