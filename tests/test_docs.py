@@ -316,7 +316,7 @@ def readme_copy(tmp_path_factory):
 
 
 def test_the_task_the_model_and_the_optimizer_of_the_readme_work_together(readme_copy, tmp_path):
-    command = next(c for c in re.findall(r"`([^`]+)`", README.read_text()) if "task=copying" in c)
+    command = next(c for c in re.findall(r"`([^`]+)`", CODE.sub("", README.read_text())) if "task=copying" in c)
     done = run(f"{command} logger=none trainer.max_steps=3", tmp_path, cwd=readme_copy)
     assert done.returncode == 0, done.stderr
     assert "one_try trains running_sum" in done.stdout
