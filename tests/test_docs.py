@@ -226,7 +226,7 @@ def test_the_optimizer_of_the_documents_keeps_the_contract(copy, tmp_path):
 
 SEARCH = (  # of many short steps, with a checkpoint before each
     "python src/train.py optimizer=one_plus_one model=tiny logger=none trainer.max_epochs=-1 "
-    "trainer.check_val_every_n_epoch=20 checkpoint.every_steps=1 optimizer.max_evaluations=6000"
+    "trainer.check_val_every_n_epoch=20 checkpoint.every_steps=1 optimizer.max_evaluations=3000"
 )
 
 
@@ -247,7 +247,7 @@ def test_a_killed_run_of_the_optimizer_of_the_documents_goes_on_as_if_it_had_not
 
     env = os.environ | {"PATTERN_SEARCH_ROOT": str(tmp_path / "killed")}
     process = subprocess.Popen(words(SEARCH), cwd=copy, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and steps_done(tmp_path / "killed") < 100:
+    while process.poll() is None and steps_done(tmp_path / "killed") < 50:
         time.sleep(0.005)
     process.kill()
     assert process.wait(timeout=60) == -9, "it ended before it was killed"
@@ -260,14 +260,14 @@ def test_a_killed_run_of_the_optimizer_of_the_documents_goes_on_as_if_it_had_not
     assert run_dirs(tmp_path / "killed") == [killed]
     (*counts, weights, search), (*expected, other_weights, other_search) = outcome(killed), outcome(alone)
     assert counts == expected
-    assert counts[:2] == ["max_evaluations", 6000]
+    assert counts[:2] == ["max_evaluations", 3000]
     assert search == other_search
     assert all(torch.equal(weights[name], other_weights[name]) for name in other_weights)
     table = pd.read_csv(killed / "metrics.csv")
     evaluations = table[table.metric == "train/sigma"].evaluations
     assert evaluations.is_monotonic_increasing
     assert evaluations.is_unique  # no step was counted twice
-    assert evaluations.max() == 6000
+    assert evaluations.max() == 3000
 
 
 def steps_done(home):
