@@ -10,18 +10,27 @@ python src/report.py figures --help          the options of one of them
 import importlib
 import sys
 
+from results.runs import RunError
+from run.files import print_any_character
+
 COMMANDS = ("tables", "figures", "ablation", "diagnosis")
 
 
 def main(arguments: list[str]) -> None:
+    """Run one of COMMANDS; exit code 2, after one line, if what is asked for is not there."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return
     name, *rest = arguments
-    if name not in COMMANDS:
-        sys.exit(f"report: {name} is not known. Known: {', '.join(COMMANDS)}")
-    importlib.import_module(f"results.{name}").main(rest)  # only what is asked for is imported
+    try:
+        if name not in COMMANDS:
+            raise RunError(f"not known. Known: {', '.join(COMMANDS)}")
+        importlib.import_module(f"results.{name}").main(rest)  # only what is asked for is imported
+    except RunError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
+    print_any_character()
     main(sys.argv[1:])

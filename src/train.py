@@ -29,19 +29,21 @@ from pathlib import Path
 import hydra
 import lightning as L
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from config.check import check_command_line
-from run import wandb_logger
 from run.build import build_datamodule, build_task
-from run.checkpoints import AtomicCheckpointIO, Checkpoints, selected_weights, write
+from run.checkpoints import AtomicCheckpointIO, Checkpoints, selected_weights
 from run.cpu import prepare_machine
 from run.directory import RunDirectoryError, locked, record_start
+from run.files import print_any_character, typed, write
 from run.interrupts import Interrupts, undisguised
-from run.metrics_table import MetricsTable
 from run.resume import begin, finished, in_sweep, limits, resumable
-from run.summary import draw_progress, print_header, print_summary, shown, summarise
+from run.summary import leave_picture, print_header, print_summary, summarise
+from run.wandb_logger import opened_loggers
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("PATTERN_SEARCH_ROOT", str(ROOT))  # configs/hydra puts runs below it
@@ -58,36 +60,36 @@ def train(cfg: DictConfig) -> dict:
     run_dir, console, interrupts = Path(cfg.output_dir), Console(), Interrupts()
     with locked(run_dir), resumable(run_dir, interrupts):
         if summary := finished(cfg):
-            console.print(f"{shown(run_dir)} is finished already.", soft_wrap=True, highlight=False)
+            console.print(f"{typed(run_dir)} is finished already.", soft_wrap=True, highlight=False)
             print_summary(console, cfg, summary, build_datamodule(cfg))
             return summary
-        return run(cfg, console, interrupts, begin(cfg, console))
+        checkpoint = begin(cfg, console)
+        write(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        prepare_machine()
+        record_start(run_dir)
+        with opened_loggers(cfg, interrupts) as loggers:
+            return run(cfg, console, interrupts, checkpoint, loggers)
 
 
-def run(cfg: DictConfig, console: Console, interrupts: Interrupts, checkpoint: Path | None) -> dict:
+def run(
+    cfg: DictConfig, console: Console, interrupts: Interrupts, checkpoint: Path | None, loggers: list[Logger]
+) -> dict:
     """Build, fit, test and summarise, from a checkpoint if there is one."""
     run_dir = Path(cfg.output_dir)
-    write(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    prepare_machine()
-    record_start(run_dir)
     L.seed_everything(cfg.seed, verbose=False)
     datamodule = build_datamodule(cfg)
     task = build_task(cfg, datamodule)
-    loggers = [MetricsTable(run_dir)]
-    if "_target_" in cfg.logger:
-        loggers.append(instantiate(cfg.logger))
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
     callbacks.append(Checkpoints(run_dir, limits(cfg), interrupts, **cfg.checkpoint))
     files = dict(default_root_dir=str(run_dir), plugins=[AtomicCheckpointIO()])
     trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, **files)
-    for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-
     print_header(console, cfg, task, datamodule)
     with undisguised(trainer):
         trainer.fit(task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     interrupted = bool(interrupts.received)
-    without_best = any(getattr(c, "monitor", None) and not c.best_model_path for c in trainer.checkpoint_callbacks)
+    without_best = any(
+        isinstance(c, ModelCheckpoint) and c.monitor and not c.best_model_path for c in trainer.checkpoint_callbacks
+    )
     if without_best and not interrupted:
         console.print("Nothing was validated, so the newest weights are tested.", highlight=False)
     weights = callbacks[-1].best_model_path if interrupted else selected_weights(trainer)
@@ -95,10 +97,8 @@ def run(cfg: DictConfig, console: Console, interrupts: Interrupts, checkpoint: P
     summary = summarise(cfg, trainer, task, datamodule, metrics, weights)
     summary |= {"stopped_by": "interrupted"} if interrupted else {}
     write(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    draw_progress(run_dir)
+    leave_picture(run_dir)
     print_summary(console, cfg, summary, datamodule)
-    for logger in loggers:
-        logger.finalize("aborted" if interrupted else "success")
     return summary
 
 
@@ -114,16 +114,13 @@ def test(
 @hydra.main(version_base="1.3", config_path="../configs", config_name=DEFAULT_CONFIG)
 def main(cfg: DictConfig) -> float:
     silence_libraries()  # here too: a job of the joblib launcher runs in a process of its own
-    mode, exit_code = os.environ.get("WANDB_MODE"), 1
+    print_any_character()
     try:
         summary = train(cfg)
-        exit_code = 0
     except RunDirectoryError as problem:
         if in_sweep():
             raise  # one job of a sweep: the others go on
         refuse([str(problem)])
-    finally:
-        wandb_logger.finish(mode, exit_code)
     return summary["test"].get("test/loss", float("nan"))
 
 
@@ -137,6 +134,7 @@ def silence_libraries() -> None:
 
 if __name__ == "__main__":
     silence_libraries()
+    print_any_character()
     if command:
         sys.argv[1:] = check_command_line(command)
     signal.signal(signal.SIGINT, signal.default_int_handler)

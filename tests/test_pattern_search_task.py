@@ -10,8 +10,9 @@ from torch import nn
 from data.sequences import IGNORE, SequenceLoader
 from optimizer import PatternSearch
 from pattern_search_task import PatternSearchTask, Scores, masked_loss
+from results.runs import read_runs
 from run.build import build_datamodule, build_task
-from run.metrics_table import MetricsTable, read_runs
+from run.metrics_table import MetricsTable
 from state_tracking_task import StateTrackingTask
 
 

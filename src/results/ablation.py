@@ -8,9 +8,9 @@ A run that ended without solving its task is censored: it would have needed more
 """
 
 import argparse
-import json
-import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import seaborn as sns
@@ -19,9 +19,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 from omegaconf import OmegaConf
 
-from run.metrics_table import describe
+from results.runs import Run, RunError, finished_runs, readable
 
-LOOKS = {  # of a run that solved its task, and of one that did not
+LOOKS: dict[bool, dict[str, Any]] = {  # of a run that solved its task, and of one that did not
     True: dict(marker="o", markersize=6, alpha=0.8),
     False: dict(marker=">", markersize=7, markerfacecolor="none"),
 }
@@ -37,24 +37,25 @@ def read_costs(*paths: str | Path, by: str = VARIANT) -> pd.DataFrame:
         by: the key of the config whose values are compared; the optimizer is added where it differs.
 
     Raises:
-        FileNotFoundError: no finished run lies below the paths.
-        KeyError: a run's config has no such key, or leaves it null.
+        RunError: no finished run lies below the paths, or the config of one has no such key or leaves it null.
     """
-    rows = []
-    for file in sorted({file for path in paths for file in Path(path).rglob("summary.json")}):
-        summary, config = json.loads(file.read_text()), OmegaConf.load(file.with_name("config.yaml"))
-        if summary["stopped_by"] == "interrupted":
-            continue
-        if (value := OmegaConf.select(config, by)) is None:
-            raise KeyError(f"{file.parent} has no {by}; give directories of sweeps over it only")
-        run = describe(config)
-        run["task"] = run["task"].removeprefix("ablation_")
-        run |= {"label": value, "solved": summary["stopped_by"] == "solved"}
-        rows.append(run | {cost: summary[cost] for cost in COSTS})
-    if not rows:
-        raise FileNotFoundError(f"no finished run below {', '.join(map(str, paths))}")
+    found = finished_runs(*paths)
+    if lacking := [run for run in found if OmegaConf.select(run.config, by) is None]:
+        raise RunError(f"{lacking[0].directory} has no {by}; give directories of sweeps over it only")
+
+    def costs(run: Run) -> dict[str, Any]:
+        row = asdict(run.description) | run.of_summary(*COSTS, "stopped_by")
+        row["task"] = row["task"].removeprefix("ablation_")
+        value = OmegaConf.select(run.config, by)
+        row["label"] = value if isinstance(value, int | float) else str(value)
+        return row | {"solved": row["stopped_by"] == "solved"}
+
+    if not (rows := readable(found, costs)):
+        raise RunError(f"no run with a whole summary lies below {', '.join(map(str, paths))}")
     runs = pd.DataFrame(rows).sort_values("seed")
-    runs["rank"] = [(label != "full", label) for label in runs.label]  # the whole search first, numbers by size
+    runs["rank"] = [
+        (label != "full", isinstance(label, str), label) for label in runs.label
+    ]  # the whole search first, numbers by size
     runs = runs.sort_values(["task", "rank"], kind="stable").reset_index(drop=True)
     runs["label"] = runs.label.astype(str)
     if by != VARIANT and runs.optimizer.nunique() > 1:  # a variant says which optimizer it is of
@@ -71,7 +72,7 @@ def median(runs: pd.DataFrame, cost: str) -> str:
     return f"{'' if solved else '> '}{runs[cost].median():,.{1 if cost == 'seconds' else 0}f}"
 
 
-def tabulate(runs: pd.DataFrame, by: str = VARIANT) -> str:
+def ablation_table(runs: pd.DataFrame, by: str = VARIANT) -> str:
     """A row for each task and label, as a Markdown table."""
     lines = [
         f"| task | {by.removeprefix('choices.')} | solved / seeds | evaluations: median | seconds: median |",
@@ -83,7 +84,7 @@ def tabulate(runs: pd.DataFrame, by: str = VARIANT) -> str:
     return "\n".join(lines)
 
 
-def draw(runs: pd.DataFrame, by: str = VARIANT) -> Figure:
+def draw_ablation(runs: pd.DataFrame, by: str = VARIANT) -> Figure:
     """A row of panels a task, a column a cost: a dot a seed, a hollow arrow to the right for a censored run."""
     sns.set_theme(style="whitegrid", context="notebook")
     tasks, colour = list(dict.fromkeys(runs.task)), sns.color_palette()[0]
@@ -122,12 +123,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--by", default=VARIANT, metavar="KEY", help="the key that was swept")
     parser.add_argument("--output", type=Path, help="the picture to write (default: ablation.png in the first path)")
     args = parser.parse_args(arguments)
-    try:
-        runs = read_costs(*args.paths, by=args.by)
-    except (FileNotFoundError, KeyError) as error:
-        sys.exit(f"ablation: {error.args[0]}")
+    runs = read_costs(*args.paths, by=args.by)
     output = args.output or args.paths[0] / "ablation.png"
     output.parent.mkdir(parents=True, exist_ok=True)
-    draw(runs, args.by).savefig(output, dpi=100)
-    print(tabulate(runs, args.by))
+    draw_ablation(runs, args.by).savefig(output, dpi=100)
+    print(ablation_table(runs, args.by))
     print(f"\nDrew {len(runs)} run(s): {output}")

@@ -9,9 +9,11 @@ Gradients appear here and nowhere else beside a search: its slopes and moves are
 """
 
 import argparse
+import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,13 @@ from torch import Tensor
 from config.check import check_command
 from config.composition import DEFAULT_CONFIG, compose_jobs
 from config.refusal import refuse
-from pattern_search_task import PatternSearchTask, losses_only, masked_loss
+from data.sequences import SequenceDataModule
+from optimizer import PatternSearch
+from pattern_search_task import PatternSearchTask, masked_loss, optimizer_class
 from run.build import build_datamodule, build_task
 from run.cpu import prepare_machine
 from search.base import seeded
-from search.closure import forward_only
+from search.closure import AnswersNodes, Candidates, forward_only
 from train import silence_libraries
 
 SEQUENCES = 1000  # of the training set, at the most, that stand for all of it
@@ -39,58 +43,78 @@ AGES = torch.tensor([1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90, 140, 200, 1000])  # 
 POLLS = 96  # candidates of a part whose polls are timed
 
 
+@dataclass
+class Before:
+    """What a step begins with."""
+
+    weights: list[Tensor]
+    gradient: tuple[Tensor, ...]  # of the loss of the training set
+    loss: float  # of the training set
+
+
 class Diagnosis(L.Callback):
     """Looks at every step of a pattern search from outside, with the loss and the gradient of the training set.
 
     Attributes:
-        steps: a dict a step: batch_before, batch_after, train_before, train_after (losses, nats a scored token),
+        steps: a dict per step: batch_before, batch_after, train_before, train_after (losses, nats per scored token),
             search_accepted, and for each part of the model how far its moves lowered the training loss
             to first order (minus gradient times move).
         agreement: (bins of AGES, 4) sums over coordinates and steps: coordinates; those whose remembered direction has
             the sign of the downhill gradient; the share of the gradient (sum of sizes) they have; that of all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, task: PatternSearchTask, datamodule: SequenceDataModule) -> None:
+        self.task, self.split = task, datamodule.splits["train"]
         self.steps: list[dict[str, Any]] = []
         self.agreement = torch.zeros(len(AGES) - 1, 4, dtype=torch.float64)
+        weights = sum(p.numel() for p in task.parameters_trained if p.requires_grad)
+        self.visits, self.polled_at = torch.zeros(weights), torch.zeros(weights)
+        self._before: Before | None = None  # while a step runs
 
-    def on_train_start(self, trainer: L.Trainer, task: PatternSearchTask) -> None:
+    @property
+    def search(self) -> PatternSearch:
+        """The search, once its training has begun."""
+        assert isinstance(self.task.search, PatternSearch)
+        return self.task.search
+
+    @property
+    def parts(self) -> list[str]:
+        """The part of the model that each parameter of the search belongs to."""
+        names = {id(p): name for name, p in self.task.model.named_parameters()}
+        return [part_of(names[id(p)]) for p in self.search.coordinates.parameters]
+
+    def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):  # nothing is saved, so a signal need not wait for the step's end
             signal.signal(number, signal.SIG_DFL)
-        self.search = task.search
-        self.parameters = self.search.coordinates.parameters
-        names = {id(p): name for name, p in task.model.named_parameters()}
-        self.parts = [part_of(names[id(p)]) for p in self.parameters]
-        self.visits, self.polled_at = torch.zeros(2, len(self.search.coordinates))
 
-    def on_train_batch_start(self, trainer: L.Trainer, task: PatternSearchTask, batch: Any, batch_idx: int) -> None:
-        self.weights = [p.detach().clone() for p in self.parameters]
+    def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        parameters = self.search.coordinates.parameters
         with torch.enable_grad():  # the one gradient, and the search never sees it
-            loss = self._training_loss(trainer, task)
-            self.gradient = torch.autograd.grad(loss, self.parameters)
-        self.row = {"train_before": float(loss.detach())}
-        if self.search.state["slopes"]:
-            self._compare_slopes(trainer.global_step, torch.cat([g.flatten() for g in self.gradient]))
+            loss = self._training_loss()
+            gradient = torch.autograd.grad(loss, parameters)
+        self._before = Before([p.detach().clone() for p in parameters], gradient, float(loss.detach()))
+        slopes = self.search.slopes
+        if slopes is not None:
+            self._compare_slopes(slopes.state, trainer.global_step, torch.cat([g.flatten() for g in gradient]))
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, task: PatternSearchTask, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        report = self.search.report
-        self.row |= dict(batch_before=report.loss_before, batch_after=report.loss_after)
+        before, report = self._before, self.search.report
+        assert before is not None
         with torch.no_grad():
-            self.row["train_after"] = float(self._training_loss(trainer, task))
-        self.row["search_accepted"] = report.search_accepted
-        self.row |= dict.fromkeys(self.parts, 0.0)
-        for part, p, before, slope in zip(self.parts, self.parameters, self.weights, self.gradient, strict=True):
-            self.row[part] -= float(((p.detach() - before) * slope).sum())
-        self.steps.append(self.row)
+            losses = dict(train_before=before.loss, train_after=float(self._training_loss()))
+        gains = dict.fromkeys(self.parts, 0.0)
+        moved = zip(self.parts, self.search.coordinates.parameters, before.weights, before.gradient, strict=True)
+        for part, p, old, slope in moved:
+            gains[part] -= float(((p.detach() - old) * slope).sum())
+        losses |= dict(batch_before=report.loss_before, batch_after=report.loss_after)
+        self.steps.append({**losses, "search_accepted": report.search_accepted, **gains})
 
-    def _training_loss(self, trainer: L.Trainer, task: PatternSearchTask) -> Tensor:
-        split = trainer.datamodule.splits["train"]
-        return masked_loss(task.model(split.x[:SEQUENCES]), split.y[:SEQUENCES])
+    def _training_loss(self) -> Tensor:
+        return masked_loss(self.task.model(self.split.x[:SEQUENCES]), self.split.y[:SEQUENCES])
 
-    def _compare_slopes(self, step: int, gradient: Tensor) -> None:
-        slopes = self.search.state["slopes"]
+    def _compare_slopes(self, slopes: dict[str, Tensor], step: int, gradient: Tensor) -> None:
         self.polled_at[slopes["visits"] != self.visits] = step
         self.visits = slopes["visits"].clone()
         age = step + 1 - self.polled_at
@@ -120,9 +144,9 @@ def diagnose(overrides: list[str]) -> tuple[Diagnosis, pd.DataFrame]:
     L.seed_everything(cfg.seed, verbose=False)
     datamodule = build_datamodule(cfg)
     task = build_task(cfg, datamodule)
-    if not losses_only(task.make_optimizer):
+    if not issubclass(optimizer_class(task.make_optimizer)[0], PatternSearch):
         raise ValueError("only a pattern search can be looked at: optimizer=pattern_search or pattern_search_nodes")
-    diagnosis, wanted = Diagnosis(), ("early_stopping", "progress")
+    diagnosis, wanted = Diagnosis(task, datamodule), ("early_stopping", "progress")
     callbacks = [instantiate(cfg.callbacks[name]) for name in wanted if name in cfg.callbacks]
     quiet = dict(logger=False, enable_checkpointing=False)
     trainer = instantiate(cfg.trainer, callbacks=[*callbacks, diagnosis], **quiet)
@@ -130,15 +154,15 @@ def diagnose(overrides: list[str]) -> tuple[Diagnosis, pd.DataFrame]:
     batch = next(iter(datamodule.train_dataloader()))
     with forward_only(task.model):
         closure = task.make_closure(batch)
-        table = tabulate(diagnosis, poll_rates(closure, diagnosis))
-        if diagnosis.search.options["nodes_per_step"]:
+        table = table_of_parts(diagnosis, poll_rates(closure, diagnosis))
+        if isinstance(closure, AnswersNodes) and diagnosis.search.needs_nodes:
             with torch.enable_grad():
-                gradient = torch.autograd.grad(task.loss(batch), diagnosis.parameters)
+                gradient = torch.autograd.grad(task.loss(batch), diagnosis.search.coordinates.parameters)
             table["cosine of samples"] = sample_cosines(closure, diagnosis, gradient)
     return diagnosis, table
 
 
-def sample_cosines(closure: Any, diagnosis: Diagnosis, gradient: Sequence[Tensor]) -> dict[str, float]:
+def sample_cosines(closure: AnswersNodes, diagnosis: Diagnosis, gradient: Sequence[Tensor]) -> dict[str, float]:
     """Of the slopes that one evaluation a node gives to each part, with the gradient of the same batch."""
     steps = torch.full((closure.n_nodes,), diagnosis.search.param_groups[0]["radius"])
     where, found = closure.nodes(torch.arange(closure.n_nodes), steps, seeded(0, 0))
@@ -148,16 +172,17 @@ def sample_cosines(closure: Any, diagnosis: Diagnosis, gradient: Sequence[Tensor
     for part, sample, true in pieces:
         by_part.setdefault(part, []).append((sample, true.flatten().double()))
     joined = {part: [torch.cat(side) for side in zip(*pairs, strict=True)] for part, pairs in by_part.items()}
-    return {part: float(torch.cosine_similarity(*sides, dim=0)) for part, sides in joined.items()}
+    return {part: float(torch.cosine_similarity(sample, true, dim=0)) for part, (sample, true) in joined.items()}
 
 
-def poll_rates(closure: Any, diagnosis: Diagnosis) -> dict[str, float]:
+def poll_rates(closure: Callable[[], Tensor], diagnosis: Diagnosis) -> dict[str, float]:
     """Candidates a second of polls of each part alone; the median of 5."""
-    ends, rates = diagnosis.search.coordinates.ends, {}
-    if not hasattr(closure, "poll"):
-        return dict.fromkeys(diagnosis.parts, float("nan"))
-    for part in dict.fromkeys(diagnosis.parts):
-        parameters = zip(diagnosis.parts, diagnosis.parameters, ends, strict=True)
+    coordinates, parts = diagnosis.search.coordinates, diagnosis.parts
+    if not isinstance(closure, Candidates):
+        return dict.fromkeys(parts, math.nan)
+    rates = {}
+    for part in dict.fromkeys(parts):
+        parameters = zip(parts, coordinates.parameters, coordinates.ends, strict=True)
         own = torch.cat([torch.arange(end - p.numel(), end) for owner, p, end in parameters if owner == part])
         chosen, steps = own[torch.randint(len(own), (POLLS,))], torch.full((POLLS,), 0.05, dtype=torch.float64)
         times = []
@@ -169,14 +194,14 @@ def poll_rates(closure: Any, diagnosis: Diagnosis) -> dict[str, float]:
     return rates
 
 
-def tabulate(diagnosis: Diagnosis, rates: dict[str, float]) -> pd.DataFrame:
+def table_of_parts(diagnosis: Diagnosis, rates: dict[str, float]) -> pd.DataFrame:
     """A row a part: weights, candidates a second, share of the seconds of uniform polls, share of the decrease.
 
     `gain a second` is the second share over the first: 1 is what uniform polls get on the whole model.
     """
     steps = pd.DataFrame(diagnosis.steps)
     table = pd.DataFrame({"polls a second": rates})
-    sizes = pd.Series([p.numel() for p in diagnosis.parameters]).groupby(diagnosis.parts).sum()
+    sizes = pd.Series([p.numel() for p in diagnosis.search.coordinates.parameters]).groupby(diagnosis.parts).sum()
     table.insert(0, "weights", sizes[table.index])
     cost, gain = table.weights / table["polls a second"], steps[list(table.index)].sum()
     table["share of time"], table["share of decrease"] = cost / cost.sum(), gain / gain.sum()
@@ -184,7 +209,7 @@ def tabulate(diagnosis: Diagnosis, rates: dict[str, float]) -> pd.DataFrame:
     return table
 
 
-def draw(diagnosis: Diagnosis, table: pd.DataFrame, title: str) -> Figure:
+def draw_diagnosis(diagnosis: Diagnosis, table: pd.DataFrame, title: str) -> Figure:
     """Losses by step, decrease on the batch against decrease on all, age of slopes, and parts by time and cost."""
     sns.set_theme(style="whitegrid", context="notebook")
     figure = Figure(figsize=(13, 9), layout="constrained")
@@ -206,7 +231,8 @@ def draw(diagnosis: Diagnosis, table: pd.DataFrame, title: str) -> Figure:
     decreases.plot(train.rolling(window).mean(), color=colours[1], label="on all training strings")
     decreases.axhline(0, color="0.4", linewidth=1)
     decreases.set(xlabel="step", ylabel=f"decrease of the loss a step, mean of {window}")
-    decreases.set_title(f"the search step wins in {steps.search_accepted.mean():.0%} of the steps")
+    if steps.search_accepted.notna().any():
+        decreases.set_title(f"the search step wins in {steps.search_accepted.mean():.0%} of the steps")
     decreases.legend()
 
     seen = diagnosis.agreement[:, 0].numpy() > 0
@@ -244,7 +270,7 @@ def main(arguments: list[str]) -> None:
     except ValueError as problem:
         refuse([str(problem)])
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    draw(diagnosis, table, " ".join(["python src/train.py", *args.overrides])).savefig(args.output, dpi=100)
+    draw_diagnosis(diagnosis, table, " ".join(["python src/train.py", *args.overrides])).savefig(args.output, dpi=100)
     formats = ["{:,.0f}".format] * 2 + ["{:.1%}".format] * 2 + ["{:.2f}".format] * (len(table.columns) - 4)
     print(table.to_string(formatters=formats))
     print(f"\nDrew {len(diagnosis.steps)} steps: {args.output}")

@@ -6,42 +6,51 @@ python src/report.py figures --wandb my_team/my_project    runs on W&B, from any
 """
 
 import argparse
-import sys
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from run.metrics_table import read_runs, read_wandb
+from results.runs import RunError, read_runs, read_wandb
 
 PANELS = {"loss": "loss, nats a token", "exact_match": "exact match"}
-SPLITS = {"train": dict(alpha=0.5, linewidth=0.8), "val": dict(marker="o", markersize=4, markeredgewidth=0)}
+SPLITS: dict[str, dict[str, Any]] = {
+    "train": dict(alpha=0.5, linewidth=0.8),
+    "val": dict(marker="o", markersize=4, markeredgewidth=0),
+}
 AXES = {"evaluations": "evaluations (a gradient step: one)", "seconds": "training seconds"}
-LABELS = ("model", "optimizer", "variant", "settings")  # what colours tell apart
+LABELS = ["model", "optimizer", "variant", "settings"]  # what colours and line styles tell apart
+STYLES = ["-", "--", ":", "-."]  # one for each round of the colours
+WIDE = 30  # a range of values whose ends differ by more than this factor gets a logarithmic axis
+BESIDE = 12  # labels; a legend of more of them stands beside the panels, in small letters
 
 
 def draw_runs(table: pd.DataFrame) -> Figure:
     """Loss and exact match, training (thin) and validation (dots), against evaluations and seconds.
 
-    A line a run and split, coloured by what differs between the runs; if nothing does, by the split. Tasks
+    A line a run and split, its colour and style by what differs between the runs; if nothing does, by the split. Tasks
     do not share a panel: one row of four for each, with its chance loss; a single task gets two rows of two.
 
     Args:
-        table: as `run.metrics_table.read_runs` returns it.
+        table: as `results.runs.read_runs` returns it.
+
+    Raises:
+        RunError: there is nothing to draw yet.
     """
     table = table.assign(split=table.metric.str.partition("/")[0], panel=table.metric.str.partition("/")[2])
     table = table[table.split.isin(SPLITS) & table.panel.isin(PANELS)]
     if table.empty:
-        raise FileNotFoundError("no metrics yet in these runs")
-    differing = [c for c in LABELS if table[c].nunique() > 1] or ["optimizer"]
-    table = table.assign(label=table[differing].agg(lambda names: " · ".join(filter(None, names)), axis=1))
-    labels, tasks = list(dict.fromkeys(table.label)), list(dict.fromkeys(table.task))
-    by_split = len(labels) == 1
-    colours = dict(zip(SPLITS if by_split else labels, sns.color_palette(n_colors=20), strict=False))
+        raise RunError("no metrics yet in these runs")
+    table = table.assign(label=label_runs(table, LABELS) if table[LABELS].nunique().max() > 1 else table.split)
     sns.set_theme(style="whitegrid", context="notebook")
+    looks, tasks = distinct_looks(list(dict.fromkeys(table.label))), list(dict.fromkeys(table.task))
     shape = (2, 2) if len(tasks) == 1 else (len(tasks), 4)
     width = 5.5 if shape[1] == 2 else 4  # four stand beside each other on a page: narrower, or their letters get small
     figure = Figure(figsize=(width * shape[1], 3.2 * shape[0] + 0.8), layout="constrained")
@@ -51,42 +60,72 @@ def draw_runs(table: pd.DataFrame) -> Figure:
         row[3].sharex(row[1])
         columns = [(panel, axis) for panel in PANELS for axis in AXES]
         for place, (panel, axis) in zip(row, columns, strict=True):
-            of = table[(table.task == task) & (table.panel == panel)]
-            draw_panel(place, of, axis, hue="split" if by_split else "label", colours=colours)
+            draw_panel(place, table[(table.task == task) & (table.panel == panel)], axis, looks)
             place.set(xlabel=AXES[axis], ylabel=PANELS[panel], title=task if len(tasks) > 1 else "")
             if panel == "exact_match":
                 place.set_ylim(-0.03, 1.03)
-            elif of.chance_loss.notna().any():
-                place.axhline(of.chance_loss.max(), color="0.4", linestyle="--", linewidth=1)
-    add_legend(figure, table, colours, by_split)
+    add_legend(figure, table, looks)
     return figure
 
 
-def draw_panel(place: Axes, rows: pd.DataFrame, axis: str, hue: str, colours: dict) -> None:
-    """A line a run and split."""
-    for split, look in SPLITS.items():
-        of = rows[rows.split == split]
-        if not of.empty:
-            lines = dict(hue=hue, palette={name: colours[name] for name in of[hue].unique()}, legend=False)
-            sns.lineplot(of, x=axis, y="value", units="run", estimator=None, ax=place, **lines, **look)
-    ends = rows.groupby("run")[axis].max()
-    if ends.max() > 30 * ends.min() > 0:  # then a linear axis would hide the shorter runs
+def label_runs(table: pd.DataFrame, columns: list[str]) -> pd.Series:
+    """For each row, those of the columns that differ between the runs, joined; the optimizer if none does."""
+    differing = [column for column in columns if table[column].nunique() > 1] or ["optimizer"]
+    return table[differing].agg(lambda names: " · ".join(filter(None, names)), axis=1)
+
+
+def distinct_looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A colour and a line style for each label; the same pair comes again only when all have been taken."""
+    colours = sns.color_palette()
+    return {
+        label: dict(color=colours[i % len(colours)], linestyle=STYLES[i // len(colours) % len(STYLES)])
+        for i, label in enumerate(labels)
+    }
+
+
+def draw_panel(place: Axes, rows: pd.DataFrame, axis: str, looks: Mapping[str, dict]) -> None:
+    """A line a run and split, of one metric of one task; and the loss at chance where it is known."""
+    for (label, split, _), of in rows.groupby(["label", "split", "run"], sort=False):
+        of = of[np.isfinite(of.value)].sort_values(axis, kind="stable")
+        place.plot(of[axis], of.value, **looks[label], **SPLITS[split])
+    if is_wide(rows.groupby("run")[axis].max()):  # a linear axis would hide the shorter runs
         place.set_xscale("log")
+    if (rows.panel == "loss").all():
+        if is_wide(rows.value):  # and the losses near zero
+            place.set_yscale("log")
+        if rows.chance_loss.notna().any():
+            place.axhline(rows.chance_loss.max(), color="0.4", linestyle="--", linewidth=1)
 
 
-def add_legend(figure: Figure, table: pd.DataFrame, colours: dict, by_split: bool) -> None:
+def is_wide(values: pd.Series) -> bool:
+    """Whether values, all above 0, have ends so far apart that a logarithmic axis shows them better."""
+    values = values[np.isfinite(values)]
+    return bool(len(values)) and values.max() > WIDE * values.min() > 0
+
+
+def add_legend(figure: Figure, table: pd.DataFrame, looks: Mapping[str, dict]) -> None:
     """The splits, chance where it is known, and the labels with their numbers of runs."""
+    by_split = set(looks) <= set(SPLITS)
     names = {"train": "training batch", "val": "validation"}
-    lines = {names[s]: Line2D([], [], color=colours[s] if by_split else "0.4", **look) for s, look in SPLITS.items()}
+    lines = {
+        names[split]: Line2D([], [], **(looks.get(split) or {"color": "0.4"}), **look) for split, look in SPLITS.items()
+    }
     if table.chance_loss.notna().any():
         lines["chance"] = Line2D([], [], color="0.4", linestyle="--", linewidth=1)
     if not by_split:
         runs = table.groupby("label").run.nunique()
-        for label, count in runs[list(dict.fromkeys(table.label))].items():
-            lines[f"{label} ({count} run{'s' if count > 1 else ''})"] = Line2D([], [], color=colours[label])
-    columns = int(9 * figure.get_figwidth() / (max(map(len, lines)) + 8))  # about 9 letters an inch, and 8 for a line
-    columns = max(1, min(columns, 4, len(lines)))
-    figure.legend(lines.values(), lines, loc="outside upper center", ncols=columns, frameon=False)
+        for label, look in looks.items():
+            lines[f"{label} ({runs[label]} run{'s' if runs[label] > 1 else ''})"] = Line2D([], [], **look)
+    longest = max(map(len, lines))
+    if len(looks) > BESIDE:
+        rows = int(figure.get_figheight() / 0.17)  # lines of small letters, 0.17 inches high
+        columns = math.ceil(len(lines) / rows)
+        figure.set_figwidth(figure.get_figwidth() + columns * (0.6 + 0.07 * longest))  # the panels keep their size
+        place: dict[str, Any] = dict(loc="outside right upper", ncols=columns, fontsize="x-small")
+    else:
+        columns = int(9 * figure.get_figwidth() / (longest + 8))  # about 9 letters an inch, and 8 for a line
+        place = dict(loc="outside upper center", ncols=max(1, min(columns, 4, len(lines))))
+    figure.legend(list(lines.values()), list(lines), frameon=False, **place)
 
 
 def draw_progress(run_dir: str | Path) -> Path:
@@ -101,16 +140,22 @@ def draw_progress(run_dir: str | Path) -> Path:
 
 
 def draw_accuracy(table: pd.DataFrame) -> Figure:
-    """Held-out test metrics of every run: exact match and token accuracy, a point a run."""
+    """Held-out test metrics: exact match and token accuracy, a point a run, a row for the runs of a kind.
+
+    Raises:
+        RunError: no run has been tested yet.
+    """
     metrics = {"test/exact_match": "exact match", "test/token_accuracy": "token accuracy"}
     rows = table[table.metric.isin(metrics)].assign(metric=lambda t: t.metric.map(metrics))
-    rows = rows.assign(label=rows[["task", "model", "optimizer"]].agg("\n".join, axis=1))
+    if rows.empty:
+        raise RunError("none of these runs has been tested yet")
+    rows = rows.assign(label=label_runs(rows, ["task", *LABELS]))
     sns.set_theme(style="whitegrid", context="notebook")
-    figure = Figure(figsize=(max(6, 2 + 1.6 * rows.label.nunique()), 4), layout="constrained")
+    figure = Figure(figsize=(9, 1.4 + 0.45 * rows.label.nunique()), layout="constrained")
     panel = figure.subplots()
-    sns.stripplot(data=rows, x="label", y="value", hue="metric", dodge=True, size=7, ax=panel)
-    panel.set(xlabel="", ylabel="held-out test", ylim=(-0.02, 1.02))
-    sns.move_legend(panel, "upper center", bbox_to_anchor=(0.5, 1.15), ncols=2, title=None, frameon=False)
+    sns.stripplot(data=rows, y="label", x="value", hue="metric", dodge=True, size=6, ax=panel)
+    panel.set(ylabel="", xlabel="held-out test", xlim=(-0.02, 1.02))
+    sns.move_legend(panel, "lower center", bbox_to_anchor=(0.5, 1), ncols=2, title=None, frameon=False)
     return figure
 
 
@@ -123,16 +168,13 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     if bool(args.paths) == bool(args.wandb):
         parser.error("give run directories, or --wandb ENTITY/PROJECT")
-    try:
-        if args.wandb:
-            entity, _, project = args.wandb.rpartition("/")
-            table, default = read_wandb(entity or None, project), Path("runs.png")
-        else:
-            table, default = read_runs(*args.paths), args.paths[0] / "runs.png"
-        output = args.output or default
-        figure = draw_runs(table)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=120)
-    except FileNotFoundError as error:
-        sys.exit(f"figures: {error}")
+    if args.wandb:
+        entity, _, project = args.wandb.rpartition("/")
+        table, default = read_wandb(entity or None, project), Path("runs.png")
+    else:
+        table, default = read_runs(*args.paths), args.paths[0] / "runs.png"
+    output = args.output or default
+    figure = draw_runs(table)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=120)
     print(f"Drew {table.run.nunique()} run(s): {output}")

@@ -5,14 +5,13 @@ python src/report.py tables runs --metric test/balanced_accuracy
 """
 
 import argparse
-import json
-import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-from omegaconf import OmegaConf
 
-from run.metrics_table import KINDS, describe, name_settings
+from results.runs import KIND, Run, RunError, finished_runs, name_settings, readable
 
 SOLVED = 0.99  # a run with at least this value of the metric counts as solved
 
@@ -20,24 +19,24 @@ SOLVED = 0.99  # a run with at least this value of the metric counts as solved
 def read_summaries(*paths: str | Path) -> pd.DataFrame:
     """One row a finished run below the paths: what it was, its settings, its summary and its test metrics.
 
-    Interrupted runs are left out.
-
     Raises:
-        FileNotFoundError: no finished run lies below the paths.
+        RunError: no finished run that can be read lies below the paths.
     """
-    summaries, configs = [], []
-    for file in sorted({file for path in paths for file in Path(path).rglob("summary.json")}):
-        summary = json.loads(file.read_text())
-        if summary["stopped_by"] != "interrupted":
-            summaries.append(summary.pop("test") | summary)
-            configs.append(OmegaConf.to_container(OmegaConf.load(file.with_name("config.yaml"))))
-    if not summaries:
-        raise FileNotFoundError(f"no finished run below {', '.join(map(str, paths))}")
-    kinds = pd.DataFrame(map(describe, configs)).assign(settings=name_settings(configs))
-    return kinds.join(pd.DataFrame(summaries))
+
+    def values(run: Run) -> tuple[Run, dict[str, Any]]:
+        summary = run.of_summary("test", "steps", "evaluations", "seconds", "stopped_by")
+        return run, summary.pop("test") | summary
+
+    found = readable(finished_runs(*paths), values)
+    if not found:
+        raise RunError(f"no run with a whole summary lies below {', '.join(map(str, paths))}")
+    settings = name_settings([run.config for run, _ in found])
+    return pd.DataFrame(
+        asdict(run.description) | {"settings": of_run} | row for (run, row), of_run in zip(found, settings, strict=True)
+    )
 
 
-def tabulate(runs: pd.DataFrame, metric: str = "test/exact_match") -> str:
+def summary_table(runs: pd.DataFrame, metric: str = "test/exact_match") -> str:
     """Mean and spread over the seeds of every task, model, optimizer and variant, as a Markdown table.
 
     Args:
@@ -45,14 +44,17 @@ def tabulate(runs: pd.DataFrame, metric: str = "test/exact_match") -> str:
         metric: the held-out metric that is reported.
 
     Raises:
-        KeyError: no run has the metric.
+        RunError: no run has the metric.
     """
+    if metric not in runs:
+        known = ", ".join(sorted(column for column in runs if column.startswith("test/")))
+        raise RunError(f"no run has {metric}; known: {known}")
     lines = [
         "| task | model | optimizer | solved / runs | mean (worst) "
-        f"{metric.removeprefix('test/')} | steps | seconds (worst) | evaluations |",
-        "|---|---|---|---|---|---|---|---|",
+        f"{metric.removeprefix('test/')} | steps | seconds (worst) | evaluations | stopped by |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for (task, model, optimizer, variant, settings), of in runs.groupby([*KINDS, "settings"], sort=False):
+    for (task, model, optimizer, variant, settings), of in runs.groupby([*KIND, "settings"], sort=False):
         value, seconds = of[metric], of["seconds"]
         cells = [
             ", ".join(filter(None, [task, settings])),
@@ -63,6 +65,7 @@ def tabulate(runs: pd.DataFrame, metric: str = "test/exact_match") -> str:
             f"{of['steps'].median():,.0f}",
             f"{seconds.median():.1f} ({seconds.max():.1f})",
             f"{of['evaluations'].median():,.0f}",
+            ", ".join(f"{reason} {count}" for reason, count in of["stopped_by"].value_counts().items()),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -74,11 +77,4 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("paths", nargs="+", type=Path, help="run directories, or directories of runs")
     parser.add_argument("--metric", default="test/exact_match", help="the held-out metric to report")
     args = parser.parse_args(arguments)
-    try:
-        runs = read_summaries(*args.paths)
-        print(tabulate(runs, args.metric))
-    except FileNotFoundError as error:
-        sys.exit(f"tables: {error}")
-    except KeyError:
-        known = sorted(column for column in runs if column.startswith("test/"))
-        sys.exit(f"tables: no run has {args.metric}; known: {', '.join(known)}")
+    print(summary_table(read_summaries(*args.paths), args.metric))

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from data.sequences import SequenceDataModule
 from pattern_search_task import PatternSearchTask
+from results.runs import Run, RunError, read_run
 from run.checkpoints import RESUMABLE, read_checkpoint
 from transformer import DecoderOnlyTransformer
 
@@ -49,22 +50,39 @@ def build_task(cfg: DictConfig, datamodule: SequenceDataModule) -> PatternSearch
 
 
 def load_run(run_dir: str | Path) -> tuple[PatternSearchTask, SequenceDataModule, DictConfig]:
-    """A finished run's task with the weights that were tested, its data, and its config.
+    """A run's task with the weights that were tested, its data, and its config.
+
+    Of a run that was not tested the newest weights are taken.
 
     Args:
         run_dir: the directory that the run printed, with config.yaml and checkpoints/.
 
     Raises:
-        FileNotFoundError: the directory holds no run, or none with a checkpoint.
-        ValueError: the checkpoint is damaged.
+        RunError: the directory holds no run, or none with a checkpoint that can be read.
     """
-    run_dir = Path(run_dir)
-    cfg = OmegaConf.load(run_dir / "config.yaml")
-    kept = [path for name in ("best.ckpt", *RESUMABLE) if (path := run_dir / "checkpoints" / name).exists()]
-    if not kept:
-        raise FileNotFoundError(f"{run_dir} has no checkpoint")
-    checkpoint = read_checkpoint(kept[0])
-    datamodule = build_datamodule(cfg)
-    task = build_task(cfg, datamodule)
+    run = read_run(run_dir)
+    try:
+        checkpoint = read_checkpoint(tested_checkpoint(run))
+    except (OSError, ValueError) as error:
+        raise RunError(str(error)) from error
+    datamodule = build_datamodule(run.config)
+    task = build_task(run.config, datamodule)
     task.load_state_dict(checkpoint["state_dict"])
-    return task, datamodule, cfg
+    return task, datamodule, run.config
+
+
+def tested_checkpoint(run: Run) -> Path:
+    """The checkpoint that a run was tested with, where it lies now; the newest one of a run that was not tested.
+
+    Raises:
+        RunError: there is none.
+    """
+    kept = [run.directory / "checkpoints" / name for name in RESUMABLE]
+    if tested := (run.summary or {}).get("checkpoint"):
+        old = run.config.get("output_dir", "")
+        moved = run.directory / Path(tested).relative_to(old) if Path(tested).is_relative_to(old) else Path(tested)
+        kept = [moved]
+    found = next((path for path in kept if path.exists()), None)
+    if found is None:
+        raise RunError(f"{run.directory} has no checkpoint ({', '.join(path.name for path in kept)})")
+    return found

@@ -10,61 +10,22 @@ import os
 import random
 import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from search.base import LossOnlyOptimizer
 
+from run.files import replacing, sync_directory
 from run.interrupts import Interrupts
 from run.metrics_table import MetricsTable
 
 RESUMABLE = ("last.ckpt", "previous.ckpt")  # in checkpoints/, newest first
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when it is complete: whatever happens, one of the two is there.
-
-    Raises:
-        OSError: it cannot be written; `path` is as it was.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")  # the same name each time: a kill leaves no litter
-    try:
-        with unfinished.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException as error:
-        unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say what was written
-            error.filename = str(path)
-        raise
-    os.replace(unfinished, path)
-    sync_directory(path.parent)
-
-
-def write(path: str | Path, text: str) -> None:
-    """Write a file as a whole, or not at all."""
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
-def sync_directory(directory: Path) -> None:
-    """Have the names of the files in it survive a crash of the machine too."""
-    if hasattr(os, "O_DIRECTORY"):  # not on Windows
-        descriptor = os.open(directory, os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -88,7 +49,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def selected_weights(trainer: L.Trainer) -> str | None:
     """The checkpoint that the first checkpoint callback kept: the best on validation, or the newest if none is."""
-    return next((c.best_model_path for c in trainer.checkpoint_callbacks if c.best_model_path), None)
+    kept = [c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint | Checkpoints)]
+    return next((path for path in kept if path), None)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -126,6 +88,7 @@ class Checkpoints(Checkpoint):
     ):
         self.run_dir, self.limits, self.interrupts = Path(run_dir), limits, interrupts
         self.every_seconds, self.every_steps = every_seconds, every_steps
+        self._saved_at, self._saved_step = time.monotonic(), 0
         self._to_add: dict[str, Any] | None = None  # to the checkpoint that is being written
         self._restored: dict[str, Any] | None = None  # until the first step that follows
 
@@ -144,7 +107,8 @@ class Checkpoints(Checkpoint):
 
     def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if self._restored is not None:
-            self._restore(trainer)
+            restore(trainer, self._restored)
+            self._restored = None
         accumulating = batch_idx % trainer.accumulate_grad_batches != 0  # gradients that no checkpoint holds
         if not accumulating and (self.interrupts.received or self._due(trainer.global_step)):
             self._save(trainer, trainer.fit_loop.state_dict())
@@ -198,18 +162,20 @@ class Checkpoints(Checkpoint):
         if self._restored["ended"] == self.limits:
             trainer.should_stop = True
 
-    def _restore(self, trainer: L.Trainer) -> None:
-        """Lightning guesses its counters from what was saved; here they are what they were at this very place."""
-        trainer.fit_loop.load_state_dict(self._restored["fit_loop"])
-        trainer.fit_loop.restarting = False
-        trainer.callback_metrics.update({name: torch.tensor(x) for name, x in self._restored["metrics"].items()})
-        set_generator_states(self._restored["generators"])
-        if self._restored["ended"] is not None:  # and now its limits are larger
-            for optimizer in trainer.optimizers:
-                getattr(optimizer, "look_at_limits", lambda: None)()
-            for callback in trainer.early_stopping_callbacks:
-                callback.stopped_epoch = 0
-        self._restored = None
+
+def restore(trainer: L.Trainer, state: dict[str, Any]) -> None:
+    """Lightning guesses its counters from what was saved; here they are what they were at this very place."""
+    trainer.fit_loop.load_state_dict(state["fit_loop"])
+    trainer.fit_loop.restarting = False
+    trainer.callback_metrics.update({name: torch.tensor(x) for name, x in state["metrics"].items()})
+    set_generator_states(state["generators"])
+    if state["ended"] is not None:  # and now its limits are larger
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, LossOnlyOptimizer):
+                optimizer.look_at_limits()
+        for early in trainer.early_stopping_callbacks:
+            if early is not None:
+                early.stopped_epoch, early.stopping_reason = 0, EarlyStoppingReason.NOT_STOPPED
 
 
 # --- the counters of Lightning's loops: what was begun is counted as `ready`, what was done as `completed` ---
@@ -263,7 +229,8 @@ def moved(state: Any, old: str, new: str) -> Any:
 
 
 def generator_states() -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()  # a tuple, unless asked otherwise
+    kind, keys, *rest = state
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),  # an array would not load with weights_only

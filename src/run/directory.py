@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from run.checkpoints import write
+from run.files import write
 
 PACKAGES = ("torch", "lightning", "hydra-core", "numpy")
 ROOT = Path(__file__).resolve().parents[2]

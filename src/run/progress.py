@@ -1,6 +1,6 @@
 """Progress that also moves during a long poll: live on a terminal, plain lines in the log file.
 
-The display reads the optimizer's counters from a thread of its own, a few times a second: the
+The display reads the optimizer's report from a thread of its own, a few times a second: the
 optimizer knows nothing of it and is never slowed down by it.
 """
 
@@ -9,15 +9,16 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import correlation, linear_regression
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from pattern_search_task import PatternSearchTask
 from run.hints import Recent, hints
 
 log = logging.getLogger("progress")
@@ -37,146 +38,210 @@ class SearchProgress(Callback):
     def __init__(self, refresh_per_second: float = 4, log_every_seconds: float = 10):
         self.refresh_seconds, self.log_every_seconds = 1 / refresh_per_second, log_every_seconds
         self.console = Console()
-        self._stop = threading.Event()
-        self._recent: Recent | None = None  # until training starts
-        self._next_hint: dict[str, int] = {}  # evaluations before which a hint is not repeated
+        self.status: Status | None = None  # until training starts
+        self._display: Display | None = None  # while it trains
         self._restored: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        if self._recent is None:
-            return {}
-        return {"recent": self._recent.state_dict(), "next_hint": self._next_hint, "accepted": self._accepted}
+        return {} if self.status is None else self.status.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict  # training has not started yet
 
-    def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        self._trainer, self._task = trainer, task
-        self._started, self._evaluations = time.monotonic(), task.evaluations
-        self._accepted = self._restored.get("accepted", 0)
-        self._loss = self._exact_match = self._eta = None
-        self._first_step = trainer.global_step  # not 0 in a run that goes on
-        self._polling = 0.0  # seconds in the steps of a search
-        self._trend: deque[tuple[float, float]] = deque(maxlen=TREND)  # seconds since the start, loss with a target
-        self._monitor, self._target = target_of(trainer, task)
-        self._recent = Recent(trainer.datamodule.chance_loss)
-        self._recent.load_state_dict(self._restored.get("recent", {}))
-        self._next_hint = dict(self._restored.get("next_hint", {}))
-        self._stop.clear()
+    # Lightning's hooks name any LightningModule; ours is part of runs of a PatternSearchTask only
+
+    def on_train_start(self, trainer: L.Trainer, task: PatternSearchTask) -> None:  # type: ignore[override]
+        self.status = Status(trainer, task, self._restored)
+        self._display = Display(self.status, self.console, self.refresh_seconds, self.log_every_seconds)
+
+    def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, *_: Any) -> None:
+        if self.status is not None:
+            self.status.step_ended(outputs)
+
+    def on_validation_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        if self.status is None or trainer.sanity_checking:
+            return
+        for text in self.status.validated():
+            log.info("hint: %s", text)
+            self.console.print(f"hint: {text}", soft_wrap=True, highlight=False, markup=False)
+
+    def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, task: L.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._display is not None:
+            self._display.close()
+            self._display = None
+
+
+class Status:
+    """What is known of a training that runs.
+
+    The hooks leave it here and the display's thread reads it: asking Lightning for metrics while it updates them would
+    be a race.
+
+    Args:
+        restored: the `state_dict` of the run that goes on; empty for a new one.
+    """
+
+    def __init__(self, trainer: L.Trainer, task: PatternSearchTask, restored: dict[str, Any]):
+        self.trainer, self.task, self.search = trainer, task, task.search
+        self.started = time.monotonic()
+        self.first_step, self.first_evaluations = trainer.global_step, task.evaluations  # not 0 in a run that goes on
+        self.first_seconds = self.search.saved["seconds"] if self.search is not None else 0.0
+        self.monitor, self.target = target_of(trainer, task)
+        self.trend: deque[tuple[float, float]] = deque(maxlen=TREND)  # seconds since the start, loss with a target
+        self.loss: float | None = None
+        self.exact_match: float | None = None
+        self.seconds_to_target: float | None = None
+        self.accepted: int = restored.get("accepted", 0)
+        self.next_hint: dict[str, int] = dict(restored.get("next_hint", {}))  # evaluations before which it is not said
+        self.recent = Recent(trainer.datamodule.chance_loss)  # type: ignore[attr-defined]
+        self.recent.load_state_dict(restored.get("recent", {}))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"recent": self.recent.state_dict(), "next_hint": self.next_hint, "accepted": self.accepted}
+
+    def step_ended(self, outputs: Any) -> None:
+        if self.search is None:
+            self.loss = float(outputs["loss"])
+            self.recent.train_losses.append(self.loss)
+            return
+        report = self.search.report
+        self.loss = report.loss_after
+        self.accepted += report.accepted
+        self.recent.train_losses.append(report.loss_before)
+        self.recent.accepted.append(report.accepted > 0)
+        if report.search_accepted is not None:
+            self.recent.search_accepted.append(report.search_accepted)
+
+    def validated(self) -> Iterator[str]:
+        """Take in the newest validation; returns hints to say."""
+        metrics = self.trainer.callback_metrics
+        if (exact_match := metrics.get("val/exact_match")) is not None:
+            self.exact_match = float(exact_match)
+        if (loss := metrics.get("val/loss")) is not None:
+            self.recent.val_losses.append(float(loss))
+        monitored = self.loss if self.monitor == "train/loss" else metrics.get(self.monitor)
+        if self.target is not None and monitored is not None:
+            self.trend.append((time.monotonic() - self.started, float(monitored)))
+            self.seconds_to_target = time_to(self.target, *zip(*self.trend, strict=True))
+        self.recent.evaluations = self.task.evaluations
+        return due(self.recent, self.next_hint)
+
+    def steps(self) -> tuple[float, int | None]:
+        """Steps done, with the share of the current one, and steps in all, None without a limit."""
+        total, done = self.trainer.estimated_stepping_batches, float(self.trainer.global_step)
+        if self.search is not None and (report := self.search.report).done < report.planned:  # within a step
+            done += report.done / report.planned
+        return done, None if math.isinf(total) else int(total)
+
+    def seconds_left(self) -> float:
+        """Seconds until the first limit ends the run, at the speed so far; inf while nothing is known."""
+        elapsed, (done, total) = time.monotonic() - self.started, self.steps()
+        left = [time_left(self.trainer)]
+        if total is not None and done > self.first_step:
+            left.append(elapsed * (total - done) / (done - self.first_step))
+        if self.search is not None:
+            limits, spent = self.search.limits, self.search.saved["seconds"] - self.first_seconds
+            evaluations = self.search.evaluations - self.first_evaluations
+            if limits.max_evaluations is not None and evaluations > 0:
+                left.append(elapsed * (limits.max_evaluations - self.search.evaluations) / evaluations)
+            if limits.max_seconds is not None and spent > 0:
+                left.append(elapsed * (limits.max_seconds - self.search.saved["seconds"]) / spent)
+        return max(min(left), 0.0)
+
+    def parts(self) -> list[str]:
+        """What to say, the most important first."""
+        elapsed, left = max(time.monotonic() - self.started, 1e-9), self.seconds_left()
+        loss, accepted = self.loss, self.accepted
+        if self.search is not None and (report := self.search.report).done < report.planned:  # within a step
+            loss, accepted = report.loss_after, accepted + report.accepted
+        parts = [f"loss {loss:.4f}" if loss is not None else "loss -"]
+        if math.isfinite(left):
+            parts.append(f"left at most {clock(left)}")
+        if self.target is not None:
+            near = self.seconds_to_target is not None and self.seconds_to_target <= left
+            parts.append(f"target in about {clock(self.seconds_to_target or 0)}" if near else "target not in sight")
+        rate = (self.task.evaluations - self.first_evaluations) / elapsed
+        parts.append(f"evaluations {self.task.evaluations:,} ({rate:,.0f}/s)")
+        if self.exact_match is not None:
+            parts.append(f"val exact match {self.exact_match:.3f}")
+        if self.search is not None:
+            polling = (self.search.saved["seconds"] - self.first_seconds) / elapsed
+            parts += [f"accepted {accepted:,}", f"polls {min(polling, 1):.0%} of time", *self.search.status()]
+        return parts
+
+
+class Display:
+    """Shows a status from a thread of its own until it is closed.
+
+    Args:
+        refresh_seconds: between two looks on a terminal.
+        log_every_seconds: between two lines in the log, and on an output that is no terminal.
+    """
+
+    def __init__(self, status: Status, console: Console, refresh_seconds: float, log_every_seconds: float):
+        self.status, self.console = status, console
+        self.refresh_seconds, self.log_every_seconds = refresh_seconds, log_every_seconds
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self._thread.start()
 
-    # the thread reads only what these hooks leave: asking Lightning for metrics while it updates them would be a race
-
-    def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, *_: Any) -> None:
-        report = getattr(task.search, "report", None)
-        self._accepted += getattr(report, "accepted", 0)
-        self._loss = float(outputs["loss"]) if report is None else report.loss_after
-        self._recent.train_losses.append(self._loss if report is None else report.loss_before)
-        if report is not None:
-            self._polling += report.seconds
-            self._recent.accepted.append(report.accepted > 0)
-            if report.search_accepted is not None:
-                self._recent.search_accepted.append(report.search_accepted)
-
-    def on_validation_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        if trainer.sanity_checking:  # before the start of training
-            return
-        self._exact_match = trainer.callback_metrics.get("val/exact_match")
-        if (loss := trainer.callback_metrics.get("val/loss")) is not None:
-            self._recent.val_losses.append(float(loss))
-        if self._target is not None:
-            loss = self._loss if self._monitor == "train/loss" else trainer.callback_metrics.get(self._monitor)
-            if loss is not None:
-                self._trend.append((time.monotonic() - self._started, float(loss)))
-                self._eta = time_to(self._target, *zip(*self._trend, strict=True))
-        self._recent.evaluations = task.evaluations
-        for name, text in hints(self._recent):
-            if task.evaluations >= self._next_hint.get(name, 0):
-                self._next_hint[name] = 2 * task.evaluations
-                log.info("hint: %s", text)
-                self.console.print(f"hint: {text}", soft_wrap=True, highlight=False, markup=False)
-
-    def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        self._finish()
-
-    def on_exception(self, trainer: L.Trainer, task: L.LightningModule, exception: BaseException) -> None:
-        self._finish()
-
-    def _finish(self) -> None:
-        if not self._stop.is_set() and hasattr(self, "_thread"):
-            self._stop.set()
-            self._thread.join()
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
 
     def _run(self) -> None:
+        live = self.console.is_terminal
+        width = 16 if self.console.width >= 120 else 8
         bar = Progress(
             TextColumn("step {task.fields[step]}"),
-            BarColumn(bar_width=16 if self.console.width >= 120 else 8),
+            BarColumn(bar_width=width),
             TextColumn("{task.description}"),
             console=self.console,
             auto_refresh=False,
             transient=True,
+            disable=not live,
         )
         next_line = time.monotonic() + self.log_every_seconds
-        room = self.console.width - bar.columns[1].bar_width - len("step   ")
-        with bar if self.console.is_terminal else threading.Lock():
+        with bar:
             row = bar.add_task("starting", total=None, step="0")
-            while not self._stop.wait(self.refresh_seconds):
-                done, total, parts = self._status()
-                step = f"{int(done)}/{total}"
-                if self.console.is_terminal:
-                    bar.update(
-                        row,
-                        completed=done,
-                        step=step,
-                        total=total if total != "?" else None,
-                        description=fitting(parts, room - len(step)),
-                        refresh=True,
-                    )
+            while not self._closed.wait(self.refresh_seconds):
+                done, total = self.status.steps()
+                step = f"{int(done)}/{'?' if total is None else total}"
+                parts = self.status.parts()
+                room = self.console.width - width - len(f"step {step}  ")
+                description = fitting(parts, room)
+                bar.update(row, completed=done, total=total, step=step, description=description, refresh=True)
                 if time.monotonic() >= next_line:
                     next_line += self.log_every_seconds
-                    self._log(f"step {step} {' · '.join(parts)}", show=not self.console.is_terminal)
-        done, total, parts = self._status()
-        self._log(f"step {int(done)}/{total} {' · '.join(parts)}", show=True)
+                    self._log(step, parts, show=not live)
+        done, total = self.status.steps()
+        self._log(f"{int(done)}/{'?' if total is None else total}", self.status.parts(), show=True)
 
-    def _log(self, line: str, show: bool) -> None:
+    def _log(self, step: str, parts: Sequence[str], show: bool) -> None:
+        line = f"step {step} {' · '.join(parts)}"
         log.info(line)
         if show:
             print(line, flush=True)
 
-    def _status(self) -> tuple[float, int | str, list[str]]:
-        """Steps done (with the share of the current one), steps in all, and what to say, the most important first."""
-        trainer, task = self._trainer, self._task
-        optimizer = task.search
-        report = getattr(optimizer, "report", None)
-        total = trainer.estimated_stepping_batches
-        total = "?" if total == float("inf") else int(total)
-        done, accepted = float(trainer.global_step), self._accepted
-        loss = self._loss
-        if report is not None and report.done < report.planned:  # within a step
-            loss = report.loss_after
-            done, accepted = done + report.done / report.planned, accepted + report.accepted
-        elapsed = time.monotonic() - self._started
-        parts, left = [f"loss {loss:.4f}" if loss is not None else "loss -"], math.inf
-        if isinstance(total, int) and done > self._first_step:
-            left = elapsed * max(total - done, 0) / (done - self._first_step)
-            parts.append(f"left at most {clock(left)}")
-        if self._target is not None:
-            far = self._eta is None or self._eta > left
-            parts.append("target not in sight" if far else f"target in about {clock(self._eta)}")
-        rate = (task.evaluations - self._evaluations) / max(elapsed, 1e-9)
-        parts += [f"evaluations {task.evaluations:,} ({rate:,.0f}/s)"]
-        if self._exact_match is not None:
-            parts.append(f"val exact match {float(self._exact_match):.3f}")
-        if report is not None:
-            polling = self._polling + (report.seconds if report.done < report.planned else 0)
-            radii = dict.fromkeys(f"{group['radius']:.3g}" for group in optimizer.param_groups)  # equal ones once
-            parts += [
-                f"accepted {accepted:,}",
-                f"polls {min(polling / max(elapsed, 1e-9), 1):.0%} of time",
-                f"radius {'/'.join(radii)}",
-            ]
-        return done, total, parts
+
+def due(recent: Recent, next_hint: dict[str, int]) -> Iterator[str]:
+    """Hints that apply and were not said at more than half of the evaluations; notes in `next_hint` when to repeat."""
+    for name, text in hints(recent):
+        if recent.evaluations >= next_hint.get(name, 0):
+            next_hint[name] = 2 * recent.evaluations
+            yield text
+
+
+def time_left(trainer: L.Trainer) -> float:
+    """Seconds until `trainer.max_time`; inf without it."""
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    return min((left for timer in timers if (left := timer.time_remaining()) is not None), default=math.inf)
 
 
 def fitting(parts: Sequence[str], width: int) -> str:
@@ -185,12 +250,12 @@ def fitting(parts: Sequence[str], width: int) -> str:
     return next((line for line in lines if len(line) <= width), lines[-1])
 
 
-def target_of(trainer: L.Trainer, task: L.LightningModule) -> tuple[str, float | None]:
+def target_of(trainer: L.Trainer, task: PatternSearchTask) -> tuple[str, float | None]:
     """The loss that ends training, by name, and the value at which it does: of early stopping, else of the search."""
     for callback in trainer.early_stopping_callbacks:
-        if callback.stopping_threshold and callback.mode == "min":
+        if callback is not None and callback.stopping_threshold and callback.mode == "min":
             return callback.monitor, callback.stopping_threshold
-    return "train/loss", task.search and task.search.limits.target_loss
+    return "train/loss", None if task.search is None else task.search.limits.target_loss
 
 
 def time_to(target: float, seconds: Sequence[float], losses: Sequence[float]) -> float | None:

@@ -1,10 +1,8 @@
 """Going on with a run: which one `resume` means, whether its config fits, and from which checkpoint.
 
-`run/checkpoints.py` writes and restores the state; here it is only found. A run is a directory with config.yaml. It is
-finished when it has a summary.json that does not say "interrupted".
+`run/checkpoints.py` writes and restores the state; here it is only found.
 """
 
-import json
 import logging
 import os
 import re
@@ -12,7 +10,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from yaml import YAMLError
 
+from results.runs import Run, RunError, flat, read_run
 from run.checkpoints import RESUMABLE, read_checkpoint
 from run.directory import RunDirectoryError, owner, unusable
+from run.files import typed
 from run.interrupts import Interrupts
-from run.summary import shown
 
 # where a run ends, not where it goes: may be changed when it goes on
 LIMITS = (
@@ -73,7 +71,7 @@ def _sweep_problems(cfgs: Sequence[DictConfig], overrides: Sequence[str]) -> Ite
     for run_dir, jobs in Counter(cfg.output_dir for cfg in cfgs).items():
         if jobs > 1:
             yield (
-                f"{jobs} jobs would write to {shown(run_dir)}; leave output_dir and hydra.sweep.subdir out, and each "
+                f"{jobs} jobs would write to {typed(run_dir)}; leave output_dir and hydra.sweep.subdir out, and each "
                 "has its own directory"
             )
 
@@ -85,7 +83,7 @@ def _plan_job(cfg: DictConfig, overrides: Sequence[str], multirun: bool) -> tupl
         return Path(cfg.output_dir), [str(error)]
     problems = [problem] if (problem := unusable(run_dir)) else []
     if pid := owner(run_dir):
-        problems.append(f"{shown(run_dir)} is in use by process {pid}; wait for it, or end it")
+        problems.append(f"{typed(run_dir)} is in use by process {pid}; wait for it, or end it")
     elif holds_run(run_dir):
         problems += _misfits(cfg, run_dir)
     return run_dir, problems
@@ -109,41 +107,37 @@ def newest_unfinished(cfg: DictConfig) -> Path | None:
     candidates = [*runs.glob("*/config.yaml"), *runs.glob("*/[!.]*/config.yaml")]  # runs, and the jobs of sweeps
     candidates.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     for run_dir in (path.parent for path in candidates):
-        if holds_run(run_dir) and saved_summary(run_dir) is None and not differences(_config(run_dir), cfg):
+        run = run_in(run_dir)
+        if run is not None and saved_summary(run) is None and not differences(run.config, cfg):
             return run_dir
     return None
 
 
+def run_in(run_dir: Path) -> Run | None:
+    """The run in a directory; None without one that can go on."""
+    with suppress(RunError):
+        run = read_run(run_dir)
+        return run if "output_dir" in run.config else None
+    return None
+
+
 def holds_run(run_dir: Path) -> bool:
-    return _config(run_dir) is not None
+    return run_in(run_dir) is not None
 
 
-def _config(run_dir: Path) -> DictConfig | None:
-    try:
-        cfg = OmegaConf.load(run_dir / "config.yaml")
-    except (OSError, YAMLError):
-        return None
-    return cfg if "output_dir" in cfg else None
-
-
-def saved_summary(run_dir: Path) -> dict[str, Any] | None:
+def saved_summary(run: Run) -> dict[str, Any] | None:
     """The summary of a finished run; None if the run has not finished."""
-    try:
-        summary = json.loads((run_dir / "summary.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return summary if summary["stopped_by"] != "interrupted" else None
+    with suppress(RunError):  # a damaged one is written again
+        return run.summary if run.finished else None
+    return None
 
 
 def finished(cfg: DictConfig) -> dict[str, Any] | None:
     """The summary of the run in `output_dir`, if it is this run, resumed, and nothing is left to do."""
-    if not cfg.resume:
+    run = run_in(Path(cfg.output_dir)) if cfg.resume else None
+    if run is None or differences(run.config, cfg) or limits(run.config) != limits(cfg):
         return None
-    run_dir = Path(cfg.output_dir)
-    summary = saved_summary(run_dir)
-    if summary is None or (old := _config(run_dir)) is None or differences(old, cfg):
-        return None
-    return summary if limits(old) == limits(cfg) else None
+    return saved_summary(run)
 
 
 def limits(cfg: DictConfig) -> dict[str, Any]:
@@ -152,10 +146,10 @@ def limits(cfg: DictConfig) -> dict[str, Any]:
 
 def differences(old: DictConfig, new: DictConfig) -> dict[str, tuple[Any, Any]]:
     """The keys by which two configs lead to different weights, each with both values."""
-    flat = [dict(_leaves(OmegaConf.to_container(cfg, resolve=True), cfg.output_dir)) for cfg in (old, new)]
-    keys = [key for key in flat[0] | flat[1] if key not in LIMITS and not _is_free(key)]
+    before, after = (_leaves(OmegaConf.to_container(cfg, resolve=True), cfg.output_dir) for cfg in (old, new))
+    keys = [key for key in before | after if key not in LIMITS and not _is_free(key)]
     missing = "(missing)"
-    pairs = {key: (flat[0].get(key, missing), flat[1].get(key, missing)) for key in keys}
+    pairs = {key: (before.get(key, missing), after.get(key, missing)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -163,26 +157,23 @@ def _is_free(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in FREE)
 
 
-def _leaves(node: Any, run_dir: str, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key with its value; a path in the run's directory counts the same wherever that is."""
-    if isinstance(node, dict) and node:
-        for key, value in node.items():
-            yield from _leaves(value, run_dir, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, node.replace(run_dir, "") if isinstance(node, str) else node
+def _leaves(config: Any, run_dir: str) -> dict[str, Any]:
+    """Every dotted key with its value; a path in the run's directory counts the same wherever that is."""
+    return {key: value.replace(run_dir, "") if isinstance(value, str) else value for key, value in flat(config).items()}
 
 
 def _misfits(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
     """What speaks against going on with the run in a directory."""
+    where = typed(run_dir)
     if cfg.resume is None:
-        yield f"{shown(run_dir)} holds a run already; resume=auto goes on with it, or choose another directory"
+        yield f"{where} holds a run already; resume=auto goes on with it, or choose another directory"
         return
-    found, given = differences(_config(run_dir), cfg), dict(_leaves(OmegaConf.to_container(cfg), cfg.output_dir))
+    found, given = differences(read_run(run_dir).config, cfg), _leaves(OmegaConf.to_container(cfg), cfg.output_dir)
     for key, (old, new) in found.items():
         if any(given.get(key) == f"${{{other}}}" for other in found):
             continue  # it follows from the other one
         old, new = ("null" if value is None else value for value in (old, new))
-        yield f"{key} is {new} here and was {old} in {shown(run_dir)}; a run goes on only as it began"
+        yield f"{key} is {new} here and was {old} in {where}; a run goes on only as it began"
     path = Path(cfg.resume)
     if path.is_file() and (path.parent.name, path.name) not in (("checkpoints", name) for name in RESUMABLE):
         yield f"resume={cfg.resume}: only checkpoints/last.ckpt and previous.ckpt hold a place to go on from"
@@ -207,16 +198,14 @@ def begin(cfg: DictConfig, console: Console) -> Path | None:
     epochs = OmegaConf.select(cfg, "trainer.max_epochs")
     if checkpoint is not None and epochs is not None and -1 < epochs < content["epoch"]:
         raise RunDirectoryError(f"trainer.max_epochs={epochs}: {content['epoch']} epochs are done already")
-    for newer in RESUMABLE[: RESUMABLE.index(checkpoint.name)] if checkpoint else ():
-        (run_dir / "checkpoints" / newer).unlink(
-            missing_ok=True
-        )  # damaged, or not wanted: it must not become the spare
+    for newer in RESUMABLE[: RESUMABLE.index(checkpoint.name)] if checkpoint else ():  # damaged, or not wanted:
+        (run_dir / "checkpoints" / newer).unlink(missing_ok=True)  # it must not become the spare
     (run_dir / "summary.json").unlink(missing_ok=True)
     if checkpoint is None:
         (run_dir / "metrics.csv").unlink(missing_ok=True)
-        console.print(f"{shown(run_dir)} has no checkpoint yet, so it starts anew.", highlight=False)
+        console.print(f"{typed(run_dir)} has no checkpoint yet, so it starts anew.", highlight=False)
     else:
-        line = f"Goes on from step {content['global_step']:,}, {shown(checkpoint)}"
+        line = f"Goes on from step {content['global_step']:,}, {typed(checkpoint)}"
         console.print(line, soft_wrap=True, highlight=False)
         logging.getLogger(__name__).info(line)  # in train.log
     return checkpoint
@@ -239,7 +228,7 @@ def _newest_readable(cfg: DictConfig, run_dir: Path, console: Console) -> tuple[
             console.print(f"{line}; the one before is taken.", soft_wrap=True, highlight=False)
         return path, content
     if damaged:
-        raise RunDirectoryError("; ".join([*damaged, f"nothing of {shown(run_dir)} can go on: begin a new run"]))
+        raise RunDirectoryError("; ".join([*damaged, f"nothing of {typed(run_dir)} can go on: begin a new run"]))
     return None, {}
 
 
@@ -269,13 +258,13 @@ def in_sweep() -> bool:
 
 def resume_command(run_dir: Path) -> str:
     """What to type to go on with a run of this process."""
-    words = ["python", shown(Path(__file__).parents[1] / "train.py")]
+    words = ["python", typed(Path(__file__).parents[1] / "train.py")]
     hydra = HydraConfig.get() if HydraConfig.initialized() else None
     if hydra and hydra.job.config_name != "pattern_search_train":
         words.append(f"--config-name={hydra.job.config_name}")
     if hydra:
         words += [o for o in hydra.overrides.task if not o.startswith("resume=")]
-    return shlex.join([*words, f"resume={quoted(shown(run_dir))}"])
+    return shlex.join([*words, f"resume={quoted(typed(run_dir))}"])
 
 
 def hydra_arguments(run_dir: Path, arguments: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -12,7 +13,15 @@ from rich.table import Table
 from data.sequences import SequenceDataModule
 from pattern_search_task import PatternSearchTask
 from polls.threads import available_cores
-from run.progress import clock
+from run.files import typed
+from run.progress import clock, time_left
+
+EARLY = {  # why early stopping ended a training
+    EarlyStoppingReason.STOPPING_THRESHOLD: "solved",
+    EarlyStoppingReason.PATIENCE_EXHAUSTED: "no_improvement",
+    EarlyStoppingReason.NON_FINITE_METRIC: "not_finite",
+    EarlyStoppingReason.DIVERGENCE_THRESHOLD: "diverged",
+}
 
 
 def print_header(console: Console, cfg: DictConfig, task: PatternSearchTask, datamodule: SequenceDataModule) -> None:
@@ -27,7 +36,7 @@ def print_header(console: Console, cfg: DictConfig, task: PatternSearchTask, dat
         highlight=False,
     )
     threads = f"; candidates on {available_cores()} thread(s)" if not task.automatic_optimization else ""
-    console.print(f"Run directory: {shown(cfg.output_dir)}{threads}", soft_wrap=True, highlight=False)
+    console.print(f"Run directory: {typed(cfg.output_dir)}{threads}", soft_wrap=True, highlight=False)
 
 
 def summarise(
@@ -52,21 +61,26 @@ def summarise(
 
 
 def stopped_by(trainer: L.Trainer, task: PatternSearchTask) -> str:
-    """Why training ended: the limit's key, "solved" (early stopping on validation) or "interrupted"."""
+    """Why training ended.
+
+    The key of a limit (max_steps, max_seconds, ...), a value of EARLY, "interrupted", or "callback" for one that asked
+    to stop and gave no reason.
+    """
     if trainer.interrupted:
         return "interrupted"
     if task.search is not None and task.search.stopped_by is not None:
         return task.search.stopped_by
-    if any(callback.stopped_epoch for callback in trainer.early_stopping_callbacks):
-        return "solved"
+    for early in trainer.early_stopping_callbacks:
+        if early is not None and early.stopping_reason in EARLY:
+            return EARLY[early.stopping_reason]
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
         return "max_steps"
-    if trainer.max_epochs != -1 and trainer.current_epoch >= trainer.max_epochs:
+    if trainer.max_epochs not in (None, -1) and trainer.current_epoch >= trainer.max_epochs:
         return "max_epochs"
-    return "max_time"
+    return "max_time" if time_left(trainer) <= 0 else "callback"
 
 
-def draw_progress(run_dir: str | Path) -> None:
+def leave_picture(run_dir: str | Path) -> None:
     """Leave progress.png in the run's directory, or a warning: no run fails for its picture."""
     try:
         from results import figures  # only here: its libraries would slow down the start of every run
@@ -91,13 +105,13 @@ def print_summary(console: Console, cfg: DictConfig, summary: dict[str, Any], da
     table.add_row("function evaluations", f"{summary['evaluations']:,}")
     table.add_row("training time", f"{clock(summary['seconds'])} ({summary['seconds']:.1f} s)")
     console.print(table)
-    run_dir = shown(cfg.output_dir)
+    run_dir = typed(cfg.output_dir)
     lines = []
     if summary["stopped_by"] == "interrupted":
-        lines.append(f"Interrupted, so not tested. The newest weights: {shown(summary['checkpoint'] or 'none yet')}")
+        lines.append(f"Interrupted, so not tested. The newest weights: {typed(summary['checkpoint'] or 'none yet')}")
     lines.append(f"Run:  {run_dir}")
     if (Path(cfg.output_dir) / "progress.png").exists():
-        script, beside = shown(Path(__file__).parents[1] / "report.py"), shown(Path(cfg.output_dir).parent)
+        script, beside = typed(Path(__file__).parents[1] / "report.py"), typed(Path(cfg.output_dir).parent)
         lines.append(f"Plot: {run_dir}/progress.png; all runs beside it: python {script} figures {beside}")
     if (Path(cfg.output_dir) / "wandb").exists():
         offline = cfg.logger.get("offline")
@@ -108,9 +122,3 @@ def print_summary(console: Console, cfg: DictConfig, summary: dict[str, Any], da
         )
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False)
-
-
-def shown(path: str | Path) -> str:
-    """A path as short as it can be typed from here."""
-    path = Path(path)
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

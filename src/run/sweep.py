@@ -6,30 +6,45 @@ exit code is 1 if a job failed, and 130 after Ctrl-C.
 """
 
 import atexit
+import csv
+import io
 import json
 import math
 import shlex
 import sys
+import time
 import traceback
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from polls.threads import share_cores
-from run.checkpoints import write
-from run.resume import quoted
-from run.summary import shown
+from results.runs import RunError, read_run
+from run.files import typed, write
 
 REPORT = Path(__file__).parents[1] / "report.py"  # what shows a sweep
 STYLES = {"failed": "red", "interrupted": "yellow"}
+BEGUN = ".jobs"  # in the directory of the sweep: a file a job that has begun, wherever its own directory lies
+
+
+@dataclass
+class Job:
+    """A row of the table: a job of a sweep that has begun."""
+
+    job: str  # its directory, from that of the sweep on
+    override: str
+    status: str = "interrupted"  # or failed, done, or kept: it was finished before
+    metric: float | None = None
+    seconds: float | None = None
+    error: str | None = None
 
 
 class Sweep(Callback):
@@ -43,16 +58,23 @@ class Sweep(Callback):
         self.metric = metric
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        from polls.threads import share_cores  # only here: torch would slow down every answer of Hydra
+
         share_cores(config.hydra.launcher.get("n_jobs", 1))  # of the joblib launcher
-        (Path(config.hydra.runtime.output_dir) / "error.txt").unlink(missing_ok=True)
+        directory = Path(config.hydra.runtime.output_dir)
+        (directory / "error.txt").unlink(missing_ok=True)
+        if config.hydra.mode == RunMode.MULTIRUN:
+            begun = {"directory": str(directory), "override": list(config.hydra.overrides.task), "at": time.time()}
+            write(Path(config.hydra.sweep.dir, BEGUN, f"{config.hydra.job.num}.json"), json.dumps(begun))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if job_return.status != JobStatus.FAILED:
             return
-        error, directory = job_return._return_value, Path(config.hydra.runtime.output_dir)  # the property raises it
-        (directory / "error.txt").write_text("".join(traceback.format_exception(error)))
+        error = failure(job_return)
+        write(Path(config.hydra.runtime.output_dir, "error.txt"), "".join(traceback.format_exception(error)))
         if config.hydra.mode == RunMode.MULTIRUN:
-            print(f"Failed: {' '.join(job_return.overrides)}: {last_line(error)}", file=sys.stderr, flush=True)
+            reason = traceback.format_exception_only(error)[-1].strip()
+            print(f"Failed: {' '.join(job_return.overrides or ())}: {reason}", file=sys.stderr, flush=True)
             job_return.status, job_return.return_value = JobStatus.COMPLETED, math.nan  # Hydra would end the sweep
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
@@ -60,76 +82,92 @@ class Sweep(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         atexit.unregister(self.sum_up)
-        if not self.sum_up(config, ended=True)["status"].isin(["done", "kept"]).all():
+        if any(job.status not in ("done", "kept") for job in self.sum_up(config, ended=True)):
             sys.exit(1)
 
-    def sum_up(self, config: DictConfig, ended: bool = False) -> pd.DataFrame:
+    def sum_up(self, config: DictConfig, ended: bool = False) -> list[Job]:
         """Print and save the table of the jobs that have begun, and say what to type next; `ended`: no job is left."""
         directory, console = Path(config.hydra.sweep.dir).absolute(), Console()
         jobs = read_jobs(directory, self.metric)
-        if len(jobs):
-            console.print(
-                draw(jobs, self.metric, f"sweep of {len(jobs)} jobs" if ended else "stopped sweep: the jobs begun")
-            )
+        if not jobs:  # an exit before the first of them, as when the command is refused
+            return []
+        title = f"sweep of {len(jobs)} jobs" if ended else "stopped sweep: the jobs begun"
+        console.print(jobs_table(jobs, self.metric, title))
+        save_jobs(directory / "sweep.csv", jobs, self.metric)
         for line in closing_lines(directory, jobs, config, ended):
             console.print(line, soft_wrap=True, highlight=False, markup=False)
-        if len(jobs):
-            write(directory / "sweep.csv", jobs.to_csv(index=False))
         return jobs
 
 
-def last_line(error: BaseException) -> str:
-    return traceback.format_exception_only(error)[-1].strip()
+def failure(job_return: JobReturn) -> BaseException:
+    """The exception that ended a failed job."""
+    try:
+        with redirect_stderr(io.StringIO()):  # where Hydra announces what it raises
+            _ = job_return.return_value
+    except BaseException as error:
+        return error
+    raise ValueError("the job has not failed")
 
 
-def read_jobs(directory: Path, metric: str) -> pd.DataFrame:
-    """One row a job below the directory of a sweep: job, override, status, the metric, seconds, error.
-
-    The status is done, kept (it was finished before), failed or interrupted.
-    """
-    rows = []
-    for overrides in sorted(directory.glob("*/.hydra/overrides.yaml"), key=lambda path: natural(path.parents[1].name)):
-        job = overrides.parents[1]
-        row = {"job": job.name, "override": " ".join(OmegaConf.load(overrides)), "status": "interrupted"}
-        if (job / "error.txt").exists():
-            row |= {"status": "failed", "error": (job / "error.txt").read_text().strip().splitlines()[-1]}
-        elif (job / "summary.json").exists():
-            summary = json.loads((job / "summary.json").read_text())
-            if summary["stopped_by"] != "interrupted":
-                # Hydra writes the overrides when a job starts
-                kept = (job / "summary.json").stat().st_mtime < overrides.stat().st_mtime
-                row["status"] = "kept" if kept else "done"
-            row |= {metric: summary["test"].get(metric), "seconds": summary["seconds"]}
-        rows.append(row)
-    return pd.DataFrame(rows, columns=["job", "override", "status", metric, "seconds", "error"])
+def read_jobs(directory: Path, metric: str) -> list[Job]:
+    """The jobs of the sweep in a directory that have begun, by number."""
+    jobs = []
+    for file in sorted((directory / BEGUN).glob("*.json"), key=lambda file: int(file.stem)):
+        begun = json.loads(file.read_text())
+        place = Path(begun["directory"])
+        name = place.relative_to(directory) if place.is_relative_to(directory) else place
+        job = Job(str(name), " ".join(begun["override"]))
+        if (place / "error.txt").exists():
+            job.status, job.error = "failed", (place / "error.txt").read_text().strip().splitlines()[-1]
+        else:
+            _add_results(job, place, begun["at"], metric)
+        jobs.append(job)
+    return jobs
 
 
-def natural(name: str) -> tuple[int, str]:
-    return (int(name), "") if name.isdigit() else (sys.maxsize, name)
+def _add_results(job: Job, directory: Path, begun_at: float, metric: str) -> None:
+    try:
+        run = read_run(directory)
+        if run.finished:
+            kept = (directory / "summary.json").stat().st_mtime < begun_at
+            job.status = "kept" if kept else "done"
+        if run.summary is not None:
+            results = run.of_summary("test", "seconds")
+            job.metric, job.seconds = results["test"].get(metric), results["seconds"]
+    except RunError:
+        return  # it was stopped before it had one
 
 
-def draw(jobs: pd.DataFrame, metric: str, title: str) -> Table:
+def save_jobs(path: Path, jobs: list[Job], metric: str) -> None:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(metric if field.name == "metric" else field.name for field in fields(Job))
+    rows.writerows(asdict(job).values() for job in jobs)
+    write(path, text.getvalue())
+
+
+def jobs_table(jobs: list[Job], metric: str, title: str) -> Table:
     """The table as it is printed; the title ends with what all jobs share."""
-    words = [override.split() for override in jobs["override"]]
+    words = [job.override.split() for job in jobs]
     shared = [word for word in words[0] if all(word in other for other in words)] if len(words) > 1 else []
     table = Table("job", "override", "status", title=escape(" ".join([title, *shared])))
     for column in (metric, "seconds"):
         table.add_column(column, justify="right")
-    for job in jobs.itertuples(index=False):
-        value, seconds = job[3], job[4]
-        numbers = ("" if pd.isna(value) else f"{value:.4f}", "" if pd.isna(seconds) else f"{seconds:.1f}")
+    for job in jobs:
+        value = "" if job.metric is None else f"{job.metric:.4f}"
+        seconds = "" if job.seconds is None else f"{job.seconds:.1f}"
         own = " ".join(word for word in job.override.split() if word not in shared)
-        table.add_row(job.job, escape(own), job.status, *numbers, style=STYLES.get(job.status))
+        table.add_row(job.job, escape(own), job.status, value, seconds, style=STYLES.get(job.status))
     return table
 
 
-def closing_lines(directory: Path, jobs: pd.DataFrame, config: DictConfig, ended: bool) -> list[str]:
+def closing_lines(directory: Path, jobs: list[Job], config: DictConfig, ended: bool) -> list[str]:
     """What to type next."""
-    here, report = (shlex.quote(shown(p)) for p in (directory, REPORT))
-    lines = [f"Sweep: {here} (sweep.csv holds the table)"] if len(jobs) else []
-    if jobs["status"].isin(["done", "kept"]).any():
+    here, report = (shlex.quote(typed(path)) for path in (directory, REPORT))
+    lines = [f"Sweep: {here} (sweep.csv holds the table)"]
+    if any(job.status in ("done", "kept") for job in jobs):
         lines += [f"Table: python {report} tables {here}", f"Plot:  python {report} figures {here}"]
-    failed = int((jobs["status"] == "failed").sum())
+    failed = sum(job.status == "failed" for job in jobs)
     if failed:
         lines.append(f"{failed} of {len(jobs)} jobs failed; the reasons are in {here}/<job>/error.txt")
     if failed or not ended:
@@ -139,10 +177,12 @@ def closing_lines(directory: Path, jobs: pd.DataFrame, config: DictConfig, ended
 
 def command(config: DictConfig, directory: Path) -> str:
     """The command that runs what is missing of a sweep."""
+    from run.resume import quoted  # only here: it needs torch
+
     own = ("hydra.sweep.dir=", "resume=")
     given = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
     given = [o for o in given if not o.startswith(own) and o != "hydra.mode=MULTIRUN"]
     name = [f"--config-name={config.hydra.job.config_name}"]
     resume = ["resume=auto"] * ("resume" in config)
-    place = f"hydra.sweep.dir={quoted(shown(directory))}"
+    place = f"hydra.sweep.dir={quoted(typed(directory))}"
     return shlex.join(["python", sys.argv[0], "-m", *name, *given, place, *resume])

@@ -5,7 +5,8 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
-from results.ablation import draw, main, read_costs, tabulate
+from results.ablation import ablation_table, draw_ablation, main, read_costs
+from results.runs import RunError
 
 
 def write_run(path, variant, seed, evaluations, stopped_by, optimizer="pattern_search", std=0.5):
@@ -29,7 +30,7 @@ def sweep(tmp_path):
 
 
 def test_the_table_marks_medians_that_are_only_bounds(sweep):
-    assert tabulate(read_costs(sweep)).splitlines()[2:] == [
+    assert ablation_table(read_costs(sweep)).splitlines()[2:] == [
         "| z5 | full | 3 / 3 | 2,000 | 2.0 |",
         "| z5 | classic | 1 / 3 | > 9,000 | > 9.0 |",
     ]
@@ -38,11 +39,11 @@ def test_the_table_marks_medians_that_are_only_bounds(sweep):
 def test_with_half_of_the_runs_censored_the_median_is_a_bound(tmp_path):
     write_run(tmp_path / "a", "full", 0, 1000, "solved")
     write_run(tmp_path / "b", "full", 1, 9000, "max_evaluations")
-    assert tabulate(read_costs(tmp_path)).endswith("| 1 / 2 | > 5,000 | > 5.0 |")
+    assert ablation_table(read_costs(tmp_path)).endswith("| 1 / 2 | > 5,000 | > 5.0 |")
 
 
 def test_the_figure_has_a_dot_a_seed_and_an_arrow_a_censored_run(sweep):
-    panel = draw(read_costs(sweep)).axes[0]
+    panel = draw_ablation(read_costs(sweep)).axes[0]
     solved, censored = panel.lines
     assert sorted(solved.get_xdata()) == [1000, 2000, 3000, 4000]
     assert (list(censored.get_xdata()), censored.get_marker()) == ([9000, 9000], ">")
@@ -60,5 +61,5 @@ def test_runs_are_compared_by_any_key_in_the_order_of_its_values(tmp_path):
         write_run(tmp_path / str(i), None, 0, 100, "solved", optimizer, std)
     labels = list(read_costs(tmp_path, by="model.embedding_std").label)
     assert labels == ["0.02 · pattern_search", "0.25 · adam", "1.0 · adam"]
-    with pytest.raises(KeyError, match=r"has no choices\.variant"):
+    with pytest.raises(RunError, match=r"has no choices\.variant"):
         read_costs(tmp_path)

@@ -7,9 +7,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from results.figures import AXES, draw_accuracy, draw_runs
-from results.tables import read_summaries, tabulate
-from run.metrics_table import COLUMNS, MetricsTable, name_settings, read_runs, read_wandb
-from run.summary import draw_progress
+from results.runs import COLUMNS, RunError, name_settings, read_runs, read_wandb
+from results.tables import read_summaries, summary_table
+from run.metrics_table import MetricsTable
+from run.summary import leave_picture
 
 CONFIG = {
     "choices": {"task": "state_tracking", "model": "tiny", "optimizer": "pattern_search"},
@@ -58,7 +59,7 @@ def test_runs_are_read_together_and_described_by_their_configs(tmp_path):
 
 
 def test_a_place_without_runs_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+    with pytest.raises(RunError, match=str(tmp_path)):
         read_runs(tmp_path)
 
 
@@ -125,10 +126,10 @@ def test_a_run_without_a_summary_is_drawn_without_chance(tmp_path):
 
 def test_no_run_fails_for_its_picture(tmp_path, caplog):
     write_run(tmp_path / "a")
-    draw_progress(tmp_path / "a")
+    leave_picture(tmp_path / "a")
     assert (tmp_path / "a" / "progress.png").stat().st_size > 10_000
-    draw_progress(tmp_path / "nothing")
-    assert "progress.png was not drawn: FileNotFoundError" in caplog.text
+    leave_picture(tmp_path / "nothing")
+    assert "progress.png was not drawn: RunError" in caplog.text
 
 
 def test_finished_runs_become_a_markdown_table_over_their_seeds(tmp_path):
@@ -139,12 +140,13 @@ def test_finished_runs_become_a_markdown_table_over_their_seeds(tmp_path):
         (tmp_path / str(seed) / "summary.json").write_text(json.dumps(summary))
     write_run(tmp_path / "interrupted")
     (tmp_path / "interrupted" / "summary.json").write_text(json.dumps(summary | {"stopped_by": "interrupted"}))
-    row = tabulate(read_summaries(tmp_path)).splitlines()[-1]
-    assert len(tabulate(read_summaries(tmp_path)).splitlines()) == 3  # the interrupted run is left out
-    assert row == "| state_tracking Z5 | tiny | pattern_search | 1 / 2 | 0.750 (0.500) | 10 | 2.5 (3.0) | 1,000 |"
-    with pytest.raises(KeyError):
-        tabulate(read_summaries(tmp_path), "test/unknown")
-    with pytest.raises(FileNotFoundError):
+    row = summary_table(read_summaries(tmp_path)).splitlines()[-1]
+    assert len(summary_table(read_summaries(tmp_path)).splitlines()) == 3  # the interrupted run is left out
+    cells = ["state_tracking Z5", "tiny", "pattern_search", "1 / 2", "0.750 (0.500)", "10", "2.5 (3.0)", "1,000"]
+    assert row == f"| {' | '.join([*cells, 'max_steps 2'])} |"
+    with pytest.raises(RunError):
+        summary_table(read_summaries(tmp_path), "test/unknown")
+    with pytest.raises(RunError):
         read_summaries(tmp_path / "nothing")
 
 
@@ -155,7 +157,7 @@ def test_runs_with_different_settings_get_rows_of_their_own(tmp_path):
         OmegaConf.save(config, tmp_path / str(i) / "config.yaml")
         summary = {"test": {"test/exact_match": 1.0}, "evaluations": 1, "seconds": 1.0, "steps": 1, "stopped_by": "x"}
         (tmp_path / str(i) / "summary.json").write_text(json.dumps(summary))
-    rows = tabulate(read_summaries(tmp_path)).splitlines()[2:]
+    rows = summary_table(read_summaries(tmp_path)).splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == [f"| state_tracking Z5, length={n}" for n in (8, 16)]
 
 

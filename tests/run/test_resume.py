@@ -18,8 +18,9 @@ from config.check import check_command_line
 from config.composition import read_command
 from conftest import ROOT
 from pattern_search_task import PatternSearchTask
-from run.checkpoints import RESUMABLE, Checkpoints, read_checkpoint, replacing
+from run.checkpoints import RESUMABLE, Checkpoints, read_checkpoint
 from run.directory import RunDirectoryError, environment, locked, owner
+from run.files import replacing
 from run.progress import SearchProgress
 from soak_kill import differences, results
 from train import train
@@ -205,9 +206,10 @@ def test_a_run_that_goes_on_remembers_what_its_display_and_its_hints_look_at(sho
     monkeypatch.setattr(SearchProgress, "on_train_end", lambda self, *a: (seen.append(self), ended(self, *a)))
     train(cfg)
     (progress,) = seen
-    assert len(progress._recent.train_losses) == len(progress._recent.search_accepted) == 12
-    assert len(progress._recent.val_losses) == 2
-    assert progress._accepted == sum(progress._recent.accepted) > 6  # of the steps before the stop too
+    recent = progress.status.recent
+    assert len(recent.train_losses) == len(recent.search_accepted) == 12
+    assert len(recent.val_losses) == 2
+    assert progress.status.accepted == sum(recent.accepted) > 6  # of the steps before the stop too
 
 
 def test_a_finished_run_is_not_trained_again(short_run, monkeypatch, capsys):

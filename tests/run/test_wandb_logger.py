@@ -1,39 +1,30 @@
 """A run has one W&B run however often it starts, and does without W&B when that fails."""
 
+import os
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from run import wandb_logger
 from train import train
 
 SHORT = ["model=tiny", "optimizer.polls_per_step=16", "trainer.max_epochs=1"]
 
 
-@pytest.fixture
-def train_and_finish(monkeypatch):
-    """Trains as a job of a sweep does."""
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
 
-    def run(cfg):
-        try:
-            return train(cfg)
-        finally:
-            wandb_logger.finish(None, 0)
 
-    return run
-
-
-def test_all_starts_of_a_run_have_one_id_and_another_run_has_another(compose_config, train_and_finish, tmp_path):
+def test_all_starts_of_a_run_have_one_id_and_another_run_has_another(compose_config, tmp_path):
     cfg = compose_config(*SHORT)
-    train_and_finish(cfg)
+    train(cfg)
     cfg.resume, cfg.trainer.max_epochs = "auto", 2
-    train_and_finish(cfg)
+    train(cfg)
     other = compose_config(*SHORT)
     other.output_dir = str(tmp_path / "other")
-    train_and_finish(other)
+    train(other)
 
     def ids(run_dir):
         return [path.name.rpartition("-")[2] for path in run_dir.glob("wandb/offline-run-*")]
@@ -44,7 +35,7 @@ def test_all_starts_of_a_run_have_one_id_and_another_run_has_another(compose_con
 
 
 @pytest.mark.parametrize("part", ["log", "finish"])
-def test_a_run_goes_on_when_wandb_fails_and_says_so_once(part, compose_config, train_and_finish, monkeypatch, capsys):
+def test_a_run_goes_on_when_wandb_fails_and_says_so_once(part, compose_config, monkeypatch, capsys):
     calls = []
 
     def failing(self, *args, **kwargs):
@@ -54,7 +45,7 @@ def test_a_run_goes_on_when_wandb_fails_and_says_so_once(part, compose_config, t
 
     monkeypatch.setattr(f"wandb.Run.{part}", failing)
     cfg = compose_config(*SHORT)
-    summary = train_and_finish(cfg)
+    summary = train(cfg)
     said = capsys.readouterr().err
     assert said.count("W&B failed (ConnectionResetError: as it was told)") == 1
     assert len(calls) == (3 if part == "log" else 1)
@@ -62,4 +53,8 @@ def test_a_run_goes_on_when_wandb_fails_and_says_so_once(part, compose_config, t
     assert table[table.metric == "train/loss"].step.tolist() == list(range(6))
     assert "test/exact_match" in set(table.metric)
     assert summary["steps"] == 6
-    assert not wandb_logger.WandbRun.lost  # the next job of a sweep tries again
+    assert "WANDB_MODE" not in os.environ
+    cfg.output_dir += "/next"  # the next job of a sweep tries again
+    before = len(calls)
+    train(cfg)
+    assert len(calls) > before

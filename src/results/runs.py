@@ -1,0 +1,313 @@
+"""The one reader of runs: what lies in a run's directory, and which runs lie below a path.
+
+A run is a directory with `config.yaml`. Its `metrics.csv` grows while it trains (`run/metrics_table.py` writes it), and
+its `summary.json` is written when it ends. Reading needs neither torch nor Lightning; pandas only for tables.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+AXES = ["step", "evaluations", "seconds"]
+COLUMNS = [*AXES, "metric", "value"]  # of metrics.csv
+KIND = ["task", "model", "optimizer", "variant"]  # runs that have these in common are of a kind
+SETTINGS = ("datamodule.", "model.", "task.", "optimizer.", "trainer.")  # nodes of the config that decide a result
+OF_THE_TASK = ("datamodule.", "trainer.max_", "trainer.limit_")  # and those that hold for other kinds as well
+PER_RUN = ("seed", "_target_", "task.pattern_search_radius")  # no settings: the last stands at the optimizer too
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+class RunError(ValueError):
+    """A run, or what is asked of it, is not there or cannot be read; the message is one line with the place and why."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What figures and tables compare."""
+
+    task: str  # the experiment if there is one, else the family with its group, language or split
+    model: str
+    optimizer: str
+    variant: str  # of the optimizer, see configs/variant; "" for none
+    seed: int
+
+
+@dataclass
+class Run:
+    """A run as it lies on the disk."""
+
+    directory: Path
+    config: DictConfig
+    description: Description
+
+    @cached_property
+    def summary(self) -> dict[str, Any] | None:
+        """The content of summary.json; None for a run that has not ended.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        path = self.directory / "summary.json"
+        try:
+            summary = json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} is empty or cut off: {error}") from error
+        if not isinstance(summary, dict) or "stopped_by" not in summary:
+            raise RunError(f"{path} is not the summary of a run: it has no stopped_by")
+        return summary
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run ended, and was not interrupted."""
+        return self.summary is not None and self.summary["stopped_by"] != "interrupted"
+
+    @property
+    def name(self) -> str:
+        """The directory, from the nearest one above it on that is called runs."""
+        parts = self.directory.absolute().parts
+        if "runs" in parts[:-1]:
+            return "/".join(parts[len(parts) - parts[::-1].index("runs", 1) :])
+        return "/".join(parts[-2:])
+
+    def of_summary(self, *names: str) -> dict[str, Any]:
+        """Values of the summary.
+
+        Raises:
+            RunError: the run has not ended, or its summary lacks one of them.
+        """
+        summary = self.summary or {}
+        if missing := [name for name in names if name not in summary]:
+            raise RunError(f"{self.directory / 'summary.json'} has no {', '.join(missing)}")
+        return {name: summary[name] for name in names}
+
+    def metrics(self) -> pd.DataFrame:
+        """The metrics table, columns COLUMNS; without a last row that is being written.
+
+        Raises:
+            RunError: there is none, or it is damaged.
+        """
+        import pandas as pd
+
+        path = self.directory / "metrics.csv"
+        try:
+            text = path.read_text()
+            table = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1]))
+            table = table[COLUMNS].astype({name: float for name in COLUMNS if name != "metric"})
+        except FileNotFoundError as error:
+            raise RunError(f"{self.directory} has no metrics.csv") from error
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(f"{path} is empty or damaged: {error}".splitlines()[0]) from error
+        return table
+
+
+def read_run(directory: str | Path) -> Run:
+    """The run in a directory.
+
+    Raises:
+        RunError: no run is there, or its config.yaml is damaged.
+    """
+    directory = Path(directory)
+    path = directory / "config.yaml"
+    try:
+        config = OmegaConf.load(path)
+        if isinstance(config, DictConfig):
+            return Run(directory, config, describe(config))
+    except FileNotFoundError as error:
+        raise RunError(f"{directory} holds no run: it has no config.yaml") from error
+    except (OSError, ValueError, YAMLError, LookupError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} is not the config of a run: {error}".splitlines()[0]) from error
+    raise RunError(f"{path} is not the config of a run")
+
+
+def find_runs(*paths: str | Path) -> list[Run]:
+    """All runs at or below the paths that have begun, by directory; damaged ones are named on stderr and left out.
+
+    Raises:
+        RunError: none that can be read lies there.
+    """
+    found = {file.parent for path in paths for file in Path(path).rglob("summary.json")}
+    tables = {file.parent for path in paths for file in Path(path).rglob("metrics.csv")}
+    found |= {directory for directory in tables if (directory / "config.yaml").exists()}  # not those of CSVLogger
+
+    def read(directory: Path) -> Run:
+        run = read_run(directory)
+        _ = run.summary  # a damaged one is found now
+        return run
+
+    if not (runs := readable(sorted(found), read)):
+        raise RunError(f"no run lies below {', '.join(map(str, paths))}")
+    return runs
+
+
+def finished_runs(*paths: str | Path) -> list[Run]:
+    """Those of `find_runs` that are finished.
+
+    Raises:
+        RunError: there is none.
+    """
+    if not (runs := [run for run in find_runs(*paths) if run.finished]):
+        raise RunError(f"no finished run lies below {', '.join(map(str, paths))}")
+    return runs
+
+
+def readable(items: Iterable[A], read: Callable[[A], B]) -> list[B]:
+    """What `read` makes of each item; those of which it raises a RunError are named on stderr and left out."""
+    results = []
+    for item in items:
+        try:
+            results.append(read(item))
+        except RunError as error:
+            print(f"Left out: {error}", file=sys.stderr, flush=True)
+    return results
+
+
+# --- the metrics of many runs as one table, ready for seaborn ---
+
+
+def read_runs(*paths: str | Path) -> pd.DataFrame:
+    """The metrics tables of all runs below the paths as one, with columns that say of which run a row is.
+
+    They are run, chance_loss (NaN for a run that has not ended yet), those of `Description`, and settings, as
+    `name_settings` gives them.
+
+    Raises:
+        RunError: no run that can be read lies below the paths.
+    """
+    found = readable(find_runs(*paths), lambda run: (run, run.metrics()))
+    if not found:
+        raise RunError(f"no run with a metrics table lies below {', '.join(map(str, paths))}")
+    names = Counter(run.name for run, _ in found)
+    tables = [
+        table.assign(
+            run=run.name if names[run.name] == 1 else str(run.directory),
+            chance_loss=(run.summary or {}).get("chance_loss", math.nan),
+        )
+        for run, table in found
+    ]
+    return joined(tables, [run.config for run, _ in found])
+
+
+def read_wandb(entity: str | None, project: str) -> pd.DataFrame:
+    """The same table as `read_runs`, from the runs of a W&B project (needs an account and a network)."""
+    import pandas as pd
+    import wandb  # only here: reading local runs must not need it
+
+    tables, configs = [], []
+    for run in wandb.Api().runs(f"{entity}/{project}" if entity else project):
+        history = pd.DataFrame(run.scan_history())
+        step = "trainer/global_step" if "trainer/global_step" in history else "global_step"  # renamed in newer releases
+        tables.append(tidy(history.rename(columns={step: "step"})).assign(run=run.name, chance_loss=math.nan))
+        configs.append(run.config)
+    if not tables:
+        raise RunError(f"the W&B project {project} has no runs")
+    return joined(tables, configs)
+
+
+def tidy(history: pd.DataFrame) -> pd.DataFrame:
+    """A wide history, one column a metric, as one row a value; rows without axes take the last known ones."""
+    history = history.sort_values("step", kind="stable")
+    history[AXES] = history[AXES].ffill()
+    metrics = [name for name in history if name.startswith(("train/", "val/", "test/"))]
+    return history.melt(AXES, metrics, var_name="metric").dropna(subset="value").reset_index(drop=True)
+
+
+def joined(tables: Sequence[pd.DataFrame], configs: Sequence[Mapping]) -> pd.DataFrame:
+    """The tables of runs as one, with what each run was."""
+    import pandas as pd
+
+    settings = name_settings(configs)
+    described = [
+        table.assign(**asdict(describe(config)), settings=of_run)
+        for table, config, of_run in zip(tables, configs, settings, strict=True)
+    ]
+    return pd.concat(described, ignore_index=True)
+
+
+# --- what a run was, from its config ---
+
+
+def describe(config: Mapping) -> Description:
+    """What a run was.
+
+    Raises:
+        LookupError, TypeError, AttributeError: it is not the config of a run.
+    """
+    data, choices = config["datamodule"], config["choices"]
+    kind = next((data[key] for key in ("group", "language", "split") if key in data), "")
+    return Description(
+        task=choices.get("experiment") or f"{choices['task']} {kind}".strip(),
+        model=choices["model"],
+        optimizer=choices["optimizer"],
+        variant=choices.get("variant") or "",
+        seed=config["seed"],
+    )
+
+
+def name_settings(configs: Sequence[Mapping]) -> list[str]:
+    """What tells each run from the others of its kind, such as "length=16, max_steps=100"; the seed does not.
+
+    Settings of the task's data, and limits, also tell it from runs of the same task with another model or optimizer.
+    """
+    settings = [settings_of(config) for config in configs]
+    kinds: defaultdict[tuple, list[int]] = defaultdict(list)
+    tasks: defaultdict[str, list[int]] = defaultdict(list)
+    for i, run in enumerate(map(describe, configs)):
+        kinds[run.task, run.model, run.optimizer, run.variant].append(i)
+        tasks[run.task].append(i)
+    telling: list[set[str]] = [set() for _ in configs]
+    for of in kinds.values():
+        for i in of:
+            telling[i] |= differing([settings[j] for j in of])
+    for of in tasks.values():
+        shared = {key for key in differing([settings[j] for j in of]) if key.startswith(OF_THE_TASK)}
+        for i in of:
+            telling[i] |= shared
+    return [
+        ", ".join(f"{key.rpartition('.')[2]}={own[key]}" for key in sorted(keys & own.keys()))
+        for own, keys in zip(settings, telling, strict=True)
+    ]
+
+
+def settings_of(config: Mapping) -> dict[str, Any]:
+    """The settings that may tell runs apart, by dotted key; a limit that is none is no setting."""
+    return {
+        key: value
+        for key, value in flat(config).items()
+        if key.startswith(SETTINGS)
+        and not key.endswith(PER_RUN)
+        and not (key.rpartition(".")[2].startswith("max_") and value in (None, -1))
+    }
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The keys whose values are not the same in all of them."""
+    keys = {key for of_run in settings for key in of_run}
+    return {key for key in keys if len({str(of_run.get(key)) for of_run in settings}) > 1}
+
+
+def flat(config: Mapping, prefix: str = "") -> dict[str, Any]:
+    """A nested config by dotted keys; lists are values."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        found |= flat(value, name) if isinstance(value, Mapping) and value else {name: value}
+    return found
