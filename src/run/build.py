@@ -1,14 +1,17 @@
 """From a composed config to objects: the data, the model that fits them, the task around both."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from data.sequences import SequenceDataModule
 from pattern_search_task import PatternSearchTask
-from results.runs import Run, RunError, read_run
-from run.checkpoints import RESUMABLE, read_checkpoint
+from results.runs import RunError
+from run.checkpoints import read_checkpoint
+from run.stored import find_weights, with_other_data
 from transformer import DecoderOnlyTransformer
 
 
@@ -49,40 +52,80 @@ def build_task(cfg: DictConfig, datamodule: SequenceDataModule) -> PatternSearch
     return instantiate(cfg.task, model=build_model(cfg, datamodule), optimizer=instantiate(cfg.optimizer))
 
 
-def load_run(run_dir: str | Path) -> tuple[PatternSearchTask, SequenceDataModule, DictConfig]:
-    """A run's task with the weights that were tested, its data, and its config.
+def load_run(path: str | Path, changes: Sequence[str] = ()) -> tuple[PatternSearchTask, SequenceDataModule, DictConfig]:
+    """A run's task with the weights that were tested, in eval mode, its data, and its config.
 
-    Of a run that was not tested the newest weights are taken.
+    Of a run that was not tested the newest weights are taken. Two lines use a trained model:
+
+        task, data, cfg = load_run("runs/2026-11-26_00-33-10-441156")
+        predict(task, data, ["0 1 1 0 1 0 0 1"])  # of data/decoding.py
 
     Args:
-        run_dir: the directory that the run printed, with config.yaml and checkpoints/.
+        path: the directory that the run printed, with config.yaml and checkpoints/; or a checkpoint in it.
+        changes: other options of the data, such as "datamodule.test_lengths=[16,32]". The model keeps the sizes that it
+            was trained with; one without a table of positions reads longer inputs too.
 
     Raises:
-        RunError: the directory holds no run, or none with a checkpoint that can be read.
+        RunError: no run is there, none with a checkpoint that can be read, or one that these data do not fit.
     """
-    run = read_run(run_dir)
+    run, checkpoint = find_weights(path)
+    changed = with_other_data(run.config, changes)
+    config_file = run.directory / "config.yaml"
     try:
-        checkpoint = read_checkpoint(tested_checkpoint(run))
+        content = read_checkpoint(checkpoint)
     except (OSError, ValueError) as error:
-        raise RunError(str(error)) from error
-    datamodule = build_datamodule(run.config)
-    task = build_task(run.config, datamodule)
-    task.load_state_dict(checkpoint["state_dict"])
-    return task, datamodule, run.config
+        raise RunError(one_line(error)) from error
+    with told(f"{config_file} does not build any more"):
+        trained = build_datamodule(run.config)
+    data = other_data(changed, trained, changes) if changes else trained
+    with told(f"{config_file} does not build any more"):
+        task = build_task(changed, trained)
+    with told(f"{checkpoint} does not fit the model of {config_file}"):
+        weights = content["state_dict"]
+        task.to(next(w.dtype for w in weights.values() if w.is_floating_point()))  # 64 bits if trained with so many
+        task.load_state_dict(weights)
+    return task.eval(), data, changed
 
 
-def tested_checkpoint(run: Run) -> Path:
-    """The checkpoint that a run was tested with, where it lies now; the newest one of a run that was not tested.
+def other_data(cfg: DictConfig, trained: SequenceDataModule, changes: Sequence[str]) -> SequenceDataModule:
+    """The data of a changed config for a model that was trained on others; `cfg.model.max_len` becomes what it needs.
 
     Raises:
-        RunError: there is none.
+        RunError: a change has no effect, or the model does not read or write such data.
     """
-    kept = [run.directory / "checkpoints" / name for name in RESUMABLE]
-    if tested := (run.summary or {}).get("checkpoint"):
-        old = run.config.get("output_dir", "")
-        moved = run.directory / Path(tested).relative_to(old) if Path(tested).is_relative_to(old) else Path(tested)
-        kept = [moved]
-    found = next((path for path in kept if path.exists()), None)
-    if found is None:
-        raise RunError(f"{run.directory} has no checkpoint ({', '.join(path.name for path in kept)})")
-    return found
+    with told(" ".join(changes)):
+        data = build_datamodule(cfg)
+    for name in data.unread:
+        if any(change.startswith(f"datamodule.{name}=") for change in changes):
+            raise RunError(f"datamodule.{name} has no effect: the other options of the data leave it out")
+    for what, old, new in (("reads", trained.tokens, data.tokens), ("writes", trained.classes, data.classes)):
+        if old != new:
+            raise RunError(f"{' '.join(changes)}: the model {what} {' '.join(old)}, and not {' '.join(new)}")
+    positions = OmegaConf.select(cfg, "model.max_len") or trained.max_len
+    if data.max_len > positions and OmegaConf.select(cfg, "model.positions") == "learned":
+        raise RunError(
+            f"{' '.join(changes)}: an input of {data.max_len} tokens is longer than the {positions} positions that "
+            "this model has; train with model.positions=rotary, sinusoidal or none for inputs of any length"
+        )
+    OmegaConf.update(cfg, "model.max_len", max(positions, data.max_len), force_add=True)
+    return data
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Tell what cannot be done, and why, in one line.
+
+    Raises:
+        RunError: whatever was raised.
+    """
+    try:
+        yield
+    except Exception as error:  # a class of someone's own may raise anything
+        raise RunError(f"{what}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The reason of an error: Hydra wraps what a constructor raised."""
+    while error.__cause__ is not None and type(error).__module__.startswith("hydra"):
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
