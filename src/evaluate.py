@@ -209,19 +209,19 @@ def lines(prediction: Prediction, width: int) -> Iterator[Text]:
     """A prediction as lines of at most `width` characters: the input, and below it the output above the truth."""
     from rich.text import Text
 
-    mark = Text("right  ", style="green") if prediction.right else Text("wrong  ", style="red")
+    mark, colour = ("right  ", "green") if prediction.right else ("wrong  ", "red")
     compared = {"output": prediction.output, "truth": prediction.truth}
     for rows in ({"input": prediction.input}, compared):
         columns = list(zip_longest(*rows.values(), fillvalue=""))
         for block in fitting(columns, width - LABELS):
             for k, name in enumerate(rows):
-                line = mark + Text(f"{name:<{LABELS - len(mark)}}")
+                line = Text.assemble((mark, colour), f"{name:<{LABELS - len(mark)}}")
                 for column in block:
                     style = "red" if len(set(column)) > 1 else ""
                     line.append(column[k].ljust(max(map(len, column))), style=style).append(" ")
                 line.rstrip()
                 yield line
-                mark = Text(" " * len(mark))
+                mark = " " * len(mark)
 
 
 def fitting(columns: Sequence[tuple[str, ...]], width: int) -> Iterator[list[tuple[str, ...]]]:

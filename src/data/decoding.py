@@ -77,9 +77,7 @@ def label(
     for row, given in enumerate(inputs):
         tokens[row, : len(given)] = torch.tensor(given)
     classes = model(tokens.to(device)).argmax(-1).tolist() if inputs else []
-    return [
-        of_row[len(given) - n : len(given)] for of_row, given, n in zip(classes, inputs, counts, strict=True)
-    ]
+    return [of_row[len(given) - n : len(given)] for of_row, given, n in zip(classes, inputs, counts, strict=True)]
 
 
 def decode(model: nn.Module, data: SequenceDataModule, inputs: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -45,7 +45,7 @@ class Sequences:
 
     @property
     def prompt_lengths(self) -> Tensor:
-        """(N,) tokens that each row reads before it writes: up to the first scored position, or all if all are given."""
+        """(N,) tokens that each row reads before it writes: up to the first scored position, or all that are given."""
         if self.output_tokens is not None:
             return self.scored.int().argmax(1) + 1
         return self.x.shape[1] - self.scored.flip(1).int().argmax(1)
@@ -305,7 +305,9 @@ class SequenceDataModule(L.LightningDataModule, ABC):
         everywhere = {n for _, n in self._lengths}
         if len(here) != 1 and (len(everywhere) != 1 or len(self._lengths) == 1):
             lengths = ", ".join(str(length) for length, _ in sorted(self._lengths))
-            raise ValueError(f"an input of {prompt_length} tokens: how long its output is is known for {lengths} tokens")
+            raise ValueError(
+                f"an input of {prompt_length} tokens: the length of its output is known for {lengths} only"
+            )
         return min(here or everywhere)
 
     @cached_property

@@ -98,9 +98,11 @@ def other_data(cfg: DictConfig, trained: SequenceDataModule, changes: Sequence[s
     for name in data.unread:
         if any(change.startswith(f"datamodule.{name}=") for change in changes):
             raise RunError(f"datamodule.{name} has no effect: the other options of the data leave it out")
-    for what, old, new in (("reads", trained.tokens, data.tokens), ("writes", trained.classes, data.classes)):
+    for what, old, new in (("read", trained.tokens, data.tokens), ("write", trained.classes, data.classes)):
+        if more := [name for name in new if name not in old]:
+            raise RunError(f"{' '.join(changes)}: the model does not {what} {', '.join(more)}")
         if old != new:
-            raise RunError(f"{' '.join(changes)}: the model {what} {' '.join(old)}, and not {' '.join(new)}")
+            raise RunError(f"{' '.join(changes)}: the model numbers what it {what}s otherwise: it is {', '.join(old)}")
     positions = OmegaConf.select(cfg, "model.max_len") or trained.max_len
     if data.max_len > positions and OmegaConf.select(cfg, "model.positions") == "learned":
         raise RunError(

@@ -19,11 +19,12 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from search.base import LossOnlyOptimizer
 
 from run.files import RESUMABLE, replacing, sync_directory
 from run.interrupts import Interrupts
 from run.metrics_table import MetricsTable
+from search.base import LossOnlyOptimizer
+
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint, verified against its own checksums; tensors are on the CPU.
