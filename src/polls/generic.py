@@ -4,13 +4,12 @@ Candidates that move a weight of the same tensor go through one vectorised forwa
 tensor is stacked. What lies before it is computed once for all of them, and every other weight is shared.
 
     polls = GenericPolls(module, Coordinates(module.parameters()), loss)
-    closure = polls.on(batch)  # cheap: once a step
+    closure = polls.on(batch)  # cheap: once per step
     closure(), closure.poll(coordinates, steps), closure.trial(coordinates, changes, scales)
 """
 
-import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,24 +18,22 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from polls.shared import WILD, Incumbent, check_block, check_scales, within_rounding
 from search.closure import OneByOne, forward_only
 from search.coordinates import Coordinates
 
 CHUNK_TOKENS = 12_800  # tokens at a time: enough to share the prefix and vmap's own cost; fixed, so results are too
 FEW = 4  # fewer candidates of a tensor are not worth vmap's own cost
 CHUNK_WEIGHTS = 2**22  # stacked weights at a time: 16 MiB in float32, whatever the number of candidates
-WILD = 1e12  # changes beyond this square to the largest float32: order of operations decides what comes out
+
+
+def x_of(batch: Any) -> tuple[Tensor]:
+    """The positional arguments that a module reads of a batch, unless it is told otherwise."""
+    return (batch["x"],)
 
 
 class GenericPolls:
-    """Answers `poll` and `trial` (see `search/closure.py`) for any `nn.Module`, exact up to rounding.
-
-    The module is evaluated in eval mode, without gradients, and left in the mode it was in: dropout is
-    off and BatchNorm uses its running statistics. A tensor used in several places (tied weights) moves
-    in all of them. A candidate that ties with the incumbent within rounding is evaluated once more by
-    the plain forward, so that a dead weight is exactly as good as the incumbent and never accepted;
-    so is one whose loss is not finite.
-    What cannot be vectorised is evaluated one by one; one warning names the reason.
+    """Evaluates candidates of any `nn.Module`, exact up to rounding: `on(batch)` is a closure.
 
     Args:
         module: any module.
@@ -46,8 +43,6 @@ class GenericPolls:
 
     Raises:
         ValueError: a tensor that is not a parameter of the module or not of a floating type.
-            `poll` and `trial` raise it for an empty block, for lengths that differ and for a forward
-            that draws random numbers in eval mode, IndexError for a coordinate out of range.
     """
 
     def __init__(
@@ -55,25 +50,45 @@ class GenericPolls:
         module: nn.Module,
         coordinates: Coordinates,
         loss: Callable[[Any, Any], Tensor],
-        inputs: Callable[[Any], tuple] = lambda batch: (batch["x"],),
+        inputs: Callable[[Any], tuple] = x_of,
     ):
         self.module, self.coordinates, self.loss, self.inputs = module, coordinates, loss, inputs
         self.names = names_of(module, coordinates)
-        self.refused: list[str] = []  # why vmap refused this module; shared by the closures of all batches
+        self.refusal: str | None = None  # why vmap refused this module, for the closures of all batches
 
-    def on(self, batch: Any) -> "GenericPolls":
+    def on(self, batch: Any) -> "GenericClosure":
         """The closure that answers about this batch."""
-        closure = copy.copy(self)
-        closure.batch, closure.incumbent = batch, Incumbent()
-        x = self.inputs(batch)[0]
+        return GenericClosure(self, batch)
+
+
+class GenericClosure:
+    """Answers `poll` and `trial` (see `search/closure.py`) about one batch.
+
+    The module is evaluated in eval mode, without gradients, and left in the mode it was in: dropout is
+    off and BatchNorm uses its running statistics. A tensor used in several places (tied weights) moves
+    in all of them. A candidate that ties with the incumbent within rounding is evaluated once more by
+    the plain forward, so that a dead weight is exactly as good as the incumbent and never accepted;
+    so is one whose loss is not finite.
+    What cannot be vectorised is evaluated one by one; one warning names the reason.
+
+    Raises:
+        ValueError: `poll` and `trial` raise it for an empty block, for lengths that differ and for a forward
+            that draws random numbers in eval mode.
+        IndexError: a coordinate out of range.
+    """
+
+    def __init__(self, polls: GenericPolls, batch: Any):
+        self.polls, self.batch, self.incumbent = polls, batch, Incumbent()
+        self.module, self.coordinates = polls.module, polls.coordinates
+        self.inputs = polls.inputs(batch)
+        x = self.inputs[0]
         # tokens are numbers; vectors have their features, and images their channels, in the second axis
-        closure.tokens = x[:, :1].numel() if x.is_floating_point() and x.ndim > 1 else x.numel()
-        return closure
+        self.tokens = x[:, :1].numel() if x.is_floating_point() and x.ndim > 1 else x.numel()
 
     @property
     def block(self) -> int:
         """Candidates per call that keep the chunks of most tensors full."""
-        return 1 if self.refused else max(16, min(1024, 2**19 // max(1, self.tokens)))
+        return 1 if self.polls.refusal else max(16, min(1024, 2**19 // max(1, self.tokens)))
 
     def __call__(self) -> Tensor:
         """The loss at the incumbent; see `Incumbent`."""
@@ -87,7 +102,7 @@ class GenericPolls:
     def poll(self, coordinates: Tensor, steps: Tensor) -> Tensor:
         """Losses (K,) of the candidates weight[coordinates[k]] + steps[k]; coordinates and steps are (K,)."""
         check_block(self.coordinates, coordinates, steps)
-        if self.refused:
+        if self.polls.refusal:
             return OneByOne(self.plain, self.coordinates).poll(coordinates, steps)
         incumbent, plain = self(), self.plain()
         if plain.isfinite() and not within_rounding(incumbent, plain):
@@ -98,13 +113,14 @@ class GenericPolls:
         losses = torch.empty(len(coordinates), dtype=torch.float64)
         with forward_only(self.module):
             for p, index, rows in self.coordinates.touched(coordinates):
-                for some in torch.arange(len(rows)).split(self._chunk(p.numel())):
+                for some in torch.arange(len(rows), device=rows.device).split(self._chunk(p.numel())):
                     if len(some) < FEW:
                         losses[rows[some]] = self.plain_poll(coordinates[rows[some]], steps[rows[some]])
                         continue
                     stack = p.expand(len(some), *p.shape).clone()  # (k, *shape of p)
-                    stack[(torch.arange(len(some)), *(i[some] for i in index))] += steps[rows[some]].to(p)
-                    found = self._losses({self.names[id(p)]: stack})
+                    place = (torch.arange(len(some), device=p.device), *(i[some] for i in index))
+                    stack[place] += steps[rows[some]].to(p)
+                    found = self._losses({self.polls.names[id(p)]: stack})
                     if found is None:
                         return self.poll(coordinates, steps)
                     losses[rows[some]] = found
@@ -113,7 +129,8 @@ class GenericPolls:
         tie = within_rounding(losses, plain).nonzero().flatten()
         # weights that change nothing share one value, bit by bit: one of them is evaluated for all
         values, which = losses[tie].unique(return_inverse=True)
-        example = tie[torch.empty_like(values, dtype=torch.long).scatter_(0, which, torch.arange(len(tie)))]
+        first = torch.empty_like(values, dtype=torch.long)
+        example = tie[first.scatter_(0, which, torch.arange(len(tie), device=tie.device))]
         losses[tie] = self.plain_poll(coordinates[example], steps[example])[which]
         losses = torch.where(losses == plain, incumbent, losses)
         self.incumbent.polled = losses
@@ -125,9 +142,10 @@ class GenericPolls:
         with forward_only(self.module):
             for coordinate, step in zip(coordinates.tolist(), steps.tolist(), strict=True):
                 owner, index = self.coordinates.locate(coordinate)
-                p = self.coordinates.parameters[owner].clone()
-                p[index] += step
-                losses.append(float(self._loss({self.names[id(self.coordinates.parameters[owner])]: p})))
+                p = self.coordinates.parameters[owner]
+                moved = p.clone()
+                moved[index] += step
+                losses.append(float(self._loss({self.polls.names[id(p)]: moved})))
         return torch.tensor(losses, dtype=torch.float64)
 
     def trial(self, coordinates: Tensor, changes: Tensor, scales: Tensor) -> Tensor:
@@ -138,7 +156,7 @@ class GenericPolls:
         losses = []
         with forward_only(self.module):
             for scale in scales.split(1):  # a few: not worth vmap's own cost
-                new = {self.names[id(p)]: p + (scale * change).to(p) for p, change in spread}
+                new = {self.polls.names[id(p)]: p + (scale * change).to(p) for p, change in spread}
                 losses.append(float(self._loss(new)))
         return torch.tensor(losses, dtype=torch.float64)
 
@@ -148,7 +166,7 @@ class GenericPolls:
 
     def _loss(self, tensors: dict[str, Tensor]) -> Tensor:
         """The loss with some of the module's tensors replaced by name."""
-        return self.loss(functional_call(self.module, tensors, self.inputs(self.batch)), self.batch)
+        return self.polls.loss(functional_call(self.module, tensors, self.inputs), self.batch)
 
     def _losses(self, stacked: dict[str, Tensor]) -> Tensor | None:
         """Losses (k,) in float64 for tensors (k, *shape); None if the module cannot be vectorised."""
@@ -157,44 +175,13 @@ class GenericPolls:
                 return vmap(self._loss)(stacked).double()
         except Exception as reason:  # vmap raises what the operator raises that it does not know
             self._loss({})  # an error of the module itself is no reason to go on one by one
-            first_line = str(reason).strip().split("\n")[0]
-            self.refused.append(first_line)
+            self.polls.refusal = str(reason).strip().split("\n")[0] or type(reason).__name__
             warnings.warn(
                 f"{type(self.module).__name__} cannot be vectorised, so candidates are evaluated one by one, "
-                f"which is slower: {first_line}",
+                f"which is slower: {self.polls.refusal}",
                 stacklevel=4,
             )
             return None
-
-
-class Incumbent:
-    """The incumbent's loss as a search knows it: once it moved to a candidate, the loss polled for this candidate.
-
-    Computed from the new weights it might differ from that in the last digit, and then a weight that
-    changes nothing would pass for an improvement.
-    """
-
-    def __init__(self) -> None:
-        self.weights, self.loss, self.polled = None, None, torch.empty(0, dtype=torch.float64)
-
-    def __call__(self, weights: Iterable[Tensor], compute: Callable[[], Tensor]) -> Tensor:
-        """The loss in float64; computed only if a weight was changed since the last call."""
-        weights = [version(p) for p in weights]
-        if weights != self.weights:
-            loss = compute()
-            same = self.polled[within_rounding(self.polled, loss)]
-            self.weights, self.loss = weights, torch.cat([same, loss.double()[None]]).max()
-        return self.loss
-
-
-def version(p: Tensor) -> tuple[int, int, torch.dtype]:
-    """Changes whenever a tensor is changed in place or its memory exchanged."""
-    return p._version, p.data_ptr(), p.dtype
-
-
-def within_rounding(losses: Tensor, loss: Tensor) -> Tensor:
-    """Which losses (K,) differ from `loss` by no more than the order of its operations may."""
-    return (losses - loss).abs() <= 8 * torch.finfo(loss.dtype).eps * loss.abs()
 
 
 @contextmanager
@@ -221,20 +208,3 @@ def names_of(module: nn.Module, coordinates: Coordinates) -> dict[int, str]:
         if not p.is_floating_point():
             raise ValueError(f"{names[id(p)]} is of type {p.dtype}; only floating types can be searched")
     return names
-
-
-def check_block(coordinates: Coordinates, asked: Tensor, steps: Tensor) -> None:
-    """Raise unless `asked` (K,) and `steps` (K,) are one block of candidates, every coordinate in range."""
-    if asked.shape != steps.shape or asked.ndim != 1:
-        raise ValueError(f"coordinates {tuple(asked.shape)} and steps {tuple(steps.shape)} must both be (K,)")
-    if not len(asked):
-        raise ValueError("an empty block: ask for at least one candidate")
-    low, high = int(asked.min()), int(asked.max())
-    if low < 0 or high >= len(coordinates):
-        wrong = low if low < 0 else high
-        raise IndexError(f"coordinate {wrong} is out of range: there are {len(coordinates)}, numbered from 0")
-
-
-def check_scales(scales: Tensor) -> None:
-    if scales.ndim != 1 or not len(scales):
-        raise ValueError(f"scales {tuple(scales.shape)} must be (S,) with at least one step length")

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ def make_polls(
     return GenericPolls(module, coordinates, loss)
 
 
-def has_nodes(module: nn.Module) -> bool:
+def has_nodes(module: nn.Module) -> TypeGuard[DecoderOnlyTransformer]:
     """Whether the fast polls know the module from the inside, so that they can poll nodes of it."""
     return type(module) is DecoderOnlyTransformer
 

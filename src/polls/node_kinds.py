@@ -3,16 +3,28 @@
 `polls/nodes.py` moves them and gives the credit.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace as Values
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from polls.stages import Attention, Embedding, FeedForward, Head, Rank1, Rows, Stage
+from polls.attention import Attention, AttentionState
+from polls.rows import Rows
+from polls.stages import (
+    Embedding,
+    EmbeddingState,
+    Entry,
+    FeedForward,
+    FeedForwardState,
+    Head,
+    HeadState,
+    Rank1,
+    Stage,
+)
 
-Entry = Rank1 | Tensor | tuple[Tensor, Tensor]  # what a way in of `Stage` gives
 Slopes = tuple[Tensor, Tensor]  # places in a tensor, flattened, and the slopes there, (m,) each
 
 FAINT = 0.05  # a tie whose square is this part of the strongest one's counts half
@@ -23,7 +35,7 @@ def shares(squares: Tensor) -> Tensor:
     return squares / (squares + FAINT * squares.amax(-1, keepdim=True)).clamp_(min=1e-30)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Nodes:
     """Some nodes of one kind, moved by steps with signs of their own.
 
@@ -31,61 +43,131 @@ class Nodes:
         stage, rows, state: where they are, some rows of the batch, what the incumbent computes there.
         i: (k,) which of the kind.
         step: (k,) by how much each is moved.
-        signs: of them at each token, (B, k, tokens), and of the keys, (B, k, T), where the kind needs them too.
+        sign: (B, k, tokens) of them at each token; behind the last attention, at each scored token.
+        key_sign: (B, k, T) of the keys, for kinds that need them too.
     """
 
-    stage: Stage
+    stage: Any
     rows: Rows
-    state: Values
+    state: Any
     i: Tensor
     step: Tensor
-    signs: tuple[Tensor, ...]
+    sign: Tensor
+    key_sign: Tensor | None = None
 
     @property
     def change(self) -> Tensor:
         """(B, k, tokens)."""
-        return self.signs[0] * self.step[:, None]
-
-    def places(self, name: str, i: Tensor, fan_in: int) -> Tensor:
-        """Where the first `fan_in` weights of nodes i (k,) stand in a matrix, (k fan_in,)."""
-        width = self.stage.tensors[name].shape[1]
-        j = torch.arange(fan_in)
-        # of an embedding, a node is a column, and rows behind the longest sequence of the batch are not read
-        return (j * width + i[:, None] if isinstance(self.stage, Embedding) else i[:, None] * width + j).flatten()
+        return self.sign * self.step[:, None]
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(ABC):
     """Nodes of one kind.
 
     Attributes:
-        enter: nodes -> `Entry`.
-        reads: by the name of a tensor, what the weights of a node in it read, (B, tokens, fan_in), or (B, k, tokens,
-            fan_in) if nodes differ; of a norm's gain, what each node's own reads.
-        bias: the name of a tensor that reads ones.
+        tensors: names of the tensors that hold their weights.
+        rank1: whether they enter the stream by a `Rank1`, which spares the next stage most of its work.
         at_queries: they sit where queries are needed, behind the mixing of the attention.
-        draws: of signs for each node and token.
+        moves_keys: whether a node has a second sign for each token, as a key.
     """
 
-    enter: Callable[[Nodes], Entry]
-    reads: dict[str, Callable[[Nodes], Tensor]]
-    bias: str = ""
-    at_queries: bool = False
-    draws: int = 1
+    tensors: tuple[str, ...]
+    rank1 = True
+    at_queries = False
+    moves_keys = False
 
-    def samples(self, stage: Stage, i: Tensor) -> Tensor:
+    def count(self, tensor: Tensor) -> int:
+        """How many nodes have weights in one of their tensors."""
+        return len(tensor)
+
+    @abstractmethod
+    def enter(self, u: Nodes) -> Entry:
+        """What the moved nodes do behind their stage."""
+
+    @abstractmethod
+    def slopes(self, u: Nodes, name: str, credit: Tensor) -> Slopes:
+        """Of all weights of the nodes in a tensor, from the credit (B, k, tokens): what a node is worth at a token."""
+
+    def samples(self, stage: Any, i: Tensor) -> Tensor:
         """(k,) nodes -> (k,) numbers, equal for nodes that sample the slopes of the same weights."""
         return i
 
+
+class Writers(Kind):
+    """Nodes whose value is a linear map of what they read, and which change the stream by a direction of their own.
+
+    Args:
+        reads: by the name of a matrix: (stage, state, nodes (k,)) -> what the weights of a node in it read, (B, tokens,
+            fan_in), or (B, k, tokens, fan_in) if nodes differ.
+        bias: the name of a tensor that reads ones; none if "".
+        first_direction: stage -> the first row of its directions that belongs to them; 0 if None.
+        at_queries: see `Kind`.
+        columns: whether a node is a column of its matrix, and not a row.
+    """
+
+    def __init__(
+        self,
+        reads: dict[str, Callable[[Any, Any, Tensor], Tensor]],
+        bias: str = "",
+        first_direction: Callable[[Any], int] | None = None,
+        at_queries: bool = False,
+        columns: bool = False,
+    ):
+        self.reads, self.bias, self.first_direction, self.columns = reads, bias, first_direction, columns
+        self.tensors = (*reads, bias) if bias else tuple(reads)
+        self.at_queries = at_queries
+
+    def count(self, tensor: Tensor) -> int:
+        return tensor.shape[1] if self.columns else len(tensor)
+
+    def enter(self, u: Nodes) -> Rank1:
+        first = self.first_direction(u.stage) if self.first_direction else 0
+        return Rank1(self.scalar(u), u.stage.w.directions[u.i + first])
+
+    def scalar(self, u: Nodes) -> Tensor:
+        """(B, k, tokens): how much of its direction each node adds."""
+        return u.change
+
     def slopes(self, u: Nodes, name: str, credit: Tensor) -> Slopes:
-        """Of all weights of the nodes in a tensor, from the credit (B, k, tokens): what a node is worth at a token."""
         if name == self.bias:
             return u.i, credit.sum((0, 2))
-        read = self.reads[name](u).to(credit)
-        if u.stage.tensors[name].ndim == 1:  # a gain
-            return u.i, (credit * read[..., u.i].mT).sum((0, 2))
+        read = self.reads[name](u.stage, u.state, u.i).to(credit)
         slopes = torch.einsum("bkt,bktf->kf" if read.ndim == 4 else "bkt,btf->kf", credit, read)
-        return u.places(name, u.i, read.shape[-1]), slopes.flatten()
+        # rows of an embedding behind the longest sequence of the batch are not read
+        width, j = u.stage.tensors[name].shape[1], torch.arange(read.shape[-1], device=u.i.device)
+        places = j * width + u.i[:, None] if self.columns else u.i[:, None] * width + j
+        return places.flatten(), slopes.flatten()
+
+
+class Hidden(Writers):
+    """Nodes in front of the activation of a feed-forward."""
+
+    def scalar(self, u: Nodes) -> Tensor:
+        return u.stage.hidden_change(u.state, u.i, u.change)
+
+
+class Normed(Kind):
+    """Components of the output of a norm, which change what a layer reads."""
+
+    tensors = ("gain", "bias")
+    rank1 = False
+
+    def enter(self, u: Nodes) -> Entry:
+        return u.stage.change_norm(u.rows, u.state, u.change, u.i)
+
+    def slopes(self, u: Nodes, name: str, credit: Tensor) -> Slopes:
+        if name == "bias":
+            return u.i, credit.sum((0, 2))
+        return u.i, (credit * u.state.n.to(credit)[..., u.i].mT).sum((0, 2))
+
+
+class FinalNormed(Normed):
+    """Components of the output of the final norm, which change the logits."""
+
+    rank1 = True
+
+    def enter(self, u: Nodes) -> Rank1:
+        return Rank1(u.change, u.stage.w.directions[u.i + len(u.stage.w.head)])
 
 
 class Scores(Kind):
@@ -96,17 +178,25 @@ class Scores(Kind):
     different pairs are uncorrelated.
     """
 
-    def __init__(self) -> None:
-        super().__init__(enter_scores, dict.fromkeys(("key", "query")), "query_bias", at_queries=True, draws=2)
+    tensors = ("key", "query", "query_bias")
+    rank1 = False
+    at_queries = True
+    moves_keys = True
 
-    def samples(self, stage: Attention, i: Tensor) -> Tensor:
+    def enter(self, u: Nodes) -> Tensor:
+        assert u.key_sign is not None
+        query, key = u.change[..., None], u.key_sign[..., None]
+        return u.stage.add_to_scores(u.rows, u.state, u.stage.head_of(u.i), query, key)
+
+    def samples(self, stage: Any, i: Tensor) -> Tensor:
         return stage.head_of(i)
 
     def slopes(self, u: Nodes, name: str, credit: Tensor) -> Slopes:
+        assert u.key_sign is not None
         stage, state, (queries, keys) = u.stage, u.state, u.stage.positions(u.rows)
         heads, of = stage.head_of(u.i).unique(return_inverse=True)  # (h,)
         weights = state.weights[:, heads]  # (B, h, queries, T)
-        pairs = torch.zeros_like(weights).index_add_(1, of, credit[..., None] * u.signs[1][:, :, None])
+        pairs = torch.zeros_like(weights).index_add_(1, of, credit[..., None] * u.key_sign[:, :, None])
         pairs *= shares(weights.square())
         pairs -= weights * pairs.sum(-1, keepdim=True)  # softmax sees no shift: a query's slopes sum to 0
         if name == "key":
@@ -115,79 +205,61 @@ class Scores(Kind):
             inputs, at = stage.queries(u.rows, state.inputs), queries
             other = pairs @ stage.heads(state.turned_key.mT)[:, heads] * stage.w.scale
         other = stage.turn(other, -at)  # (B, h, tokens, d/H), as it was before the query or key was turned
-        i = (heads[:, None] * other.shape[-1] + torch.arange(other.shape[-1])).flatten()
-        if name == self.bias:
+        i = (heads[:, None] * other.shape[-1] + torch.arange(other.shape[-1], device=heads.device)).flatten()
+        if name == "query_bias":
             return i, other.sum((0, 2)).flatten()
-        return u.places(name, i, inputs.shape[-1]), torch.einsum("bhti,btf->hif", other, inputs).flatten()
+        width = inputs.shape[-1]
+        places = i[:, None] * width + torch.arange(width, device=i.device)
+        return places.flatten(), torch.einsum("bhti,btf->hif", other, inputs).flatten()
 
 
-def enter_stream(u: Nodes, first: int = 0) -> Rank1:
-    return Rank1(u.change, u.stage.w.directions[u.i + first])
+def tokens(stage: Embedding, state: EmbeddingState, i: Tensor) -> Tensor:
+    return state.where[:, : stage.n_tokens].mT
 
 
-def enter_mixed(u: Nodes) -> Rank1:
-    return enter_stream(u, len(u.stage.w.out))
+def positions(stage: Embedding, state: EmbeddingState, i: Tensor) -> Tensor:
+    return state.where[:, stage.n_tokens : -1].mT
 
 
-def enter_inner(u: Nodes) -> Rank1:
-    scalar = (u.state.before[:, u.i] + u.change).relu_() - u.state.hidden[:, u.i + 1]
-    return Rank1(scalar, u.stage.w.directions[u.i + len(u.stage.w.outer)])
-
-
-def enter_scores(u: Nodes) -> Tensor:
-    query, key = u.change[..., None], u.signs[1][..., None]
-    return u.stage.add_to_scores(u.rows, u.state, u.stage.head_of(u.i), query, key)
-
-
-def enter_norm(u: Nodes) -> Tensor:
-    return u.stage.change_norm(u.stage.w, u.rows, u.state, u.change, u.i)
-
-
-def enter_logits(u: Nodes, first: int = 0) -> tuple[Tensor, Tensor]:
-    direction = u.stage.w.directions[u.i + first].T[:, None, :, None]
-    return u.rows.loss(u.state.logits[:, :, None] + u.change * direction), u.change  # of (C, B, k, S)
-
-
-def enter_final_norm(u: Nodes) -> tuple[Tensor, Tensor]:
-    return enter_logits(u, len(u.stage.w.head))
-
-
-def mixed_inputs(u: Nodes) -> Tensor:
+def mixed_inputs(stage: Attention, state: AttentionState, i: Tensor) -> Tensor:
     """(B, k, queries, d): what the head of each node mixes from the inputs of its values."""
-    by_head = u.stage.heads(u.state.sources[:, 1 + len(u.stage.w.out) :].mT)
-    return by_head[:, u.stage.head_of(u.i)]
+    by_head = stage.heads(state.sources[:, 1 + len(stage.w.out) :].mT)
+    return by_head[:, stage.head_of(i)]
 
 
-RANK1 = (enter_stream, enter_mixed, enter_inner)  # these spare the next stage most of its work
+def mixed_values(stage: Attention, state: AttentionState, i: Tensor) -> Tensor:
+    return state.sources[:, 1 : 1 + len(stage.w.out)].mT
+
+
+def normed_inputs(stage: FeedForward, state: FeedForwardState, i: Tensor) -> Tensor:
+    return state.inputs[:, 1:].mT
+
+
+def hidden_nodes(stage: FeedForward, state: FeedForwardState, i: Tensor) -> Tensor:
+    return state.hidden[:, 1:].mT
+
+
+def head_inputs(stage: Head, state: HeadState, i: Tensor) -> Tensor:
+    return state.n * stage.w.gain + stage.w.bias
+
+
+def behind_unit_vectors(stage: Attention | FeedForward) -> int:
+    """The first of the directions that are columns of the stage's last matrix: there are d unit vectors before."""
+    return len(stage.w.columns)
+
 
 KINDS: dict[type[Stage], tuple[Kind, ...]] = {
-    Embedding: (
-        Kind(
-            enter_stream,
-            {
-                "token": lambda u: u.state.where[:, : u.stage.n_tokens].mT,
-                "position": lambda u: u.state.where[:, u.stage.n_tokens : -1].mT,
-            },
-        ),
-    ),
+    Embedding: (Writers({"token": tokens, "position": positions}, columns=True),),
     Attention: (
-        Kind(enter_norm, {"gain": lambda u: u.state.n}, "bias"),
+        Normed(),
         Scores(),
-        Kind(enter_mixed, {"value": mixed_inputs}, "value_bias", at_queries=True),
-        Kind(
-            enter_stream,
-            {"out": lambda u: u.state.sources[:, 1 : 1 + len(u.stage.w.out)].mT},
-            "out_bias",
-            at_queries=True,
-        ),
+        Writers({"value": mixed_inputs}, "value_bias", behind_unit_vectors, at_queries=True),
+        Writers({"out": mixed_values}, "out_bias", at_queries=True),
     ),
     FeedForward: (
-        Kind(enter_norm, {"gain": lambda u: u.state.n}, "bias"),
-        Kind(enter_inner, {"inner": lambda u: u.state.inputs[:, 1:].mT}, "inner_bias"),
-        Kind(enter_stream, {"outer": lambda u: u.state.hidden[:, 1:].mT}, "outer_bias"),
+        Normed(),
+        Hidden({"inner": normed_inputs}, "inner_bias", behind_unit_vectors),
+        Writers({"outer": hidden_nodes}, "outer_bias"),
     ),
-    Head: (
-        Kind(enter_final_norm, {"gain": lambda u: u.state.n}, "bias"),
-        Kind(enter_logits, {"head": lambda u: u.state.n * u.stage.w.gain + u.stage.w.bias}, "head_bias"),
-    ),
+    Head: (FinalNormed(), Writers({"head": head_inputs}, "head_bias")),
 }

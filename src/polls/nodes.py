@@ -18,40 +18,94 @@ of the node at once: one evaluation, where polls of single weights need one each
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from polls.node_kinds import KINDS, RANK1, Nodes, shares
-from polls.stages import Attention, Embedding, Head, Rows
-from polls.structured import StructuredPolls
+from polls.attention import Attention
+from polls.node_kinds import KINDS, Kind, Nodes, shares
+from polls.rows import Rows
+from polls.structured import StructuredClosure, StructuredPolls
 from polls.threads import one_thread
 from search.coordinates import Coordinates
+from transformer import DecoderOnlyTransformer
+
+
+@dataclass(frozen=True, slots=True)
+class NodeGroup:
+    """The nodes of one kind at one stage: its number, the numbers of their tensors by name, their first node."""
+
+    stage: int
+    kind: Kind
+    parameters: dict[str, int]
+    first: int
+
+    @property
+    def first_full(self) -> int:
+        """The number of the first stage that is computed in full."""
+        return self.stage + 1 if self.kind.rank1 else self.stage
+
+
+@dataclass(frozen=True, slots=True)
+class NodeChunk:
+    """Nodes of a group that are evaluated at a time.
+
+    Attributes:
+        loss: (B, S) of the incumbent's tokens, weighed.
+        reach: (B, S, T) how much a scored token counts for each token; None if each counts for itself alone.
+        samples: (k,) how many nodes of this step sample the same weights.
+    """
+
+    group: NodeGroup
+    nodes: Nodes
+    loss: Tensor
+    reach: Tensor | None
+    samples: Tensor
 
 
 class NodePolls(StructuredPolls):
-    """`StructuredPolls` that also tell the slopes of whole nodes: `nodes`.
+    """`StructuredPolls` whose closures also tell the slopes of whole nodes: `nodes`.
 
     Nodes are numbered from 0 over the kinds of all stages, in the order of the model. There are `n_nodes`; the
     weights of node u belong to parameter number `node_parameter[u]`.
     """
 
-    def __init__(self, model: Any, coordinates: Coordinates, loss: Callable[[Any, Any], Tensor], threads: int = 1):
+    def __init__(
+        self,
+        model: DecoderOnlyTransformer,
+        coordinates: Coordinates,
+        loss: Callable[[Any, Any], Tensor],
+        threads: int = 1,
+    ):
         super().__init__(model, coordinates, loss, threads)
         number = {id(p): i for i, p in enumerate(coordinates.parameters)}
-        self.kinds, owners = [], []  # stage, kind, the numbers of its tensors by their names, its first node
+        self.node_groups: list[NodeGroup] = []
+        owners: list[int] = []
         for s, stage in enumerate(self.stages):
             for kind in KINDS[type(stage)]:
-                held = {name: number.get(id(stage.tensors.get(name))) for name in (*kind.reads, kind.bias)}
-                held = {name: n for name, n in held.items() if n is not None}
-                if held:
-                    size = stage.tensors[next(iter(held))].shape[-1 if isinstance(stage, Embedding) else 0]
-                    self.kinds.append((s, kind, held, sum(map(len, owners))))
-                    owners.append(torch.full((size,), next(iter(held.values()))))
-        self.node_parameter = torch.cat(owners)
-        self.n_nodes = len(self.node_parameter)
+                named = [(name, stage.tensors[name]) for name in kind.tensors if name in stage.tensors]
+                searched = {name: number[id(p)] for name, p in named if id(p) in number}
+                if searched:
+                    self.node_groups.append(NodeGroup(s, kind, searched, len(owners)))
+                    name, owner = next(iter(searched.items()))
+                    owners += [owner] * kind.count(stage.tensors[name])
+        self.node_parameter = torch.tensor(owners, device=model.head.weight.device)
+        self.n_nodes = len(owners)
+
+    def on(self, batch: dict[str, Tensor]) -> "NodeClosure":
+        """The closure that answers about this batch, {"x": (B, T) tokens, "y": (B, T) classes or IGNORE}."""
+        return NodeClosure(self, batch)
+
+
+class NodeClosure(StructuredClosure):
+    """A `StructuredClosure` that also answers `nodes`."""
+
+    def __init__(self, polls: NodePolls, batch: dict[str, Tensor]):
+        super().__init__(polls, batch)
+        self.node_groups, self.node_parameter, self.n_nodes = polls.node_groups, polls.node_parameter, polls.n_nodes
 
     @torch.no_grad()
     @one_thread()
@@ -74,61 +128,70 @@ class NodePolls(StructuredPolls):
             raise IndexError(f"node {low if low < 0 else high} is out of range: there are {self.n_nodes}, from 0")
         nodes, order = nodes.sort()
         steps = steps[order].to(self.model.head.weight.dtype)
-        firsts = [first for *_, first in self.kinds] + [self.n_nodes]
-        bounds = torch.searchsorted(nodes, torch.tensor(firsts)).tolist()
-        slopes = torch.zeros(len(self.coordinates), dtype=torch.float64)
-        polled = torch.zeros(len(slopes), dtype=torch.bool)
+        firsts = [group.first for group in self.node_groups] + [self.n_nodes]
+        bounds = torch.searchsorted(nodes, torch.tensor(firsts, device=nodes.device)).tolist()
+        slopes = torch.zeros(len(self.coordinates), dtype=torch.float64, device=nodes.device)
+        polled = torch.zeros_like(slopes, dtype=torch.bool)
         self()  # brings the caches up to date
         for rows in self.rows:
-            state, by_token, tasks = self._state(rows, len(self.stages) - 1), rows.each_token(), []
-            loss, reach = by_token.loss(state.logits[:, :, None])[:, 0], self._reach(rows)
-            for (s, kind, held, first), begin, end in zip(self.kinds, bounds, bounds[1:], strict=False):
-                stage, i, reached = self.stages[s], nodes[begin:end] - first, reach[s + kind.at_queries]
-                sign = torch.randint(2, (kind.draws, len(rows.x), len(i), rows.x.shape[1]), generator=signs)
-                sign = sign.to(loss) * 2 - 1
-                _, group, samples = kind.samples(stage, i).unique(return_inverse=True, return_counts=True)
-                size = self._chunk(rows, s + (kind.enter in RANK1))
-                for at in range(0, len(i), size):
-                    k = slice(at, at + size)
-                    moved = Nodes(stage, by_token, self._state(rows, s), i[k], steps[begin:end][k], sign[:, :, k])
-                    tasks.append((s, kind, held, moved, loss, reached, samples[group[k]]))
-            for where, found in (pair for pairs in self.map(self._slopes, tasks) for pair in pairs):
+            chunks = self._node_chunks(rows, nodes, steps, bounds, signs)
+            for where, found in (pair for pairs in self.polls.map(self._slopes, chunks) for pair in pairs):
                 slopes.index_add_(0, where, found)
                 polled[where] = True
         coordinates = polled.nonzero().flatten()
         return coordinates, slopes[coordinates]
+
+    def _node_chunks(
+        self, rows: Rows, nodes: Tensor, steps: Tensor, bounds: list[int], signs: torch.Generator
+    ) -> list[NodeChunk]:
+        """Sorted nodes (K,) with their steps (K,) in chunks of a group; the nodes of a group lie between two bounds."""
+        loss = self._state(rows, len(self.stages) - 1).out[:, 0] * rows.weight  # (B, S)
+        reach_before, chunks = self._reach(rows), []
+        for group, (begin, end) in zip(self.node_groups, pairwise(bounds), strict=True):
+            stage, kind, i = self.stages[group.stage], group.kind, nodes[begin:end] - group.first
+            reach = reach_before[group.stage + 1] if kind.at_queries else reach_before[group.stage]
+            draws = 2 if kind.moves_keys else 1
+            drawn = torch.randint(2, (draws, len(rows.x), len(i), rows.x.shape[1]), generator=signs).to(loss) * 2 - 1
+            sign = drawn[0] if reach is not None else rows.scored(drawn[0][..., None])[..., 0]  # (B, k, tokens)
+            _, alike, samples = kind.samples(stage, i).unique(return_inverse=True, return_counts=True)
+            size = self.polls.chunk_size(rows, group.first_full)
+            for at in range(0, len(i), size):
+                k = slice(at, at + size)
+                key_sign = drawn[1, :, k] if kind.moves_keys else None
+                state = self._state(rows, group.stage)
+                moved = Nodes(stage, rows, state, i[k], steps[begin:end][k], sign[:, k], key_sign)
+                chunks.append(NodeChunk(group, moved, loss, reach, samples[alike[k]]))
+        return chunks
 
     def _reach(self, rows: Rows) -> list[Tensor | None]:
         """How much scored tokens count for each token, (B, S, T), if it is moved before stage 0, 1, ...
 
         None behind the last attention, where a token reaches nothing but its own loss.
         """
-        own, ties, reach = torch.eye(rows.x.shape[1]), None, [None] * (len(self.stages) + 1)
+        own = torch.eye(rows.x.shape[1], dtype=rows.weight.dtype, device=rows.x.device)
+        ties: Tensor | None = None
+        reach: list[Tensor | None] = [None] * (len(self.stages) + 1)
         for s in range(len(self.stages) - 3, -1, -1):
             if isinstance(self.stages[s], Attention):
                 weights = self._state(rows, s).weights  # (B, H, queries, T)
-                step = weights.square().sum(1) + (own[rows.at] if ties is None else own).to(weights)
-                ties = step if ties is None else ties @ step
-            reach[s] = shares(ties)
+                looks = weights.square().sum(1)
+                ties = looks + own[rows.at] if ties is None else ties @ (looks + own)
+            if ties is not None:
+                reach[s] = shares(ties)
         return reach
 
     @torch.no_grad()
-    def _slopes(self, task: tuple) -> list[tuple[Tensor, Tensor]]:
-        """Coordinates and slopes of the weights of some nodes of one kind, tensor by tensor."""
-        s, kind, held, nodes, loss, reach, samples = task
-        rows, first = nodes.rows, nodes.signs[0]
-        if reach is None:
-            first = rows.scored(first[..., None])[..., 0]  # (B, k, S)
-        nodes = replace(nodes, signs=(first, *nodes.signs[1:]))
-        entry = kind.enter(nodes)
-        losses = entry[0] if isinstance(nodes.stage, Head) else self._behind(rows, s, entry)
-        change = losses - loss[:, None]  # (B, k, S)
-        if reach is not None:
-            change = change @ reach  # (B, k, T)
-        credit = change * first / (nodes.step * samples)[:, None]
+    def _slopes(self, chunk: NodeChunk) -> list[tuple[Tensor, Tensor]]:
+        """Coordinates and slopes of the weights of the nodes of a chunk, tensor by tensor."""
+        group, nodes, rows = chunk.group, chunk.nodes, chunk.nodes.rows
+        losses = self._behind(rows, group.stage, group.kind.enter(nodes)) * rows.weight[:, None]
+        change = losses - chunk.loss[:, None]  # (B, k, S)
+        if chunk.reach is not None:
+            change = change @ chunk.reach  # (B, k, T)
+        credit = change * nodes.sign / (nodes.step * chunk.samples)[:, None]
         found = []
-        for name, number in held.items():
-            places, slopes = kind.slopes(nodes, name, credit)
+        for name, number in group.parameters.items():
+            places, slopes = group.kind.slopes(nodes, name, credit)
             start = self.coordinates.ends[number] - self.coordinates.parameters[number].numel()
             found.append((start + places, slopes.double()))
         return found

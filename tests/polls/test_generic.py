@@ -109,7 +109,7 @@ def test_polls_and_trials_are_exact(name, dtype):
     torch.testing.assert_close(
         closure.trial(chosen, changes, scales), plain.trial(chosen, changes, scales), rtol=0, atol=tolerance
     )
-    assert not closure.refused
+    assert closure.polls.refusal is None
 
 
 @pytest.mark.parametrize("name", ["mlp", "tied", "decoder"])
@@ -148,7 +148,7 @@ def test_what_vmap_cannot_do_is_done_one_by_one_with_one_warning():
     assert torch.equal(losses, expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the next batch says nothing
-        assert torch.equal(closure.on(closure.batch).poll(chosen, steps), expected)
+        assert torch.equal(closure.polls.on(closure.batch).poll(chosen, steps), expected)
     assert closure.block == 1
 
 
@@ -207,6 +207,6 @@ def test_a_forward_that_draws_random_numbers_is_refused():
 
 def test_an_error_of_the_module_itself_is_shown():
     _, _, closure, _ = setup(*MODULES["mlp"])
-    closure = closure.on({"x": torch.randn(7, 9), "y": torch.zeros(7, dtype=torch.long)})
+    closure = closure.polls.on({"x": torch.randn(7, 9), "y": torch.zeros(7, dtype=torch.long)})
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         closure.poll(torch.tensor([0]), torch.ones(1))

@@ -92,10 +92,10 @@ def count_ties(ties):
 )
 def test_a_sample_is_what_the_plain_forward_gives_with_the_node_moved_at_every_token(name, kind, monkeypatch):
     """The readable reference: the node is moved by a hook, one forward gives the losses of all tokens."""
-    model, coordinates, _, polls = setup(dtype=torch.float64)
+    model, coordinates, _, other = setup(dtype=torch.float64)
     x = torch.randint(3, (5, 16), generator=torch.Generator().manual_seed(0)).unique(dim=0)
     batch = {"x": x, "y": torch.where(torch.arange(16) < 8, IGNORE, x.roll(1, 1))}
-    closure, node, step, head, size = polls.on(batch), 3, 0.1, 0, 8
+    closure, node, step, head, size = other.polls.on(batch), 3, 0.1, 0, 8
     (rows,) = closure.rows
     order = [int((x == row).all(1).nonzero()) for row in rows.x]  # the closure sorts the rows
     batch = {key: value[order] for key, value in batch.items()}

@@ -1,7 +1,6 @@
 """The structured path against the plain forward: exact for every tensor, layout, position kind and radius."""
 
 import copy
-import itertools
 import warnings
 
 import pytest
@@ -16,7 +15,7 @@ from pattern_search_task import masked_loss
 from polls import structured
 from polls.generic import GenericPolls
 from polls.make import make_polls
-from polls.structured import StructuredPolls, part_sizes
+from polls.structured import StructuredPolls
 from search.closure import OneByOne
 from search.coordinates import Coordinates
 from transformer import POSITIONS, DecoderOnlyTransformer
@@ -334,47 +333,6 @@ def test_a_large_batch_in_several_chunks_is_exact():
     chosen = some_of_every_tensor(coordinates, n=1)
     steps = torch.full((len(chosen),), 0.1, dtype=torch.float64)
     torch.testing.assert_close(closure.poll(chosen, steps), plain.poll(chosen, steps), rtol=0, atol=1e-5)
-
-
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8).map(sorted), overhead=st.floats(0, 30))
-def test_rows_are_parted_by_length_the_cheapest_way(lengths, overhead):
-    def cost(sizes):
-        ends = list(itertools.accumulate(sizes))
-        return sum(overhead + size * lengths[end - 1] for size, end in zip(sizes, ends, strict=True))
-
-    every_way = [
-        [b - a for a, b in itertools.pairwise((0, *cuts, len(lengths)))]
-        for n in range(len(lengths))
-        for cuts in itertools.combinations(range(1, len(lengths)), n)
-    ]
-    sizes = part_sizes(torch.tensor(lengths), overhead)
-    assert sum(sizes) == len(lengths)
-    assert cost(sizes) == pytest.approx(min(map(cost, every_way)))
-    if len(set(lengths)) == 1:
-        assert sizes == [len(lengths)]
-
-
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_parts_by_length_give_the_losses_of_the_whole(positions, monkeypatch):
-    losses, n_parts = [], []
-    for cost in (0, 10**9):
-        monkeypatch.setattr(structured, "PART_COST", cost)
-        _, coordinates, closure, _ = setup("ragged", n_rows=40, positions=positions)
-        chosen = some_of_every_tensor(coordinates, n=2)
-        losses.append(closure.poll(chosen, torch.full((len(chosen),), 0.1, dtype=torch.float64)))
-        n_parts.append(len(closure.rows))
-    assert n_parts[0] > 1
-    assert n_parts[1] == 1
-    torch.testing.assert_close(*losses, rtol=0, atol=1e-5)
-
-
-def test_equal_rows_are_evaluated_once():
-    batch = make_batch(n_rows=4)
-    batch = {name: values.repeat(5, 1) for name, values in batch.items()}
-    model = make_model()
-    closure = StructuredPolls(model, Coordinates(model.parameters()), loss).on(batch)
-    assert sum(len(rows.x) for rows in closure.rows) == 3  # of 20, 3 are different
-    torch.testing.assert_close(float(closure()), float(closure.generic.plain()), rtol=0, atol=1e-5)
 
 
 def test_any_subset_and_order_of_the_parameters_can_be_searched():

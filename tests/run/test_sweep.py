@@ -101,7 +101,7 @@ def test_a_job_that_was_finished_before_counts_as_kept(tmp_path):
 
 @pytest.mark.parametrize(("processes", "cores"), [(1, 6), (2, 3), (4, 1), (-1, 1)])
 def test_processes_share_the_cores(processes, cores, monkeypatch):
-    monkeypatch.setattr(threads, "_processes", 1)
+    monkeypatch.setenv(threads.PROCESSES, "1")
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     threads.share_cores(processes)
     assert threads.available_cores() == cores

@@ -1,0 +1,65 @@
+"""What all ways to evaluate candidates share: the incumbent's loss, what counts as a change, what may be asked."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from search.coordinates import Coordinates
+
+WILD = 1e12  # changes beyond this square to the largest float32: order of operations decides what comes out
+
+
+class Incumbent:
+    """The incumbent's loss as a search knows it: once it moved to a candidate, the loss polled for this candidate.
+
+    Computed from the new weights it might differ from that in the last digit, and then a weight that
+    changes nothing would pass for an improvement.
+    """
+
+    def __init__(self) -> None:
+        self.polled = torch.empty(0, dtype=torch.float64)  # the losses of the newest poll
+        self._weights: list[tuple[int, int, torch.dtype]] = []
+        self._loss: Tensor | None = None
+
+    def __call__(self, weights: Iterable[Tensor], compute: Callable[[], Tensor]) -> Tensor:
+        """The loss in float64; computed only if a weight was changed since the last call."""
+        versions = [version(p) for p in weights]
+        if self._loss is None or versions != self._weights:
+            loss = compute()
+            same = self.polled[within_rounding(self.polled, loss)]
+            self._weights, self._loss = versions, torch.cat([same, loss.double()[None]]).max()
+        return self._loss
+
+
+def version(p: Tensor) -> tuple[int, int, torch.dtype]:
+    """Changes whenever a tensor is changed in place or its memory exchanged."""
+    return p._version, p.data_ptr(), p.dtype
+
+
+def within_rounding(losses: Tensor, loss: Tensor) -> Tensor:
+    """Which losses (K,) differ from `loss` by no more than the order of its operations may."""
+    return (losses - loss).abs() <= 8 * torch.finfo(loss.dtype).eps * loss.abs()
+
+
+def check_block(coordinates: Coordinates, asked: Tensor, steps: Tensor) -> None:
+    """Raise unless `asked` (K,) and `steps` (K,) are one block of candidates.
+
+    Raises:
+        ValueError: the shapes differ, or the block is empty.
+        IndexError: a coordinate is out of range.
+    """
+    if asked.shape != steps.shape or asked.ndim != 1:
+        raise ValueError(f"coordinates {tuple(asked.shape)} and steps {tuple(steps.shape)} must both be (K,)")
+    if not len(asked):
+        raise ValueError("an empty block: ask for at least one candidate")
+    low, high = int(asked.min()), int(asked.max())
+    if low < 0 or high >= len(coordinates):
+        wrong = low if low < 0 else high
+        raise IndexError(f"coordinate {wrong} is out of range: there are {len(coordinates)}, numbered from 0")
+
+
+def check_scales(scales: Tensor) -> None:
+    """Raise a ValueError unless scales are (S,) with S > 0."""
+    if scales.ndim != 1 or not len(scales):
+        raise ValueError(f"scales {tuple(scales.shape)} must be (S,) with at least one step length")
