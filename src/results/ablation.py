@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 from omegaconf import OmegaConf
 
-from results.runs import Run, RunError, finished_runs, readable
+from results.runs import Run, RunError, find_runs, readable
 
 LOOKS: dict[bool, dict[str, Any]] = {  # of a run that solved its task, and of one that did not
     True: dict(marker="o", markersize=6, alpha=0.8),
@@ -30,7 +30,7 @@ COSTS = {"evaluations": "function evaluations to solve", "seconds": "training se
 
 
 def read_costs(*paths: str | Path, by: str = VARIANT) -> pd.DataFrame:
-    """One row a finished run below the paths: task, label, seed, evaluations, seconds, solved.
+    """One row per finished run below the paths: task, label, seed, evaluations, seconds, solved.
 
     Args:
         paths: directories of sweeps.
@@ -39,7 +39,7 @@ def read_costs(*paths: str | Path, by: str = VARIANT) -> pd.DataFrame:
     Raises:
         RunError: no finished run lies below the paths, or the config of one has no such key or leaves it null.
     """
-    found = finished_runs(*paths)
+    found = find_runs(*paths, finished_only=True)
     if lacking := [run for run in found if OmegaConf.select(run.config, by) is None]:
         raise RunError(f"{lacking[0].directory} has no {by}; give directories of sweeps over it only")
 
@@ -85,7 +85,7 @@ def ablation_table(runs: pd.DataFrame, by: str = VARIANT) -> str:
 
 
 def draw_ablation(runs: pd.DataFrame, by: str = VARIANT) -> Figure:
-    """A row of panels a task, a column a cost: a dot a seed, a hollow arrow to the right for a censored run."""
+    """A row of panels per task, a column per cost: a dot per seed, a hollow arrow to the right for a censored run."""
     sns.set_theme(style="whitegrid", context="notebook")
     tasks, colour = list(dict.fromkeys(runs.task)), sns.color_palette()[0]
     sizes = [runs[runs.task == task].label.nunique() for task in tasks]
@@ -111,7 +111,7 @@ def draw_ablation(runs: pd.DataFrame, by: str = VARIANT) -> Figure:
             panel.set(xlabel=title, title=task, yticks=range(len(labels)), yticklabels=labels)
         row[0].set(ylim=(len(labels) - 0.5, -0.5), ylabel=by.removeprefix("choices."))
     marks = [Line2D([], [], color=colour, linestyle="", **look) for look in LOOKS.values()]
-    names = ["solved, a dot a seed", "not solved: it needs more than this"]
+    names = ["solved, a dot per seed", "not solved: it needs more than this"]
     figure.legend(marks, names, loc="outside upper center", ncols=2, frameon=False)
     return figure
 

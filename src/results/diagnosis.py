@@ -163,7 +163,7 @@ def diagnose(overrides: list[str]) -> tuple[Diagnosis, pd.DataFrame]:
 
 
 def sample_cosines(closure: AnswersNodes, diagnosis: Diagnosis, gradient: Sequence[Tensor]) -> dict[str, float]:
-    """Of the slopes that one evaluation a node gives to each part, with the gradient of the same batch."""
+    """Of the slopes that one evaluation per node gives to each part, with the gradient of the same batch."""
     steps = torch.full((closure.n_nodes,), diagnosis.search.param_groups[0]["radius"])
     where, found = closure.nodes(torch.arange(closure.n_nodes), steps, seeded(0, 0))
     slopes = torch.zeros(len(diagnosis.search.coordinates), dtype=torch.float64).index_put_((where,), found)
@@ -176,7 +176,7 @@ def sample_cosines(closure: AnswersNodes, diagnosis: Diagnosis, gradient: Sequen
 
 
 def poll_rates(closure: Callable[[], Tensor], diagnosis: Diagnosis) -> dict[str, float]:
-    """Candidates a second of polls of each part alone; the median of 5."""
+    """Candidates per second of polls of each part alone; the median of 5."""
     coordinates, parts = diagnosis.search.coordinates, diagnosis.parts
     if not isinstance(closure, Candidates):
         return dict.fromkeys(parts, math.nan)
@@ -195,15 +195,15 @@ def poll_rates(closure: Callable[[], Tensor], diagnosis: Diagnosis) -> dict[str,
 
 
 def table_of_parts(diagnosis: Diagnosis, rates: dict[str, float]) -> pd.DataFrame:
-    """A row a part: weights, candidates a second, share of the seconds of uniform polls, share of the decrease.
+    """A row per part: weights, candidates per second, share of the seconds of uniform polls, share of the decrease.
 
     `gain a second` is the second share over the first: 1 is what uniform polls get on the whole model.
     """
     steps = pd.DataFrame(diagnosis.steps)
-    table = pd.DataFrame({"polls a second": rates})
+    table = pd.DataFrame({"polls per second": rates})
     sizes = pd.Series([p.numel() for p in diagnosis.search.coordinates.parameters]).groupby(diagnosis.parts).sum()
     table.insert(0, "weights", sizes[table.index])
-    cost, gain = table.weights / table["polls a second"], steps[list(table.index)].sum()
+    cost, gain = table.weights / table["polls per second"], steps[list(table.index)].sum()
     table["share of time"], table["share of decrease"] = cost / cost.sum(), gain / gain.sum()
     table["gain a second"] = table["share of decrease"] / table["share of time"]
     return table

@@ -35,8 +35,8 @@ BESIDE = 12  # labels; a legend of more of them stands beside the panels, in sma
 def draw_runs(table: pd.DataFrame) -> Figure:
     """Loss and exact match, training (thin) and validation (dots), against evaluations and seconds.
 
-    A line a run and split, its colour and style by what differs between the runs; if nothing does, by the split. Tasks
-    do not share a panel: one row of four for each, with its chance loss; a single task gets two rows of two.
+    A line per run and split. Colour and style tell what differs between the runs; if nothing does, the split. Tasks do
+    not share a panel: one row of four for each, with its chance loss; a single task gets two rows of two.
 
     Args:
         table: as `results.runs.read_runs` returns it.
@@ -44,7 +44,9 @@ def draw_runs(table: pd.DataFrame) -> Figure:
     Raises:
         RunError: there is nothing to draw yet.
     """
-    table = table.assign(split=table.metric.str.partition("/")[0], panel=table.metric.str.partition("/")[2])
+    split = table.metric.map(lambda name: name.partition("/")[0])
+    panel = table.metric.map(lambda name: name.partition("/")[2])
+    table = table.assign(split=split, panel=panel)
     table = table[table.split.isin(SPLITS) & table.panel.isin(PANELS)]
     if table.empty:
         raise RunError("no metrics yet in these runs")
@@ -84,7 +86,7 @@ def distinct_looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def draw_panel(place: Axes, rows: pd.DataFrame, axis: str, looks: Mapping[str, dict]) -> None:
-    """A line a run and split, of one metric of one task; and the loss at chance where it is known."""
+    """A line per run and split, of one metric of one task; and the loss at chance where it is known."""
     for (label, split, _), of in rows.groupby(["label", "split", "run"], sort=False):
         of = of[np.isfinite(of.value)].sort_values(axis, kind="stable")
         place.plot(of[axis], of.value, **looks[label], **SPLITS[split])
@@ -140,7 +142,7 @@ def draw_progress(run_dir: str | Path) -> Path:
 
 
 def draw_accuracy(table: pd.DataFrame) -> Figure:
-    """Held-out test metrics: exact match and token accuracy, a point a run, a row for the runs of a kind.
+    """Held-out test metrics: exact match and token accuracy, a point per run, a row for the runs of a kind.
 
     Raises:
         RunError: no run has been tested yet.
@@ -151,7 +153,7 @@ def draw_accuracy(table: pd.DataFrame) -> Figure:
         raise RunError("none of these runs has been tested yet")
     rows = rows.assign(label=label_runs(rows, ["task", *LABELS]))
     sns.set_theme(style="whitegrid", context="notebook")
-    figure = Figure(figsize=(9, 1.4 + 0.45 * rows.label.nunique()), layout="constrained")
+    figure = Figure(figsize=(9, 1.2 + 0.36 * rows.label.nunique()), layout="constrained")
     panel = figure.subplots()
     sns.stripplot(data=rows, y="label", x="value", hue="metric", dodge=True, size=6, ax=panel)
     panel.set(ylabel="", xlabel="held-out test", xlim=(-0.02, 1.02))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -138,7 +139,7 @@ def read_run(directory: str | Path) -> Run:
     raise RunError(f"{path} is not the config of a run")
 
 
-def find_runs(*paths: str | Path) -> list[Run]:
+def find_runs(*paths: str | Path, finished_only: bool = False) -> list[Run]:
     """All runs at or below the paths that have begun, by directory; damaged ones are named on stderr and left out.
 
     Raises:
@@ -148,25 +149,20 @@ def find_runs(*paths: str | Path) -> list[Run]:
     tables = {file.parent for path in paths for file in Path(path).rglob("metrics.csv")}
     found |= {directory for directory in tables if (directory / "config.yaml").exists()}  # not those of CSVLogger
 
-    def read(directory: Path) -> Run:
+    def read(directory: Path) -> tuple[Run, bool]:
         run = read_run(directory)
-        _ = run.summary  # a damaged one is found now
-        return run
+        return run, run.finished  # looks at the summary
 
-    if not (runs := readable(sorted(found), read)):
-        raise RunError(f"no run lies below {', '.join(map(str, paths))}")
+    runs = [run for run, finished in readable(sorted(found, key=natural), read) if finished or not finished_only]
+    if not runs:
+        kind = "finished run" if finished_only else "run"
+        raise RunError(f"no {kind} lies below {', '.join(map(str, paths))}")
     return runs
 
 
-def finished_runs(*paths: str | Path) -> list[Run]:
-    """Those of `find_runs` that are finished.
-
-    Raises:
-        RunError: there is none.
-    """
-    if not (runs := [run for run in find_runs(*paths) if run.finished]):
-        raise RunError(f"no finished run lies below {', '.join(map(str, paths))}")
-    return runs
+def natural(path: Path) -> list[str | int]:
+    """A key that sorts job 2 before job 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
 
 
 def readable(items: Iterable[A], read: Callable[[A], B]) -> list[B]:
@@ -223,7 +219,7 @@ def read_wandb(entity: str | None, project: str) -> pd.DataFrame:
 
 
 def tidy(history: pd.DataFrame) -> pd.DataFrame:
-    """A wide history, one column a metric, as one row a value; rows without axes take the last known ones."""
+    """A wide history, one column per metric, as one row per value; rows without axes take the last known ones."""
     history = history.sort_values("step", kind="stable")
     history[AXES] = history[AXES].ffill()
     metrics = [name for name in history if name.startswith(("train/", "val/", "test/"))]
@@ -234,11 +230,8 @@ def joined(tables: Sequence[pd.DataFrame], configs: Sequence[Mapping]) -> pd.Dat
     """The tables of runs as one, with what each run was."""
     import pandas as pd
 
-    settings = name_settings(configs)
-    described = [
-        table.assign(**asdict(describe(config)), settings=of_run)
-        for table, config, of_run in zip(tables, configs, settings, strict=True)
-    ]
+    found = zip(tables, configs, name_settings(configs), strict=True)
+    described = [table.assign(**asdict(describe(config)), settings=own) for table, config, own in found]
     return pd.concat(described, ignore_index=True)
 
 
@@ -268,21 +261,19 @@ def name_settings(configs: Sequence[Mapping]) -> list[str]:
     Settings of the task's data, and limits, also tell it from runs of the same task with another model or optimizer.
     """
     settings = [settings_of(config) for config in configs]
-    kinds: defaultdict[tuple, list[int]] = defaultdict(list)
-    tasks: defaultdict[str, list[int]] = defaultdict(list)
+    alike: defaultdict[tuple, list[int]] = defaultdict(list)  # the runs of each task, and of each kind
     for i, run in enumerate(map(describe, configs)):
-        kinds[run.task, run.model, run.optimizer, run.variant].append(i)
-        tasks[run.task].append(i)
+        alike[run.task,].append(i)
+        alike[run.task, run.model, run.optimizer, run.variant].append(i)
     telling: list[set[str]] = [set() for _ in configs]
-    for of in kinds.values():
-        for i in of:
-            telling[i] |= differing([settings[j] for j in of])
-    for of in tasks.values():
-        shared = {key for key in differing([settings[j] for j in of]) if key.startswith(OF_THE_TASK)}
-        for i in of:
-            telling[i] |= shared
+    for group, members in alike.items():
+        keys = differing([settings[i] for i in members])
+        if len(group) == 1:
+            keys = {key for key in keys if key.startswith(OF_THE_TASK)}
+        for i in members:
+            telling[i] |= keys & settings[i].keys()
     return [
-        ", ".join(f"{key.rpartition('.')[2]}={own[key]}" for key in sorted(keys & own.keys()))
+        ", ".join(f"{key.rpartition('.')[2]}={own[key]}" for key in sorted(keys))
         for own, keys in zip(settings, telling, strict=True)
     ]
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pandas as pd
 
-from results.runs import KIND, Run, RunError, finished_runs, name_settings, readable
+from results.runs import KIND, Run, RunError, find_runs, name_settings, readable
 
 SOLVED = 0.99  # a run with at least this value of the metric counts as solved
 
 
 def read_summaries(*paths: str | Path) -> pd.DataFrame:
-    """One row a finished run below the paths: what it was, its settings, its summary and its test metrics.
+    """One row per finished run below the paths: what it was, its settings, its summary and its test metrics.
 
     Raises:
         RunError: no finished run that can be read lies below the paths.
@@ -27,7 +27,7 @@ def read_summaries(*paths: str | Path) -> pd.DataFrame:
         summary = run.of_summary("test", "steps", "evaluations", "seconds", "stopped_by")
         return run, summary.pop("test") | summary
 
-    found = readable(finished_runs(*paths), values)
+    found = readable(find_runs(*paths, finished_only=True), values)
     if not found:
         raise RunError(f"no run with a whole summary lies below {', '.join(map(str, paths))}")
     settings = name_settings([run.config for run, _ in found])

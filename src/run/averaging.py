@@ -17,7 +17,7 @@ class WeightAverage(EMAWeightAveraging):
     from which a run goes on.
 
     Args:
-        decay: of the average, a step: it looks back about 1 / (1 - decay) steps.
+        decay: of the average, per step: it looks back about 1 / (1 - decay) steps.
     """
 
     def __init__(self, decay: float):

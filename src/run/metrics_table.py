@@ -1,4 +1,4 @@
-"""The local metrics table of a run: one row a value, ready for seaborn.
+"""The local metrics table of a run: one row per value, ready for seaborn.
 
 Every run appends to `metrics.csv` in its own directory, whatever `logger` is: columns `step`,
 `evaluations`, `seconds`, `metric`, `value`. The header never changes and rows are only appended, so a killed run

@@ -39,8 +39,9 @@ class SearchProgress(Callback):
         self.refresh_seconds, self.log_every_seconds = 1 / refresh_per_second, log_every_seconds
         self.console = Console()
         self.status: Status | None = None  # until training starts
-        self._display: Display | None = None  # while it trains
         self._restored: dict[str, Any] = {}
+        self._thread: threading.Thread | None = None  # while it trains
+        self._ended = threading.Event()
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.status is None else self.status.state_dict()
@@ -48,11 +49,12 @@ class SearchProgress(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict  # training has not started yet
 
-    # Lightning's hooks name any LightningModule; ours is part of runs of a PatternSearchTask only
-
+    # Lightning's hooks name any LightningModule; this one is of runs of a PatternSearchTask only
     def on_train_start(self, trainer: L.Trainer, task: PatternSearchTask) -> None:  # type: ignore[override]
         self.status = Status(trainer, task, self._restored)
-        self._display = Display(self.status, self.console, self.refresh_seconds, self.log_every_seconds)
+        self._ended.clear()
+        self._thread = threading.Thread(target=self._show, args=[self.status], name="progress", daemon=True)
+        self._thread.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, *_: Any) -> None:
         if self.status is not None:
@@ -72,9 +74,32 @@ class SearchProgress(Callback):
         self._close()
 
     def _close(self) -> None:
-        if self._display is not None:
-            self._display.close()
-            self._display = None
+        if self._thread is not None:
+            self._ended.set()
+            self._thread.join()
+            self._thread = None
+
+    def _show(self, status: "Status") -> None:
+        live, width = self.console.is_terminal, 16 if self.console.width >= 120 else 8
+        columns = TextColumn("step {task.fields[step]}"), BarColumn(bar_width=width), TextColumn("{task.description}")
+        bar = Progress(*columns, console=self.console, auto_refresh=False, transient=True, disable=not live)
+        next_line = time.monotonic() + self.log_every_seconds
+        with bar:
+            row = bar.add_task("starting", total=None, step="0")
+            while not self._ended.wait(self.refresh_seconds):
+                (done, total), step, parts = status.steps(), status.step(), status.parts()
+                description = fitting(parts, self.console.width - width - len(f"step {step}  "))
+                bar.update(row, completed=done, total=total, step=step, description=description, refresh=True)
+                if time.monotonic() >= next_line:
+                    next_line += self.log_every_seconds
+                    self._log(step, parts, show=not live)
+        self._log(status.step(), status.parts(), show=True)
+
+    def _log(self, step: str, parts: Sequence[str], show: bool) -> None:
+        line = f"step {step} {' · '.join(parts)}"
+        log.info(line)
+        if show:
+            print(line, flush=True)
 
 
 class Status:
@@ -139,6 +164,10 @@ class Status:
             done += report.done / report.planned
         return done, None if math.isinf(total) else int(total)
 
+    def step(self) -> str:
+        done, total = self.steps()
+        return f"{int(done)}/{'?' if total is None else total}"
+
     def seconds_left(self) -> float:
         """Seconds until the first limit ends the run, at the speed so far; inf while nothing is known."""
         elapsed, (done, total) = time.monotonic() - self.started, self.steps()
@@ -174,60 +203,6 @@ class Status:
             polling = (self.search.saved["seconds"] - self.first_seconds) / elapsed
             parts += [f"accepted {accepted:,}", f"polls {min(polling, 1):.0%} of time", *self.search.status()]
         return parts
-
-
-class Display:
-    """Shows a status from a thread of its own until it is closed.
-
-    Args:
-        refresh_seconds: between two looks on a terminal.
-        log_every_seconds: between two lines in the log, and on an output that is no terminal.
-    """
-
-    def __init__(self, status: Status, console: Console, refresh_seconds: float, log_every_seconds: float):
-        self.status, self.console = status, console
-        self.refresh_seconds, self.log_every_seconds = refresh_seconds, log_every_seconds
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._closed.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        live = self.console.is_terminal
-        width = 16 if self.console.width >= 120 else 8
-        bar = Progress(
-            TextColumn("step {task.fields[step]}"),
-            BarColumn(bar_width=width),
-            TextColumn("{task.description}"),
-            console=self.console,
-            auto_refresh=False,
-            transient=True,
-            disable=not live,
-        )
-        next_line = time.monotonic() + self.log_every_seconds
-        with bar:
-            row = bar.add_task("starting", total=None, step="0")
-            while not self._closed.wait(self.refresh_seconds):
-                done, total = self.status.steps()
-                step = f"{int(done)}/{'?' if total is None else total}"
-                parts = self.status.parts()
-                room = self.console.width - width - len(f"step {step}  ")
-                description = fitting(parts, room)
-                bar.update(row, completed=done, total=total, step=step, description=description, refresh=True)
-                if time.monotonic() >= next_line:
-                    next_line += self.log_every_seconds
-                    self._log(step, parts, show=not live)
-        done, total = self.status.steps()
-        self._log(f"{int(done)}/{'?' if total is None else total}", self.status.parts(), show=True)
-
-    def _log(self, step: str, parts: Sequence[str], show: bool) -> None:
-        line = f"step {step} {' · '.join(parts)}"
-        log.info(line)
-        if show:
-            print(line, flush=True)
 
 
 def due(recent: Recent, next_hint: dict[str, int]) -> Iterator[str]:

@@ -263,7 +263,8 @@ def resume_command(run_dir: Path) -> str:
     if hydra and hydra.job.config_name != "pattern_search_train":
         words.append(f"--config-name={hydra.job.config_name}")
     if hydra:
-        words += [o for o in hydra.overrides.task if not o.startswith("resume=")]
+        given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # as it was typed
+        words += [o for o in given if not o.startswith("resume=")]
     return shlex.join([*words, f"resume={quoted(typed(run_dir))}"])
 
 

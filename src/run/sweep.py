@@ -14,37 +14,24 @@ import shlex
 import sys
 import time
 import traceback
-from contextlib import redirect_stderr
-from dataclasses import asdict, dataclass, fields
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from results.runs import RunError, read_run
+from results.runs import Run, RunError, read_run
 from run.files import typed, write
 
 REPORT = Path(__file__).parents[1] / "report.py"  # what shows a sweep
 STYLES = {"failed": "red", "interrupted": "yellow"}
-BEGUN = ".jobs"  # in the directory of the sweep: a file a job that has begun, wherever its own directory lies
-
-
-@dataclass
-class Job:
-    """A row of the table: a job of a sweep that has begun."""
-
-    job: str  # its directory, from that of the sweep on
-    override: str
-    status: str = "interrupted"  # or failed, done, or kept: it was finished before
-    metric: float | None = None
-    seconds: float | None = None
-    error: str | None = None
+BEGUN = ".jobs"  # in the directory of the sweep: a file per job that has begun, wherever its own directory lies
 
 
 class Sweep(Callback):
@@ -64,7 +51,7 @@ class Sweep(Callback):
         directory = Path(config.hydra.runtime.output_dir)
         (directory / "error.txt").unlink(missing_ok=True)
         if config.hydra.mode == RunMode.MULTIRUN:
-            begun = {"directory": str(directory), "override": list(config.hydra.overrides.task), "at": time.time()}
+            begun = {"directory": str(directory), "override": given(config)["task"], "at": time.time()}
             write(Path(config.hydra.sweep.dir, BEGUN, f"{config.hydra.job.num}.json"), json.dumps(begun))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
@@ -82,10 +69,15 @@ class Sweep(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         atexit.unregister(self.sum_up)
-        if any(job.status not in ("done", "kept") for job in self.sum_up(config, ended=True)):
+        try:
+            jobs = self.sum_up(config, ended=True)
+        except Exception:  # Hydra would make a warning of it, and end with exit code 0
+            traceback.print_exc()
+            sys.exit(1)
+        if any(job["status"] not in ("done", "kept") for job in jobs):
             sys.exit(1)
 
-    def sum_up(self, config: DictConfig, ended: bool = False) -> list[Job]:
+    def sum_up(self, config: DictConfig, ended: bool = False) -> list[dict[str, Any]]:
         """Print and save the table of the jobs that have begun, and say what to type next; `ended`: no job is left."""
         directory, console = Path(config.hydra.sweep.dir).absolute(), Console()
         jobs = read_jobs(directory, self.metric)
@@ -93,7 +85,11 @@ class Sweep(Callback):
             return []
         title = f"sweep of {len(jobs)} jobs" if ended else "stopped sweep: the jobs begun"
         console.print(jobs_table(jobs, self.metric, title))
-        save_jobs(directory / "sweep.csv", jobs, self.metric)
+        text = io.StringIO()
+        table = csv.DictWriter(text, list(jobs[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(jobs)
+        write(directory / "sweep.csv", text.getvalue())
         for line in closing_lines(directory, jobs, config, ended):
             console.print(line, soft_wrap=True, highlight=False, markup=False)
         return jobs
@@ -109,65 +105,62 @@ def failure(job_return: JobReturn) -> BaseException:
     raise ValueError("the job has not failed")
 
 
-def read_jobs(directory: Path, metric: str) -> list[Job]:
-    """The jobs of the sweep in a directory that have begun, by number."""
+def read_jobs(directory: Path, metric: str) -> list[dict[str, Any]]:
+    """The jobs of a sweep that have begun, by number: job, override, status, the metric, seconds, error.
+
+    The status is done, kept (it was finished before), failed or interrupted.
+    """
     jobs = []
     for file in sorted((directory / BEGUN).glob("*.json"), key=lambda file: int(file.stem)):
         begun = json.loads(file.read_text())
         place = Path(begun["directory"])
         name = place.relative_to(directory) if place.is_relative_to(directory) else place
-        job = Job(str(name), " ".join(begun["override"]))
+        job = dict.fromkeys(["job", "override", "status", metric, "seconds", "error"])
+        job |= {"job": str(name), "override": " ".join(begun["override"]), "status": "interrupted"}
         if (place / "error.txt").exists():
-            job.status, job.error = "failed", (place / "error.txt").read_text().strip().splitlines()[-1]
+            error = (place / "error.txt").read_text().strip().splitlines()[-1]
+            job |= {"status": "failed", "error": error}
         else:
-            _add_results(job, place, begun["at"], metric)
+            with suppress(RunError):  # it was stopped before it had one
+                job |= results(read_run(place), begun["at"], metric)
         jobs.append(job)
     return jobs
 
 
-def _add_results(job: Job, directory: Path, begun_at: float, metric: str) -> None:
-    try:
-        run = read_run(directory)
-        if run.finished:
-            kept = (directory / "summary.json").stat().st_mtime < begun_at
-            job.status = "kept" if kept else "done"
-        if run.summary is not None:
-            results = run.of_summary("test", "seconds")
-            job.metric, job.seconds = results["test"].get(metric), results["seconds"]
-    except RunError:
-        return  # it was stopped before it had one
+def results(run: Run, begun_at: float, metric: str) -> dict[str, Any]:
+    """What came of a job, as far as it came."""
+    found: dict[str, Any] = {}
+    if run.finished:
+        kept = (run.directory / "summary.json").stat().st_mtime < begun_at
+        found["status"] = "kept" if kept else "done"
+    if run.summary is not None:
+        values = run.of_summary("test", "seconds")
+        found |= {metric: values["test"].get(metric), "seconds": values["seconds"]}
+    return found
 
 
-def save_jobs(path: Path, jobs: list[Job], metric: str) -> None:
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(metric if field.name == "metric" else field.name for field in fields(Job))
-    rows.writerows(asdict(job).values() for job in jobs)
-    write(path, text.getvalue())
-
-
-def jobs_table(jobs: list[Job], metric: str, title: str) -> Table:
+def jobs_table(jobs: list[dict[str, Any]], metric: str, title: str) -> Table:
     """The table as it is printed; the title ends with what all jobs share."""
-    words = [job.override.split() for job in jobs]
+    words = [job["override"].split() for job in jobs]
     shared = [word for word in words[0] if all(word in other for other in words)] if len(words) > 1 else []
     table = Table("job", "override", "status", title=escape(" ".join([title, *shared])))
     for column in (metric, "seconds"):
         table.add_column(column, justify="right")
-    for job in jobs:
-        value = "" if job.metric is None else f"{job.metric:.4f}"
-        seconds = "" if job.seconds is None else f"{job.seconds:.1f}"
-        own = " ".join(word for word in job.override.split() if word not in shared)
-        table.add_row(job.job, escape(own), job.status, value, seconds, style=STYLES.get(job.status))
+    for job, own in zip(jobs, words, strict=True):
+        value = "" if job[metric] is None else f"{job[metric]:.4f}"
+        seconds = "" if job["seconds"] is None else f"{job['seconds']:.1f}"
+        override = escape(" ".join(word for word in own if word not in shared))
+        table.add_row(job["job"], override, job["status"], value, seconds, style=STYLES.get(job["status"]))
     return table
 
 
-def closing_lines(directory: Path, jobs: list[Job], config: DictConfig, ended: bool) -> list[str]:
+def closing_lines(directory: Path, jobs: list[dict[str, Any]], config: DictConfig, ended: bool) -> list[str]:
     """What to type next."""
     here, report = (shlex.quote(typed(path)) for path in (directory, REPORT))
     lines = [f"Sweep: {here} (sweep.csv holds the table)"]
-    if any(job.status in ("done", "kept") for job in jobs):
+    if any(job["status"] in ("done", "kept") for job in jobs):
         lines += [f"Table: python {report} tables {here}", f"Plot:  python {report} figures {here}"]
-    failed = sum(job.status == "failed" for job in jobs)
+    failed = sum(job["status"] == "failed" for job in jobs)
     if failed:
         lines.append(f"{failed} of {len(jobs)} jobs failed; the reasons are in {here}/<job>/error.txt")
     if failed or not ended:
@@ -175,14 +168,19 @@ def closing_lines(directory: Path, jobs: list[Job], config: DictConfig, ended: b
     return lines
 
 
+def given(config: DictConfig) -> dict[str, list[str]]:
+    """The overrides of the command as they were typed: of Hydra (hydra), and all others (task)."""
+    overrides: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)
+    return {name: overrides[name] for name in ("hydra", "task")}
+
+
 def command(config: DictConfig, directory: Path) -> str:
     """The command that runs what is missing of a sweep."""
     from run.resume import quoted  # only here: it needs torch
 
     own = ("hydra.sweep.dir=", "resume=")
-    given = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
-    given = [o for o in given if not o.startswith(own) and o != "hydra.mode=MULTIRUN"]
+    overrides = [o for of in given(config).values() for o in of if not o.startswith(own) and o != "hydra.mode=MULTIRUN"]
     name = [f"--config-name={config.hydra.job.config_name}"]
     resume = ["resume=auto"] * ("resume" in config)
     place = f"hydra.sweep.dir={quoted(typed(directory))}"
-    return shlex.join(["python", sys.argv[0], "-m", *name, *given, place, *resume])
+    return shlex.join(["python", sys.argv[0], "-m", *name, *overrides, place, *resume])

@@ -19,10 +19,10 @@ CONFIG = {
 }
 
 
-def write_run(path, optimizer="pattern_search", value=0.5, chance_loss=1.6, **choices):
+def write_run(path, optimizer="pattern_search", value=0.5, chance_loss=1.6, fade=None, **choices):
     path.mkdir(parents=True)
     choices = CONFIG["choices"] | choices | {"optimizer": optimizer}
-    OmegaConf.save(CONFIG | {"choices": choices}, path / "config.yaml")
+    OmegaConf.save(CONFIG | {"choices": choices, "optimizer": {"fade": fade}}, path / "config.yaml")
     (path / "summary.json").write_text(json.dumps({"chance_loss": chance_loss, "stopped_by": "interrupted"}))
     table = MetricsTable(path)
     for step in range(3):
@@ -107,6 +107,39 @@ def test_figures_show_every_run_on_both_axes(tmp_path):
         "pattern_search (1 run)", "adam (1 run)", "pattern_search · no_fade (1 run)",
     ]  # fmt: skip
     assert sum(len(c.get_offsets()) for c in draw_accuracy(table).axes[0].collections) == 6
+
+
+@pytest.mark.parametrize("count", [3, 21, 45])
+def test_any_number_of_kinds_is_drawn_with_looks_of_their_own(tmp_path, count):
+    for i in range(count):
+        write_run(tmp_path / str(i), fade=i)
+    figure = draw_runs(read_runs(tmp_path))
+    drawn = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines[:-1]}
+    assert len(drawn) == min(count, 40)  # ten colours, four styles
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names[3:] == [f"fade={i} (1 run)" for i in range(count)]
+    figure.savefig(tmp_path / "a.png")
+    legend = figure.legends[0].get_window_extent()
+    assert legend.width * legend.height < 0.25 * figure.bbox.width * figure.bbox.height
+    assert figure.bbox.y1 >= legend.y1 > legend.y0 >= figure.bbox.y0  # all of it is seen
+
+
+def test_losses_near_zero_get_a_logarithmic_axis(tmp_path):
+    write_run(tmp_path / "a", value=0.5)
+    assert [panel.get_yscale() for panel in draw_runs(read_runs(tmp_path)).axes] == ["linear"] * 4
+    MetricsTable(tmp_path / "a").log_metrics({"train/loss": 0.001, "val/loss": float("inf")}, 4)
+    assert [panel.get_yscale() for panel in draw_runs(read_runs(tmp_path)).axes] == ["log", "log", "linear", "linear"]
+
+
+def test_accuracies_of_one_optimizer_with_two_settings_are_told_apart(tmp_path):
+    for i, fade in enumerate((1, 1, 2)):
+        write_run(tmp_path / str(i), fade=fade)
+    panel = draw_accuracy(read_runs(tmp_path)).axes[0]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["fade=1", "fade=2"]
+    with pytest.raises(RunError, match="no metrics"):
+        draw_runs(read_runs(tmp_path).head(0))
+    with pytest.raises(RunError, match="tested"):
+        draw_accuracy(read_runs(tmp_path).head(0))
 
 
 def test_tasks_have_rows_of_their_own_with_their_own_chance(tmp_path):

@@ -7,13 +7,15 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
 from conftest import ROOT
 from polls import threads
-from run.sweep import read_jobs
+from run.sweep import BEGUN, read_jobs
 
 FAILING = """
 import lightning as L
@@ -40,7 +42,9 @@ def start(home, *options, **more):
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_the_other_jobs_run_when_some_fail(launcher, tmp_path):
-    options = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
+    deep = launcher == "basic"  # directories two levels deep, without Hydra's own files
+    options = ["hydra.sweep.subdir=a/${hydra.job.num}", "hydra.output_subdir=null"] if deep else []
+    options += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
     options += ["allowed_packages=[failing]", "+callbacks.mine._target_=failing.Failing"]
     process = start(tmp_path, *options, "+callbacks.mine.fails=true,false", "trainer.max_steps=2", "seed=0,1")
     out, _ = process.communicate()
@@ -50,7 +54,7 @@ def test_the_other_jobs_run_when_some_fail(launcher, tmp_path):
     assert jobs["status"].tolist() == ["failed", "failed", "done", "done"]
     assert jobs["seconds"].notna().tolist() == jobs["test/exact_match"].notna().tolist() == [False, False, True, True]
     assert jobs["error"].tolist()[:2] == ["RuntimeError: as it was told"] * 2
-    for job in ("0", "1"):
+    for job in ("a/0", "a/1") if deep else ("0", "1"):
         assert "Traceback" in (sweep / job / "error.txt").read_text()
         assert not (sweep / job / "summary.json").exists()
     assert "2 of 4 jobs failed; the reasons are in" in out
@@ -85,18 +89,25 @@ def test_ctrl_c_ends_the_whole_sweep_with_its_table_and_the_printed_command_goes
     assert "sweep of 2 jobs" in out
 
 
-def test_a_job_that_was_finished_before_counts_as_kept(tmp_path):
-    for job, stopped_by in (("2", "solved"), ("10", "solved"), ("1", "interrupted")):
-        hydra = tmp_path / job / ".hydra"
-        hydra.mkdir(parents=True)
-        (hydra / "overrides.yaml").write_text(f"- seed={job}\n")  # written when the job starts
+def test_jobs_are_found_wherever_they_lie_and_those_finished_before_count_as_kept(tmp_path):
+    for number, (job, stopped_by) in enumerate((("1", "interrupted"), ("a/b/2", "solved"), ("10", "solved"))):
+        run = tmp_path / job
+        run.mkdir(parents=True)
+        config = {"choices": {"task": "t", "model": "m", "optimizer": "o"}, "datamodule": {}, "seed": 0}
+        OmegaConf.save(config, run / "config.yaml")
+        begun = {"directory": str(run), "override": [f"seed={job}"], "at": time.time() - 1}
+        (tmp_path / BEGUN).mkdir(exist_ok=True)
+        (tmp_path / BEGUN / f"{number}.json").write_text(json.dumps(begun))
         summary = {"test": {"test/loss": 0.5}, "seconds": 3.0, "stopped_by": stopped_by}
-        (tmp_path / job / "summary.json").write_text(json.dumps(summary))
-    os.utime(tmp_path / "2" / "summary.json", (0, 0))
+        (run / "summary.json").write_text(json.dumps(summary))
+    os.utime(tmp_path / "a/b/2" / "summary.json", (0, 0))
     jobs = read_jobs(tmp_path, "test/loss")
-    assert jobs["job"].tolist() == ["1", "2", "10"]
-    assert jobs["status"].tolist() == ["interrupted", "kept", "done"]
-    assert jobs["override"].tolist() == ["seed=1", "seed=2", "seed=10"]
+    assert [job["job"] for job in jobs] == ["1", "a/b/2", "10"]
+    assert [job["status"] for job in jobs] == ["interrupted", "kept", "done"]
+    assert [job["override"] for job in jobs] == ["seed=1", "seed=a/b/2", "seed=10"]
+    assert [job["test/loss"] for job in jobs] == [0.5] * 3
+    (tmp_path / "10" / "summary.json").write_text('{"test"')
+    assert read_jobs(tmp_path, "test/loss")[2]["status"] == "interrupted"
 
 
 @pytest.mark.parametrize(("processes", "cores"), [(1, 6), (2, 3), (4, 1), (-1, 1)])

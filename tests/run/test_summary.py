@@ -1,0 +1,69 @@
+"""Why a run ended is told truly, whatever ended it; and a run is told on any output."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+
+from conftest import ROOT
+from train import train
+
+SHORT = ["model=tiny", "logger=none", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1"]
+ADAM = [*SHORT, "optimizer=adam", "trainer.max_epochs=30"]
+SEARCH = [*SHORT, "optimizer.polls_per_step=16", "trainer.max_epochs=30"]
+
+
+class Stops(L.Callback):
+    """Asks for an end, and gives no reason."""
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = True
+
+
+@pytest.mark.parametrize(
+    ("reason", "options"),
+    [
+        ("not_finite", [*ADAM, "optimizer=sgd", "optimizer.lr=1e30", "trainer.check_val_every_n_epoch=3"]),
+        ("no_improvement", [*ADAM, "optimizer.lr=.5", "callbacks.early_stopping.patience=1"]),
+        ("diverged", [*ADAM, "+callbacks.early_stopping.divergence_threshold=0.1"]),
+        ("solved", [*ADAM, "callbacks.early_stopping.stopping_threshold=5"]),  # in the first epoch
+        ("max_epochs", [*ADAM, "trainer.max_epochs=1"]),
+        ("max_steps", [*ADAM, "trainer.max_steps=1"]),
+        ("max_time", [*ADAM, "trainer.max_time=00:00:00:00"]),
+        ("max_evaluations", [*SEARCH, "optimizer.max_evaluations=30"]),
+        ("max_seconds", [*SEARCH, "optimizer.max_seconds=1e-6"]),
+        ("target_loss", [*SEARCH, "optimizer.target_loss=5"]),
+        ("callback", [*ADAM, "+callbacks.stops._target_=test_summary.Stops"]),
+    ],
+)
+def test_stopped_by_says_what_ended_the_run(reason, options, compose_config, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    cfg = compose_config(*options)
+    assert train(cfg)["stopped_by"] == reason
+    Path(cfg.output_dir, "summary.json").unlink()  # as if it had been killed in its test
+    cfg.resume = "auto"
+    assert train(cfg)["stopped_by"] == reason
+
+
+def test_a_run_prolonged_after_an_early_stop_forgets_its_reason(compose_config):
+    cfg = compose_config(*ADAM, "callbacks.early_stopping.stopping_threshold=5", "trainer.max_epochs=3")
+    assert train(cfg)["stopped_by"] == "solved"
+    cfg.callbacks.early_stopping.stopping_threshold, cfg.resume = 1e-9, "auto"
+    assert train(cfg)["stopped_by"] == "max_epochs"
+
+
+def test_a_run_and_its_tables_are_told_on_an_output_that_knows_ascii_only(tmp_path):
+    env = os.environ | {"PATTERN_SEARCH_ROOT": str(tmp_path), "PYTHONIOENCODING": "ascii"}
+    end = ["trainer.max_epochs=1", "trainer.limit_train_batches=2"]
+    command = [sys.executable, "src/train.py", "model=tiny", "logger=none", *end]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "held-out test" in done.stdout
+    assert done.stdout.isascii()
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["stopped_by"] == "max_epochs"
