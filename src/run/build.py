@@ -93,7 +93,7 @@ def other_data(cfg: DictConfig, trained: SequenceDataModule, changes: Sequence[s
     Raises:
         RunError: a change has no effect, or the model does not read or write such data.
     """
-    with told(" ".join(changes)):
+    with told("these data cannot be made"):
         data = build_datamodule(cfg)
     for name in data.unread:
         if any(change.startswith(f"datamodule.{name}=") for change in changes):
