@@ -184,6 +184,8 @@ class PatternSearchTask(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.seconds += time.perf_counter() - self._step_started
+        if self.search is not None:  # a budget of seconds is one of training, with what makes the closure ready
+            self.search.saved["seconds"] = self.seconds
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["seconds"], checkpoint["evaluations"] = self.seconds, self.evaluations

@@ -146,6 +146,7 @@ class LossOnlyOptimizer(torch.optim.Optimizer, ABC):
         try:
             report.loss_before = report.loss_after = evaluate.loss()
             self.take_step(evaluate)
+            evaluate.charge(0)  # the seconds since the last answer
             self.saved["stopped_by"] = self.limit()
         except LimitReached as limit:
             self.saved["stopped_by"] = str(limit)

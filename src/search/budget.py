@@ -107,14 +107,14 @@ class Evaluator:
         """The loss at the current weights."""
         self._allow(1)
         loss = float(self.closure())
-        self._charge(1)
+        self.charge(1)
         return loss
 
     def poll(self, coordinates: Tensor, steps: Tensor) -> Tensor:
         """Losses (K,) of the candidates weight[coordinates[k]] + steps[k]; both (K,)."""
         self._allow(len(coordinates))
         losses = self.candidates.poll(coordinates, steps)
-        self._charge(len(coordinates))
+        self.charge(len(coordinates))
         return losses
 
     def poll_until(self, loss: float, coordinates: Tensor, steps: Tensor) -> Tensor:
@@ -126,14 +126,14 @@ class Evaluator:
         losses = self.candidates.poll(coordinates, steps)
         better = improves(losses, loss).nonzero().flatten()
         losses = losses[: int(better[0]) + 1] if len(better) else losses
-        self._charge(len(losses))
+        self.charge(len(losses))
         return losses
 
     def trial(self, coordinates: Tensor, changes: Tensor, scales: Tensor) -> Tensor:
         """Losses (S,) of the combinations weight[coordinates] + scales[s] * changes; both (M,), scales (S,)."""
         self._allow(len(scales))
         losses = self.candidates.trial(coordinates, changes, scales)
-        self._charge(len(scales))
+        self.charge(len(scales))
         return losses
 
     def nodes(self, nodes: Tensor, steps: Tensor, signs: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -141,7 +141,7 @@ class Evaluator:
         assert isinstance(self.candidates, AnswersNodes)
         self._allow(len(nodes))
         found = self.candidates.nodes(nodes, steps, signs)
-        self._charge(len(nodes))
+        self.charge(len(nodes))
         return found
 
     def _allow(self, evaluations: int) -> None:
@@ -150,7 +150,7 @@ class Evaluator:
         if self.affordable(evaluations) < evaluations:
             raise LimitReached("max_evaluations")
 
-    def _charge(self, evaluations: int) -> None:
+    def charge(self, evaluations: int) -> None:
         """Count evaluations, and the seconds since they were counted last."""
         now = time.perf_counter()
         for counts in (self.saved, vars(self.report)):

@@ -91,6 +91,12 @@ def test_any_optimizer_is_shown(parity, model, optimizer, capsys):
     assert ("radius" in said.out) == (optimizer is PatternSearch)
 
 
+def test_hints_are_printed(parity, model, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "hints", lambda recent: [("chance", "try this")])
+    watch(parity, model, Plain)
+    assert capsys.readouterr().out.count("hint: try this\n") == 2  # the second epoch ends at twice the evaluations
+
+
 @pytest.mark.parametrize(
     ("limit", "trainer"),
     [
