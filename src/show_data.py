@@ -12,26 +12,27 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from config.check import check_text
-from config.composition import DEFAULT_CONFIG, compose_possible
+from config.builds import build, data_of
+from config.compose import compose_config, job_config
 from config.draft import Draft
-from config.refusal import refuse
+from config.nodes import check_text
+from config.refusal import ConfigError, refuse
 from data.sequences import IGNORE, SequenceDataModule
-from run.build import build_datamodule
 
 N_EXAMPLES = 2  # of each split, different ones
 
 
 def load_datamodule(overrides: list[str]) -> SequenceDataModule:
     """The data that a command line selects; prints what is wrong with it and exits with code 2 if it selects none."""
-    jobs, problems = compose_possible(DEFAULT_CONFIG, overrides)
-    for job in jobs:
-        draft = Draft(job)
-        check_text(draft)
-        datamodule = draft.build(["datamodule"], build_datamodule)
-        problems += draft.problems.values()
-    if problems:
-        refuse(problems)
+    try:
+        config = compose_config(overrides)
+    except ConfigError as error:
+        refuse(error.problems)
+    draft = Draft(job_config(config, config.hydra.run.dir))
+    check_text(draft)
+    datamodule = build(draft, ["datamodule"], lambda: data_of(draft.cfg))
+    if draft.problems:
+        refuse(draft.problems.values())
     return datamodule
 
 

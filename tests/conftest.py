@@ -6,7 +6,8 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from config.composition import compose_jobs
+from config.compose import compose_config as compose_command
+from config.compose import job_config
 from run.cpu import prepare_machine
 from state_tracking_data import StateTrackingDataModule
 from transformer import DecoderOnlyTransformer
@@ -20,9 +21,7 @@ def compose_config(tmp_path):
     """Compose a config as the command line would, with its output in the test's own directory."""
 
     def compose(*overrides: str, config_name: str = "pattern_search_train") -> DictConfig:
-        (cfg,) = compose_jobs(config_name, list(overrides))
-        cfg.output_dir = str(tmp_path)
-        return cfg
+        return job_config(compose_command(overrides, config_name), tmp_path)
 
     return compose
 

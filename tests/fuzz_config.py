@@ -30,10 +30,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import lightning as L
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from config import composition
-from config.check import check_command
+from config import compose
+from config.check import checked_config
+from config.compose import leaves
+from config.refusal import ConfigError
 from train import train
 
 SECONDS = 30  # of computing a case may take; ten times that on the clock, since the machine may be shared
@@ -67,10 +69,8 @@ class Case:
 class Fuzz:
     def __init__(self, seed: int):
         self.rng = random.Random(seed)
-        self.files = {
-            str(p.relative_to(composition.CONFIGS)): p.read_text() for p in composition.CONFIGS.rglob("*.yaml")
-        }
-        self.groups = composition.groups()
+        self.files = {str(p.relative_to(compose.CONFIGS)): p.read_text() for p in compose.CONFIGS.rglob("*.yaml")}
+        self.groups = compose.groups(compose.CONFIGS)
 
     def case(self) -> Case:
         rng = self.rng
@@ -83,8 +83,8 @@ class Fuzz:
         return rng.choice(kinds)(command)
 
     def keys(self, command: list[str]) -> list[str]:
-        raw = OmegaConf.to_container(composition.compose_jobs("pattern_search_train", command)[0])
-        keys = [k for k in composition.leaves(raw) if k != "output_dir" and not k.startswith("choices")]
+        raw = OmegaConf.to_container(composed(command))
+        keys = [k for k in leaves(raw) if k != "output_dir" and not k.startswith("choices")]
         return [key for key in keys if not key.endswith("_target_")]
 
     def misspell(self, word: str) -> str:
@@ -120,7 +120,7 @@ class Fuzz:
         return Case([*command, f"++{key}={self.rng.choice(VALUES)}"], names=(key,), key=key)
 
     def lines(self, command: list[str]) -> tuple[str, list[str], int]:
-        raw = OmegaConf.to_container(composition.compose_jobs("pattern_search_train", command)[0])
+        raw = OmegaConf.to_container(composed(command))
         chosen = dict(o.split("=") for o in command) | {"task": raw["choices"]["task"]}
         chosen["datamodule"] = chosen["task"]
         used = [f"{group}/{option}.yaml" for group, option in chosen.items()] + ["pattern_search_train.yaml"]
@@ -153,6 +153,19 @@ class Fuzz:
         return Case(command, file, "\n".join(lines), names, before.strip())
 
 
+def composed(overrides: list[str], out: Path | str = "out") -> DictConfig:
+    return compose.job_config(compose.compose_config(overrides), out)
+
+
+def refused(overrides: list[str]) -> list[str]:
+    """Why a command cannot run."""
+    try:
+        checked_config(overrides)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
 def judge(case: Case, configs: Path, out: Path) -> tuple[str, str]:
     """("ran" | "refused" | "traceback" | "wrong", what was said)."""
     if case.file:
@@ -160,8 +173,7 @@ def judge(case: Case, configs: Path, out: Path) -> tuple[str, str]:
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     signal.alarm(10 * SECONDS)
     try:
-        problems = check_command("pattern_search_train", case.overrides)
-        if problems:
+        if problems := refused(case.overrides):
             named = any(name in problem for problem in problems for name in case.names)
             return "refused" if named else "wrong", "; ".join(problems)
         if case.misspelt:
@@ -176,8 +188,7 @@ def judge(case: Case, configs: Path, out: Path) -> tuple[str, str]:
         rest = [o for o in case.overrides if not (logger and o == "logger=wandb")]
         if "logger=wandb" in rest or case.key.startswith("wandb"):
             return "ran", "checked only"
-        (cfg,) = composition.compose_jobs("pattern_search_train", [*rest, *logger, *short])
-        cfg.output_dir = str(out)
+        cfg = composed([*rest, *logger, *short], out)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             summary = train(cfg)
         json.dumps(summary)
@@ -202,7 +213,7 @@ def too_long(*_):
     raise TooLong
 
 
-ORIGINAL = composition.CONFIGS
+ORIGINAL = compose.CONFIGS
 
 
 def main() -> None:
@@ -233,7 +244,7 @@ def run(numbers: range, seed: int, show: bool = False) -> Counter:
     with tempfile.TemporaryDirectory() as folder:
         configs = Path(folder) / "configs"
         shutil.copytree(ORIGINAL, configs)
-        composition.CONFIGS, here = configs, os.getcwd()
+        compose.CONFIGS, here = configs, os.getcwd()
         os.chdir(folder)  # relative paths among the values go there
         for number in range(numbers.stop):
             case = fuzz.case()
@@ -248,7 +259,7 @@ def run(numbers: range, seed: int, show: bool = False) -> Counter:
                     old, new = fuzz.files[case.file].splitlines(), case.text.splitlines()
                     print(*(f"    line: {b!r}" for a, b in zip(old, new, strict=True) if a != b), sep="\n", flush=True)
         os.chdir(here)
-    composition.CONFIGS = ORIGINAL
+    compose.CONFIGS = ORIGINAL
     return counts
 
 

@@ -28,7 +28,7 @@ from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from config.composition import compose_jobs
+from config.compose import compose_config, job_config
 from pattern_search_task import PatternSearchTask
 from run.cpu import prepare_machine
 from run.metrics_table import MetricsTable
@@ -184,7 +184,7 @@ def main() -> int:
         case = cases[rounds % len(cases)]
         rounds += 1
         if case not in twins:
-            (configs[case],) = compose_jobs("pattern_search_train", (SHORT + CASES[case]).split())
+            configs[case] = job_config(compose_config((SHORT + CASES[case]).split()), home)
             twin = configs[case].copy()
             twin.output_dir = str(home / "twin")
             started = time.monotonic()

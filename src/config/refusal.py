@@ -1,24 +1,19 @@
-"""Telling why a command cannot run: every reason as soon as it is known, all before anything has started."""
+"""Telling why a command cannot run, before anything has started."""
 
 import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
-_told: list[str] = []
+
+class ConfigError(ValueError):
+    """A config cannot run; `problems` says why, one reason each."""
+
+    def __init__(self, problems: Iterable[str]):
+        self.problems = list(dict.fromkeys(problems))
+        super().__init__("; ".join(self.problems))
 
 
-def tell(reasons: Iterable[str]) -> None:
-    """Print the reasons that were not told yet."""
-    for reason in reasons:
-        if reason not in _told:
-            if not _told:
-                print("This cannot run:", file=sys.stderr)
-            print(f"  - {reason}", file=sys.stderr, flush=True)
-            _told.append(reason)
-
-
-def refuse(reasons: Iterable[str]) -> NoReturn:
-    """Print the reasons that were not told yet, and exit with code 2."""
-    tell(reasons)
-    _told.clear()
+def refuse(problems: Iterable[str]) -> NoReturn:
+    """Print the problems, each once, and exit with code 2."""
+    print("This cannot run:", *(f"  - {p}" for p in dict.fromkeys(problems)), sep="\n", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -26,17 +26,16 @@ from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from config.check import check_command
-from config.composition import DEFAULT_CONFIG, compose_jobs
-from config.refusal import refuse
+from config.check import checked_config
+from config.refusal import ConfigError, refuse
 from data.sequences import SequenceDataModule
 from optimizer import PatternSearch
 from pattern_search_task import PatternSearchTask, masked_loss, optimizer_class
 from run.build import build_datamodule, build_task
 from run.cpu import prepare_machine
+from run.start import silence_libraries
 from search.base import seeded
 from search.closure import AnswersNodes, Candidates, forward_only
-from train import silence_libraries
 
 SEQUENCES = 1000  # of the training set, at the most, that stand for all of it
 AGES = torch.tensor([1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90, 140, 200, 1000])  # steps since a poll: edges of bins
@@ -137,9 +136,9 @@ def diagnose(overrides: list[str]) -> tuple[Diagnosis, pd.DataFrame]:
     """Run the search of a command; what was seen, and the table of the model's parts.
 
     Raises:
-        ValueError: the optimizer is no pattern search.
+        ValueError: the config cannot run, or the optimizer is no pattern search.
     """
-    cfg = compose_jobs(DEFAULT_CONFIG, overrides)[0]
+    cfg = checked_config(overrides)
     prepare_machine()
     L.seed_everything(cfg.seed, verbose=False)
     datamodule = build_datamodule(cfg)
@@ -263,10 +262,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, default=Path("diagnosis.png"), help="the picture to write")
     args = parser.parse_args(arguments)
     silence_libraries()
-    if problems := check_command(DEFAULT_CONFIG, args.overrides):
-        refuse(problems)
     try:
         diagnosis, table = diagnose(args.overrides)
+    except ConfigError as error:
+        refuse(error.problems)
     except ValueError as problem:
         refuse([str(problem)])
     args.output.parent.mkdir(parents=True, exist_ok=True)

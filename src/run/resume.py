@@ -268,12 +268,6 @@ def resume_command(run_dir: Path) -> str:
     return shlex.join([*words, f"resume={quoted(typed(run_dir))}"])
 
 
-def hydra_arguments(run_dir: Path, arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command, such that it runs in `run_dir`."""
-    kept = [a for a in arguments if not a.startswith("hydra.run.dir=")]
-    return [*kept, f"hydra.run.dir={quoted(str(run_dir))}"]
-
-
 def quoted(value: str) -> str:
     """A value as Hydra's grammar reads it back."""
     return value if re.fullmatch(r"[\w./:@%+-]+", value) else "'" + value.replace("'", r"\'") + "'"

@@ -1,17 +1,16 @@
 """Every option of every group composes and passes the check; what is wrong is named, with what to do."""
 
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import fuzz_config
-from config import check, composition
-from config.check import check_command
-from config.composition import CONFIGS, compose_jobs, read_command
-from config.refusal import refuse, tell
+from config import compose
+from config.check import checked_config
+from config.compose import CONFIGS, flags_first
+from config.refusal import ConfigError, refuse
+from run import wandb_account
 
 PRIMARIES = ["pattern_search_train", "train"]
 OPTIONS = sorted(
@@ -21,7 +20,11 @@ OPTIONS = sorted(
 
 def problems(*overrides, config_name="pattern_search_train"):
     """What the check says about a command, one string a problem."""
-    return check_command(config_name, overrides)
+    try:
+        checked_config(overrides, config_name)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 @pytest.mark.parametrize("primary", PRIMARIES)
@@ -61,7 +64,7 @@ def test_every_value_has_a_comment_with_its_meaning():
         (["logger=null"], "logger=null: a group cannot be left out; choose one of csv, none, tensorboard, wandb"),
         (["~model"], "model is missing, and cannot be left out"),
         (["~trainer"], "trainer is missing, and cannot be left out"),
-        (["optimizer=adam", "optimizer.radius=0.1"], "key optimizer.radius is not known."),
+        (["optimizer=adam", "optimizer.radius=0.1"], "write +optimizer.radius=0.1 if torch.optim.Adam takes it"),
         (["epochs=3"], "key epochs is not known; did you mean trainer.max_epochs?"),
         (["optimizer=adam", "optimizer.lr=-1"], "optimizer.lr=-1: Invalid learning rate: -1"),
         (["foo"], "Error parsing override 'foo': give key=value"),
@@ -119,29 +122,58 @@ def test_every_value_has_a_comment_with_its_meaning():
         (["logger=csv", "wandb.project=mine"], "wandb.project=mine has no effect"),
         (["task=membership", "datamodule.length=20"], "datamodule.length=20 has no effect"),
         (["task=scan", "datamodule.oversample=false"], "datamodule.oversample=false has no effect"),
+        # valid, but not written so
+        (["logger.group=g"], "write +logger.group=g if run.wandb_logger.WandbRun takes it"),
+        (["trainer.profiler=simple"], "write +trainer.profiler=simple if lightning.Trainer takes it"),
+        (["callbacks.best.save_top_k=3"], "write +callbacks.best.save_top_k=3 if"),
+        (["+seed=3"], "seed is in the config already; leave out the +"),
+        (["optimizer=adam", "optimizer.max_seconds=60"], "did you mean trainer.max_time?"),
+        # names that were others
+        (["optimizer=pattern_search_credit"], "did you mean pattern_search_nodes?"),
+        (["optimizer=pattern_search_credit_long"], "did you mean pattern_search_nodes_long?"),
+        (["optimizer.units_per_step=3"], "did you mean optimizer.nodes_per_step?"),
+        (["callbacks.progress._target_=progress.SearchProgress"], "did you mean run.progress.SearchProgress?"),
+        (["callbacks.averaging._target_=averaging.WeightAverage"], "did you mean run.averaging.WeightAverage?"),
+        (["logger._target_=wandb_run.WandbRun"], "did you mean run.wandb_logger.WandbRun?"),
+        # monitors
+        (["callbacks.early_stopping.monitor=val/exact_match"], "use callbacks.early_stopping.mode=max"),
+        (["callbacks.best.mode=max"], "of val/loss, lower is better; use callbacks.best.mode=min"),
+        (["+callbacks.c={_target_:lightning.pytorch.callbacks.RichProgressBar}"], "trainer.enable_progress_bar=false"),
     ],
 )
 def test_what_is_wrong_is_named_with_what_to_do(overrides, message, monkeypatch):
-    monkeypatch.setattr(check, "wandb_key", lambda: None)
-    monkeypatch.setattr(check.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(wandb_account, "wandb_key", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = problems(*overrides)
     assert len(found) == 1, found
     assert message in found[0]
 
 
-def test_all_problems_are_found_at_once():
-    """A group, a key, a type, a range, two sizes that do not fit, and an optimizer's own rule."""
-    found = problems("model=tny", "optimizer.fadee=3", "datamodule.batch_size=abc", "task.pattern_search_radius=-1")
-    assert found == [
-        "model=tny is not known; did you mean tiny? Known: large, medium, small, tiny",
-        "key optimizer.fadee is not known; did you mean optimizer.fade?",
-        "datamodule.batch_size=abc: expected int",
-        "task.pattern_search_radius=-1: radius=-1 must be above 0 and finite",
-    ]
+def test_all_problems_of_a_config_that_composes_are_found_at_once():
+    """Two types, a range, a class; a callback, the trainer and the data, which are built apart from each other."""
     found = problems(
-        "model.d_model=66", "model.dropout=2", "datamodule.length=0", "optimizer.polls_per_step=0", "seed=-1"
+        "seed=-1",
+        "datamodule.batch_size=abc",
+        "model.d_model=wide",
+        "model._target_=transformer.Decoder",
+        "callbacks.best.mode=mini",
+        "trainer.max_steps=-2",
     )
-    assert len(found) == 5
+    assert [text.partition("=")[0] for text in found] == [
+        "seed",
+        "datamodule.batch_size",
+        "model._target_",
+        "callbacks.best.mode",
+        "trainer.max_steps",
+    ]
+    found = problems("datamodule.length=0", "callbacks.best.mode=mini", "trainer.max_steps=-2")
+    assert len(found) == 3
+
+
+def test_what_hydra_refuses_is_told_first():
+    assert problems("model=tny", "datamodule.batch_size=abc") == [
+        "model=tny is not known; did you mean tiny? Known: large, medium, small, tiny"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -164,43 +196,23 @@ def test_mistakes_in_yaml_files_are_found(file, right, wrong, message, tmp_path,
     path = tmp_path / "configs" / file
     assert right in path.read_text()
     path.write_text(path.read_text().replace(right, wrong))
-    monkeypatch.setattr(composition, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(compose, "CONFIGS", tmp_path / "configs")
     found = problems("experiment=z5")
     assert any(message in problem for problem in found), found
 
 
-def test_what_cannot_be_composed_is_told_before_the_slow_imports():
-    slow = "{'torch', 'lightning', 'pandas'}"
-    code = f"import sys, config.composition, config.refusal; sys.exit(bool(sys.modules.keys() & {slow}))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=CONFIGS.parent / "src").returncode == 0
+def test_callbacks_beside_ours_are_accepted():
+    bar = "+callbacks.c={_target_:lightning.pytorch.callbacks.RichProgressBar}"
+    assert problems(bar, "trainer.enable_progress_bar=true") == []
+    best = ["callbacks.early_stopping.monitor=val/exact_match", "callbacks.early_stopping.mode=max"]
+    assert problems(*best, "callbacks.early_stopping.stopping_threshold=0.99") == []
 
 
 def test_a_reason_is_told_once(capsys):
-    tell(["a"])
-    with pytest.raises(SystemExit):
-        refuse(["a", "b"])
+    with pytest.raises(SystemExit) as end:
+        refuse(["a", "b", "a"])
+    assert end.value.code == 2
     assert capsys.readouterr().err == "This cannot run:\n  - a\n  - b\n"
-
-
-def test_a_setting_that_some_job_of_a_sweep_reads_has_an_effect():
-    overrides = ["optimizer=pattern_search,adam", "task.pattern_search_radius=.2"]
-    assert check_command("pattern_search_train", overrides, multirun=True) == []
-
-
-def test_every_job_of_a_sweep_is_checked():
-    jobs = compose_jobs("pattern_search_train", ["optimizer=pattern_search,adam", "seed=0,1,2"], multirun=True)
-    assert [(cfg.choices.optimizer, cfg.seed) for cfg in jobs] == [
-        (optimizer, seed) for optimizer in ("pattern_search", "adam") for seed in (0, 1, 2)
-    ]
-
-
-def test_the_sweep_that_an_experiment_names_is_composed_and_the_command_line_wins():
-    jobs = compose_jobs("pattern_search_train", ["experiment=ablation_z5", "seed=7"], multirun=True)
-    variants = sorted(path.stem for path in (CONFIGS / "variant").glob("*.yaml"))
-    assert sorted(cfg.choices.variant for cfg in jobs) == variants
-    assert {(cfg.seed, cfg.datamodule.group, cfg.optimizer.max_evaluations) for cfg in jobs} == {(7, "Z5", 135_000)}
-    searches = {str(dict(cfg.optimizer) | {"max_seconds": None}) for cfg in jobs}
-    assert len(searches) == len(variants)  # no two are the same search
 
 
 def test_packages_can_be_allowed(tmp_path, monkeypatch):
@@ -212,7 +224,7 @@ def test_packages_can_be_allowed(tmp_path, monkeypatch):
 
 def test_random_mistakes_run_or_are_refused_by_name(monkeypatch):
     """A few cases of tests/fuzz_config.py, which runs any number of them."""
-    monkeypatch.setattr(composition, "CONFIGS", CONFIGS)
+    monkeypatch.setattr(compose, "CONFIGS", CONFIGS)
     counts = fuzz_config.run(range(25), seed=7)
     assert counts["refused"] + counts["ran"] == 25
     assert counts["refused"] > 5
@@ -220,7 +232,13 @@ def test_random_mistakes_run_or_are_refused_by_name(monkeypatch):
 
 
 def test_flags_may_stand_between_overrides():
-    command = read_command(["model=tiny", "--config-name=train", "seed=0,1", "-m"])
-    assert command.problems == []
-    assert [job.cfg.choices.optimizer for job in command.jobs] == ["adam", "adam"]
-    assert command.arguments == ["--config-name=train", "-m", "model=tiny", "seed=0,1"]  # as Hydra wants them
+    words = ["model=tiny", "--config-name=train", "-cd", "a=b", "seed=0,1", "~callbacks.progress", "-m"]
+    assert flags_first(words) == [  # as Hydra wants them
+        "--config-name=train",
+        "-cd",
+        "a=b",
+        "-m",
+        "model=tiny",
+        "seed=0,1",
+        "~callbacks.progress",
+    ]

@@ -58,10 +58,10 @@ def test_samples_of_nodes_are_compared_with_the_gradient():
 
 
 def test_looking_does_not_change_the_search(seen):
-    from config.composition import compose_jobs
+    from config.check import checked_config
     from run.build import build_datamodule, build_task
 
-    cfg = compose_jobs(diagnosis.DEFAULT_CONFIG, SHORT)[0]
+    cfg = checked_config(SHORT)
     torch.manual_seed(cfg.seed)
     data = build_datamodule(cfg)
     task = build_task(cfg, data)

@@ -12,16 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from config.check import check_command_line
-from config.composition import read_command
+from config.compose import CONFIGS
 from conftest import ROOT
 from pattern_search_task import PatternSearchTask
 from run.checkpoints import RESUMABLE, Checkpoints, read_checkpoint
 from run.directory import RunDirectoryError, environment, locked, owner
 from run.files import replacing
 from run.progress import SearchProgress
+from run.start import Start
 from soak_kill import differences, results
 from train import train
 
@@ -284,14 +287,23 @@ def test_a_finished_run_with_a_larger_limit_goes_on_as_if_it_had_had_it(short_ru
 
 @pytest.fixture
 def check(monkeypatch, tmp_path, capsys):
-    """Checks a command with its runs below the test's directory; returns the arguments, or what was said."""
+    """Checks a command with its runs below the test's directory; returns the run's directory, or what was said."""
     monkeypatch.setenv("PATTERN_SEARCH_ROOT", str(tmp_path))
     monkeypatch.chdir(tmp_path)
 
     def check(*arguments, flags=()):
         capsys.readouterr()
+        mode = RunMode.MULTIRUN if "-m" in flags else RunMode.RUN
         try:
-            return check_command_line(read_command([*flags, *SHORT, *arguments]))
+            with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+                loader = GlobalHydra.instance().config_loader()
+                config = loader.load_configuration("pattern_search_train", [*SHORT, *arguments], mode)
+                config.hydra.mode = mode
+                if mode == RunMode.RUN:
+                    Start().on_run_start(config)
+                    return Path(config.hydra.run.dir)
+                Start().on_multirun_start(config)
+                return Path(config.hydra.sweep.dir)
         except SystemExit as end:
             return f"{capsys.readouterr().err} exit code {end.code}"
 
@@ -324,16 +336,15 @@ def test_harmless_changes_are_allowed_and_the_run_goes_on_in_its_directory(check
         "wandb.project=x",
         "trainer.max_time=00:01:00:00",
     ]
-    arguments = check(f"resume={resumed}", *changes)
-    assert arguments[-1] == f"hydra.run.dir={tmp_path / 'runs/a'}"
+    assert check(f"resume={resumed}", *changes) == tmp_path / "runs/a"
 
 
 def test_auto_takes_the_newest_unfinished_run_of_the_same_config(check, compose_config, tmp_path):
     for name, seed in (("old", 0), ("new", 0), ("other", 1), ("finished", 0)):
         save_config(tmp_path / "runs" / name, compose_config(*SHORT, f"seed={seed}"))
     (tmp_path / "runs/finished/summary.json").write_text('{"stopped_by": "solved"}')
-    assert check("resume=auto")[-1] == f"hydra.run.dir={tmp_path / 'runs/new'}"
-    assert str(tmp_path / "runs/20") in check("resume=auto", "seed=5")[-1]  # a new one
+    assert check("resume=auto") == tmp_path / "runs/new"
+    assert str(tmp_path / "runs/20") in str(check("resume=auto", "seed=5"))  # a new one
 
 
 def test_a_directory_that_holds_a_run_is_not_written_over(check, compose_config, tmp_path):
@@ -341,7 +352,7 @@ def test_a_directory_that_holds_a_run_is_not_written_over(check, compose_config,
     assert "holds a run already; resume=auto" in check("hydra.run.dir=a")
     save_config(tmp_path / "sweep/1", compose_config(*SHORT, "seed=1"))
     assert "holds a run already; resume=auto" in check("hydra.sweep.dir=sweep", "seed=0,1", flags=["-m"])
-    assert isinstance(check("hydra.sweep.dir=sweep", "seed=0,1", "resume=auto", flags=["-m"]), list)
+    assert isinstance(check("hydra.sweep.dir=sweep", "seed=0,1", "resume=auto", flags=["-m"]), Path)
     assert "seed is 3 here and was 1" in check("hydra.sweep.dir=sweep", "seed=0,3", "resume=auto", flags=["-m"])
     assert "a sweep resumes with" in check("resume=a", "seed=0,1", flags=["-m"])
     assert "a sweep resumes with" in check("resume=auto", "seed=0,1", flags=["-m"])  # which one?
@@ -352,7 +363,7 @@ def test_jobs_that_would_share_a_directory_are_refused(check, shared):
     said = check(shared, "seed=0,1", flags=["-m"])
     assert "2 jobs would write to" in said
     assert "exit code 2" in said
-    assert isinstance(check("hydra.sweep.subdir=s${seed}", "seed=0,1", flags=["-m"]), list)
+    assert isinstance(check("hydra.sweep.subdir=s${seed}", "seed=0,1", flags=["-m"]), Path)
 
 
 @pytest.mark.parametrize(

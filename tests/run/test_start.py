@@ -1,0 +1,116 @@
+"""What happens before a command starts: refusals with exit code 2, light imports, data that are made once."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import open_dict, read_write
+
+from config import builds
+from config.compose import compose_config, job_config
+from config.refusal import ConfigError
+from conftest import ROOT
+from run.start import Start
+from run.training import job
+from state_tracking_data import StateTrackingDataModule
+
+HEAVY = ("torch", "lightning", "pandas", "matplotlib")
+MINE = "# @package _global_\ndefaults:\n  - override /model: tiny\nseed: 7\nmodel:\n  n_layers: 2\n"
+
+
+def run(home, *arguments, python=()):
+    """Run the training command with its runs below `home`; returns the finished process."""
+    env = os.environ | {"PATTERN_SEARCH_ROOT": str(home), "COLUMNS": "200"}
+    command = [sys.executable, *python, "src/train.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def imported(done):
+    return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--cfg", "job"], 0),
+        (["model=tny"], 2),
+        (["model.d_modell=8"], 2),
+        (["seed=1,2"], 2),
+        (["foo"], 2),
+    ],
+)
+def test_help_and_refusals_of_hydra_import_nothing_heavy(arguments, code, tmp_path):
+    done = run(tmp_path, *arguments, python=["-X", "importtime"])
+    assert done.returncode == code
+    assert imported(done) & {*HEAVY} == set()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model=tny"], "model=tny is not known; did you mean tiny? Known: large, medium, small, tiny"),
+        (["-m", "optimizer=adam,sgd", "optimizer.lr=.1"], "write ++optimizer.lr=... for all its jobs"),
+        (["-m", "model.d_modell=8,16"], "key model.d_modell is not known; did you mean model.d_model?"),
+        (["logger.group=g"], "key logger.group is not in the config; write +logger.group=g"),
+        (["optimizer=adam", "optimizer.max_seconds=60"], "did you mean trainer.max_time?"),
+        (["hydra.callbacks.sweep._target_=sweep.Sweep"], "did you mean run.sweep.Sweep?"),
+        (["--config-name=trian"], "--config-name=trian is not known; did you mean train?"),
+        (["--config-dir=nowhere"], "nowhere"),
+        (["-m", "seed=interval(0,1)"], "seed=interval(0,1)"),
+        (["-m", "seed=0,-1"], "seed=-1: expected int"),
+        (["-m", "model.d_model=64,66"], "model.d_model=66 is not divisible by"),
+    ],
+)
+def test_what_cannot_run_ends_with_code_2_and_leaves_nothing(arguments, message, tmp_path):
+    done = run(tmp_path / "runs_go_here", *arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("This cannot run:\n  - ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 2
+    assert not (tmp_path / "runs_go_here").exists()
+
+
+@pytest.mark.parametrize("place", ["--config-dir={}", "hydra.searchpath=[file://{}]"])
+def test_configs_of_ones_own_are_checked_like_ours(place, tmp_path):
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    file = tmp_path / "mine/experiment/mine.yaml"
+    file.write_text(MINE)
+    options = [place.format(tmp_path / "mine"), "experiment=mine", "logger=csv", "+logger.version=${hydra:job.name}"]
+    done = run(tmp_path / "runs_go_here", *options, "trainer.max_steps=1", "trainer.limit_val_batches=1")
+    assert done.returncode == 0, done.stderr
+    (run_dir,) = (tmp_path / "runs_go_here/runs").iterdir()
+    assert "n_layers: 2" in (run_dir / "config.yaml").read_text()
+    assert (run_dir / "csv/train").exists()
+    file.write_text(MINE.replace("n_layers", "n_leyers"))
+    done = run(tmp_path / "nothing", *options)
+    assert done.returncode == 2
+    assert "key model.n_leyers is not known; did you mean model.n_layers?" in done.stderr
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_the_data_of_a_run_are_made_once(tmp_path, monkeypatch):
+    made, make_splits = [], StateTrackingDataModule.make_splits
+    monkeypatch.setattr(StateTrackingDataModule, "make_splits", lambda self: made.append(1) or make_splits(self))
+    builds.made.cache_clear()
+    options = ["model=tiny", "logger=none", "trainer.max_steps=1", f"hydra.run.dir={tmp_path}/a", "seed=11"]
+    config = compose_config(options)
+    Start().on_run_start(config)
+    assert not (tmp_path / "a").exists()
+    job(job_config(config, config.hydra.run.dir))
+    assert (tmp_path / "a/summary.json").exists()
+    assert len(made) == 1
+
+
+def test_a_job_that_a_sweeper_chose_is_refused_by_itself(tmp_path):
+    config = compose_config(["model=tiny", "model.d_model=15"])
+    with read_write(config), open_dict(config):
+        config.hydra.mode = RunMode.MULTIRUN
+    cfg = job_config(config, tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.d_model=15 is not divisible by model\.n_heads=2"):
+        job(cfg)
+    assert list(tmp_path.iterdir()) == []
+    HydraConfig.instance().cfg = None
