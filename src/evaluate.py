@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -111,14 +110,13 @@ def evaluate(run: Run, checkpoint: Path, stored: Mapping[str, float], options: a
 
 def tested(task: PatternSearchTask, data: SequenceDataModule, cfg: DictConfig) -> dict[str, float]:
     """The metrics of the test splits, by name."""
-    import logging
-
     import lightning as L
     import torch
     from omegaconf import OmegaConf
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning 2.6 uses a name torch 2.13 renames
+    from run.start import silence_libraries
+
+    silence_libraries()
     of_run = {name: OmegaConf.select(cfg, f"trainer.{name}") for name in ("precision", "limit_test_batches")}
     on_cpu = OmegaConf.select(cfg, "trainer.accelerator") == "cpu" or not torch.cuda.is_available()
     trainer = L.Trainer(
@@ -178,14 +176,14 @@ def notes(
 
 def trained_on(run: Run, data: SequenceDataModule) -> dict[str, int]:
     """How many sequences of each test split the run was trained on, where there are any."""
-    from run.build import build_datamodule
+    from run.build import data_of_run
 
     def rows(of: SequenceDataModule, split: str) -> list[tuple[int, ...]]:
         sequences = of.splits[split]
         ends = sequences.prompt_lengths.tolist()
         return [tuple(row[:end]) for row, end in zip(sequences.x.tolist(), ends, strict=True)]
 
-    seen = set(rows(build_datamodule(run.config), "train"))
+    seen = set(rows(data_of_run(run.config), "train"))
     counts = {split: sum(row in seen for row in rows(data, split)) for split in data.test_names}
     return {split: n for split, n in counts.items() if n}
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from config.composition import compose_jobs
+from config.compose import compose_config, job_config
 from conftest import ROOT
 from data.decoding import decode_rows, predict, wrong_rows
+from data.sequences import Sequences
 from evaluate import lines, main
-from run.build import load_run
+from run.build import data_of_run, load_run
+from state_tracking_data import StateTrackingDataModule
 from train import train
 
 RUNS = {
@@ -42,9 +44,7 @@ def runs(tmp_path_factory):
     home = tmp_path_factory.mktemp("runs")
     for name, overrides in RUNS.items():
         size = ["model=tiny", "optimizer.lr=0.02"] if "optimizer=adam" in overrides else ["model=tiny"]
-        (cfg,) = compose_jobs("pattern_search_train", [*size, "logger=none", *overrides])
-        cfg.output_dir = str(home / name)
-        train(cfg)
+        train(job_config(compose_config([*size, "logger=none", *overrides]), home / name))
     return home
 
 
@@ -257,6 +257,22 @@ def test_lightning_can_test_validate_and_predict_with_a_loaded_run(runs, name):
     assert right.all(1).float().mean().item() == pytest.approx(stored["test/exact_match"])
 
 
+def test_data_of_a_generator_of_a_library_are_made_again_and_it_is_left_alone(runs, monkeypatch):
+    def drawn(data):
+        x = torch.randint(2, (40, 16))
+        return dict.fromkeys(("train", "val", "test"), Sequences(x, x))
+
+    monkeypatch.setattr(StateTrackingDataModule, "make_splits", drawn)
+    state = torch.get_rng_state()
+    first, second = (load_run(runs / "tag")[1].splits["test"].x for _ in range(2))
+    assert torch.equal(first, second)
+    torch.set_rng_state(state)
+    expected = torch.rand(3)
+    torch.set_rng_state(state)
+    data_of_run(OmegaConf.load(runs / "tag" / "config.yaml"))
+    assert torch.equal(torch.rand(3), expected)
+
+
 # --- refusals ---
 
 
@@ -272,6 +288,8 @@ def test_lightning_can_test_validate_and_predict_with_a_loaded_run(runs, name):
         (["datamodule.group=Z3"], "the model does not read 2$"),
         (["datamodule.format=tag"], "the model numbers what it reads otherwise: it is 0, 1, SEP"),
         (["datamodule.group=Z0"], "group=Z0 is not known"),
+        (["datamodule.test_lengths=5"], "datamodule.test_lengths=5: expected Sequence"),
+        (["datamodule.n_samples=null"], "datamodule.n_samples=null: expected int"),
         (["datamodule.test_lengths=[4"], r"datamodule.test_lengths=\[4: "),
         (["datamodule._target_=os.system"], "not known"),
     ],
@@ -314,7 +332,8 @@ def test_a_run_that_cannot_be_read_is_refused_in_one_line(parity, refused, harm,
     ("key", "value", "message"),
     [
         ("datamodule._target_", "parity_data.Parity", "config.yaml does not build any more: "),
-        ("datamodule.n_digits", 3, "unexpected keyword argument 'n_digits'"),
+        ("datamodule.n_digits", 3, "key datamodule.n_digits is not known"),
+        ("model.d_modell", 8, "did you mean model.d_model?"),
         ("model.positions", "alibi", "model.positions=alibi is not known"),
         ("model.d_model", 8, "best.ckpt does not fit the model of "),
         ("optimizer._target_", "credit.CreditSearch", "config.yaml does not build any more: "),

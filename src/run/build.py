@@ -4,9 +4,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import lightning as L
 from hydra.utils import instantiate
+from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig, OmegaConf
 
+from config.draft import Draft
+from config.nodes import check_node, check_target
+from config.refusal import reason
 from data.sequences import SequenceDataModule
 from pattern_search_task import PatternSearchTask
 from results.runs import RunError
@@ -74,17 +79,45 @@ def load_run(path: str | Path, changes: Sequence[str] = ()) -> tuple[PatternSear
     try:
         content = read_checkpoint(checkpoint)
     except (OSError, ValueError) as error:
-        raise RunError(one_line(error)) from error
+        raise RunError(reason(error)) from error
     with told(f"{config_file} does not build any more"):
-        trained = build_datamodule(run.config)
+        trained = data_of_run(run.config)
     data = other_data(changed, trained, changes) if changes else trained
     with told(f"{config_file} does not build any more"):
+        check_nodes(changed, "model", "task")
         task = build_task(changed, trained)
     with told(f"{checkpoint} does not fit the model of {config_file}"):
         weights = content["state_dict"]
         task.to(next(w.dtype for w in weights.values() if w.is_floating_point()))  # 64 bits if trained with so many
         task.load_state_dict(weights)
     return task.eval(), data, changed
+
+
+def data_of_run(cfg: DictConfig) -> SequenceDataModule:
+    """The data as a run of this config makes them, whatever generator they are drawn from.
+
+    Raises:
+        ValueError: the data module refuses its options.
+    """
+    check_nodes(cfg, "datamodule")
+    with isolate_rng():
+        L.seed_everything(cfg.seed, verbose=False)
+        return build_datamodule(cfg)
+
+
+def check_nodes(cfg: DictConfig, *nodes: str) -> None:
+    """Check keys and types as before a run.
+
+    Raises:
+        RunError: a key is not known any more, or a value has the wrong type.
+    """
+    draft = Draft(cfg)
+    for name in nodes:
+        check_target(draft, name)
+        if draft.sound(name):
+            check_node(draft, name, draft.get(name))
+    if draft.problems:
+        raise RunError("; ".join(draft.problems.values()))
 
 
 def other_data(cfg: DictConfig, trained: SequenceDataModule, changes: Sequence[str]) -> SequenceDataModule:
@@ -94,7 +127,7 @@ def other_data(cfg: DictConfig, trained: SequenceDataModule, changes: Sequence[s
         RunError: a change has no effect, or the model does not read or write such data.
     """
     with told("these data cannot be made"):
-        data = build_datamodule(cfg)
+        data = data_of_run(cfg)
     for name in data.unread:
         if any(change.startswith(f"datamodule.{name}=") for change in changes):
             raise RunError(f"datamodule.{name} has no effect: the other options of the data leave it out")
@@ -123,11 +156,4 @@ def told(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a class of someone's own may raise anything
-        raise RunError(f"{what}: {one_line(error)}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """The reason of an error: Hydra wraps what a constructor raised."""
-    while error.__cause__ is not None and type(error).__module__.startswith("hydra"):
-        error = error.__cause__
-    return " ".join(str(error).split()) or type(error).__name__
+        raise RunError(f"{what}: {reason(error)}") from error
