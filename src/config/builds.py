@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from config.compose import leaves, shown
 from config.did_you_mean import unknown
 from config.draft import Draft
+from config.refusal import reason
 from data.sequences import SequenceDataModule
 from pattern_search_task import PatternSearchTask
 from run import wandb_account
@@ -69,10 +69,7 @@ def build(draft: Draft, nodes: list[str], make: Callable[[], Any]) -> Any:
             warnings.simplefilter("ignore")  # what Lightning says about a trainer is said once it is used
             return make()
     except Exception as error:  # whatever a constructor refuses, the user gets the reason and not a traceback
-        cause: BaseException = error
-        while cause.__cause__ is not None and isinstance(cause, HydraException):  # Hydra wraps what was raised
-            cause = cause.__cause__
-        draft.note(*attribute(draft, nodes, " ".join(str(cause).split())[:400] or type(cause).__name__))
+        draft.note(*attribute(draft, nodes, reason(error)))
         return None
 
 
