@@ -147,7 +147,7 @@ def split_strings(n_symbols: int, length: int, sizes: dict[str, int], seed: int)
         smaller = f"try n_samples={min(most, max(1, space * 3 // 4))} or " if most >= 1 else "use "
         raise ValueError(
             f"datamodule.n_samples={sizes['train']} is too large: there are only {space:,} strings of length "
-            f"{length}, and validation and test need some; {smaller}a larger length or group"
+            f"{length}, and validation and test need some; {smaller}longer strings, or more symbols"
         )
     sizes = {name: n if n != -1 else left // len(open_splits) for name, n in sizes.items()}
     codes = np.random.default_rng(seed).permutation(space)
