@@ -164,6 +164,6 @@ def test_the_benchmark_ends_with_its_rates_as_json(tmp_path):
 
 def test_figures_of_a_place_without_runs_say_so(tmp_path):
     done = run(f"python src/report.py figures {tmp_path}", tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "no run" in done.stderr
     assert "Traceback" not in done.stderr
