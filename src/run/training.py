@@ -16,6 +16,7 @@ from config.builds import data_of
 from config.check import check, problems_of
 from config.refusal import ConfigError, refuse
 from data.sequences import SequenceDataModule
+from pattern_search_task import CountsLostError
 from run.build import build_datamodule, build_task
 from run.checkpoints import AtomicCheckpointIO, Checkpoints, selected_weights
 from run.cpu import prepare_machine
@@ -41,7 +42,7 @@ def job(cfg: DictConfig) -> float:
         if in_sweep() and (problems := problems_of([check(cfg, HydraConfig.get())])):
             raise ConfigError(problems)
         summary = train(cfg, data_of)  # the data are those of the check
-    except RunDirectoryError as problem:
+    except (RunDirectoryError, CountsLostError) as problem:
         if in_sweep():
             raise
         refuse([str(problem)])
