@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,8 +31,7 @@ SETTINGS = ("datamodule.", "model.", "task.", "optimizer.", "trainer.")  # nodes
 OF_THE_TASK = ("datamodule.", "trainer.max_", "trainer.limit_")  # and those that hold for other kinds as well
 PER_RUN = ("seed", "_target_", "task.pattern_search_radius")  # no settings: the last stands at the optimizer too
 
-A = TypeVar("A")
-B = TypeVar("B")
+T = TypeVar("T")
 
 
 class RunError(ValueError):
@@ -112,12 +111,9 @@ class Run:
         try:
             text = path.read_text()
             table = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1]))
-            table = table[COLUMNS].astype({name: float for name in COLUMNS if name != "metric"})
-        except FileNotFoundError as error:
-            raise RunError(f"{self.directory} has no metrics.csv") from error
+            return table[COLUMNS].astype({name: float for name in COLUMNS if name != "metric"})
         except (OSError, ValueError, KeyError) as error:
-            raise RunError(f"{path} is empty or damaged: {error}".splitlines()[0]) from error
-        return table
+            raise RunError(f"{path} is missing, empty or damaged: {error}".splitlines()[0]) from error
 
 
 def read_run(directory: str | Path) -> Run:
@@ -130,50 +126,43 @@ def read_run(directory: str | Path) -> Run:
     path = directory / "config.yaml"
     try:
         config = OmegaConf.load(path)
-        if isinstance(config, DictConfig):
-            return Run(directory, config, describe(config))
+        if not isinstance(config, DictConfig):
+            raise TypeError("it is a list")
+        return Run(directory, config, describe(config))
     except FileNotFoundError as error:
         raise RunError(f"{directory} holds no run: it has no config.yaml") from error
     except (OSError, ValueError, YAMLError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"{path} is not the config of a run: {error}".splitlines()[0]) from error
-    raise RunError(f"{path} is not the config of a run")
 
 
-def find_runs(*paths: str | Path, finished_only: bool = False) -> list[Run]:
-    """All runs at or below the paths that have begun, by directory; damaged ones are named on stderr and left out.
+def read_all(*paths: str | Path, read: Callable[[Run], T], finished_only: bool = False) -> list[T]:
+    """What `read` makes of each run at or below the paths that has begun, by directory.
+
+    A run that is damaged, or of which `read` raises a RunError, is named on stderr and left out.
 
     Raises:
-        RunError: none that can be read lies there.
+        RunError: none is left.
     """
     found = {file.parent for path in paths for file in Path(path).rglob("summary.json")}
     tables = {file.parent for path in paths for file in Path(path).rglob("metrics.csv")}
     found |= {directory for directory in tables if (directory / "config.yaml").exists()}  # not those of CSVLogger
-
-    def read(directory: Path) -> tuple[Run, bool]:
-        run = read_run(directory)
-        return run, run.finished  # looks at the summary
-
-    runs = [run for run, finished in readable(sorted(found, key=natural), read) if finished or not finished_only]
-    if not runs:
+    results = []
+    for directory in sorted(found, key=natural):
+        try:
+            run = read_run(directory)
+            if run.finished or not finished_only:
+                results.append(read(run))
+        except RunError as error:
+            print(f"Left out: {error}", file=sys.stderr, flush=True)
+    if not results:
         kind = "finished run" if finished_only else "run"
-        raise RunError(f"no {kind} lies below {', '.join(map(str, paths))}")
-    return runs
+        raise RunError(f"no {kind} that can be read lies below {', '.join(map(str, paths))}")
+    return results
 
 
 def natural(path: Path) -> list[str | int]:
     """A key that sorts job 2 before job 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
-
-
-def readable(items: Iterable[A], read: Callable[[A], B]) -> list[B]:
-    """What `read` makes of each item; those of which it raises a RunError are named on stderr and left out."""
-    results = []
-    for item in items:
-        try:
-            results.append(read(item))
-        except RunError as error:
-            print(f"Left out: {error}", file=sys.stderr, flush=True)
-    return results
 
 
 # --- the metrics of many runs as one table, ready for seaborn ---
@@ -188,17 +177,13 @@ def read_runs(*paths: str | Path) -> pd.DataFrame:
     Raises:
         RunError: no run that can be read lies below the paths.
     """
-    found = readable(find_runs(*paths), lambda run: (run, run.metrics()))
-    if not found:
-        raise RunError(f"no run with a metrics table lies below {', '.join(map(str, paths))}")
-    names = Counter(run.name for run, _ in found)
-    tables = [
-        table.assign(
-            run=run.name if names[run.name] == 1 else str(run.directory),
-            chance_loss=(run.summary or {}).get("chance_loss", math.nan),
-        )
-        for run, table in found
-    ]
+
+    def table_of(run: Run) -> pd.DataFrame:
+        return run.metrics().assign(chance_loss=(run.summary or {}).get("chance_loss", math.nan))
+
+    found = read_all(*paths, read=lambda run: (run, table_of(run)))
+    times = Counter(run.name for run, _ in found)
+    tables = [table.assign(run=run.name if times[run.name] == 1 else str(run.directory)) for run, table in found]
     return joined(tables, [run.config for run, _ in found])
 
 
@@ -261,19 +246,18 @@ def name_settings(configs: Sequence[Mapping]) -> list[str]:
     Settings of the task's data, and limits, also tell it from runs of the same task with another model or optimizer.
     """
     settings = [settings_of(config) for config in configs]
-    alike: defaultdict[tuple, list[int]] = defaultdict(list)  # the runs of each task, and of each kind
+    groups: defaultdict[tuple, list[int]] = defaultdict(list)  # the runs of each task, and of each kind
     for i, run in enumerate(map(describe, configs)):
-        alike[run.task,].append(i)
-        alike[run.task, run.model, run.optimizer, run.variant].append(i)
+        groups[OF_THE_TASK, run.task].append(i)
+        groups[SETTINGS, run.task, run.model, run.optimizer, run.variant].append(i)
     telling: list[set[str]] = [set() for _ in configs]
-    for group, members in alike.items():
-        keys = differing([settings[i] for i in members])
-        if len(group) == 1:
-            keys = {key for key in keys if key.startswith(OF_THE_TASK)}
-        for i in members:
-            telling[i] |= keys & settings[i].keys()
+    for (prefixes, *_), members in groups.items():
+        for key in {key for i in members for key in settings[i] if key.startswith(prefixes)}:
+            if len({str(settings[i].get(key)) for i in members}) > 1:
+                for i in members:
+                    telling[i].add(key)
     return [
-        ", ".join(f"{key.rpartition('.')[2]}={own[key]}" for key in sorted(keys))
+        ", ".join(f"{key.rpartition('.')[2]}={own[key]}" for key in sorted(keys & own.keys()))
         for own, keys in zip(settings, telling, strict=True)
     ]
 
@@ -287,12 +271,6 @@ def settings_of(config: Mapping) -> dict[str, Any]:
         and not key.endswith(PER_RUN)
         and not (key.rpartition(".")[2].startswith("max_") and value in (None, -1))
     }
-
-
-def differing(settings: Sequence[Mapping[str, Any]]) -> set[str]:
-    """The keys whose values are not the same in all of them."""
-    keys = {key for of_run in settings for key in of_run}
-    return {key for key in keys if len({str(of_run.get(key)) for of_run in settings}) > 1}
 
 
 def flat(config: Mapping, prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,11 @@ def typed(path: str | Path) -> str:
     """A path as short as it can be typed from here."""
     path = Path(path)
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def quoted(value: str) -> str:
+    """A value as Hydra's grammar reads it back."""
+    return value if re.fullmatch(r"[\w./:@%+-]+", value) else "'" + value.replace("'", r"\'") + "'"
 
 
 def print_any_character() -> None:
