@@ -7,6 +7,7 @@ python src/report.py diagnosis model=tiny    train, and look at every step of th
 python src/report.py figures --help          the options of one of them
 """
 
+import argparse
 import importlib
 import sys
 
@@ -25,7 +26,11 @@ def main(arguments: list[str]) -> None:
     try:
         if name not in COMMANDS:
             raise RunError(f"not known. Known: {', '.join(COMMANDS)}")
-        importlib.import_module(f"results.{name}").main(rest)  # only what is asked for is imported
+        module = importlib.import_module(f"results.{name}")  # only what is asked for is imported
+        look = argparse.RawDescriptionHelpFormatter
+        module.main(
+            argparse.ArgumentParser(f"report.py {name}", description=module.__doc__, formatter_class=look), rest
+        )
     except RunError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)

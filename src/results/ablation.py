@@ -7,8 +7,8 @@ python src/report.py ablation runs/sweep_C --by model.embedding_std    the same 
 A run that ended without solving its task is censored: it would have needed more than it had.
 """
 
-import argparse
 import math
+from argparse import ArgumentParser
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -117,9 +117,7 @@ def draw_ablation(runs: pd.DataFrame, by: str = VARIANT) -> Figure:
     return figure
 
 
-def main(arguments: list[str]) -> None:
-    look = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("report.py ablation", description=__doc__, formatter_class=look)
+def main(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("paths", nargs="+", type=Path, help="directories of sweeps")
     parser.add_argument("--by", default=VARIANT, metavar="KEY", help="the key that was swept")
     parser.add_argument("--output", type=Path, help="the picture to write (default: ablation.png in the first path)")

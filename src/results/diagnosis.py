@@ -8,10 +8,10 @@ and for polls of nodes the cosine of the slopes that they sample with the gradie
 Gradients appear here and nowhere else beside a search: its slopes and moves are compared with them.
 """
 
-import argparse
 import math
 import signal
 import time
+from argparse import ArgumentParser
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,11 +81,11 @@ class Diagnosis(L.Callback):
     @property
     def parts(self) -> dict[str, Tensor]:
         """The coordinates of each part of the model."""
-        names = {p: name for name, p in self.task.model.named_parameters()}
+        names = {id(p): name for name, p in self.task.model.named_parameters()}
         numbers, owned = torch.arange(len(self.search.coordinates)), defaultdict(list)
         parameters = self.search.coordinates.parameters
         for p, own in zip(parameters, numbers.split([p.numel() for p in parameters]), strict=True):
-            owned[part_of(names[p])].append(own)
+            owned[part_of(names[id(p)])].append(own)
         return {part: torch.cat(own) for part, own in owned.items()}
 
     def gradient(self, loss: Tensor) -> Tensor:
@@ -209,11 +209,11 @@ def table_of_parts(diagnosis: Diagnosis, rates: dict[str, float]) -> pd.DataFram
     return table
 
 
-def draw_diagnosis(diagnosis: Diagnosis, table: pd.DataFrame, title: str) -> Figure:
+def draw_diagnosis(diagnosis: Diagnosis, table: pd.DataFrame, command: str) -> Figure:
     """Losses by step, decrease on the batch against decrease on all, age of slopes, and parts by time and cost."""
     sns.set_theme(style="whitegrid", context="notebook")
     figure = Figure(figsize=(13, 9), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(command)
     (losses, decreases), (ages, parts) = figure.subplots(2, 2)
     steps = pd.DataFrame(diagnosis.steps)
     colours = sns.color_palette()
@@ -221,9 +221,8 @@ def draw_diagnosis(diagnosis: Diagnosis, table: pd.DataFrame, title: str) -> Fig
     losses.plot(steps.batch_before, color=colours[0], alpha=0.35, linewidth=0.8, label="batch at hand")
     losses.plot(steps.train_before, color=colours[1], label="all training strings")
     fell = (steps.train_after < steps.train_before)[steps.batch_after < steps.batch_before].mean()
-    losses.set(xlabel="step", ylabel="loss before the step, nats a token", ylim=0)
-    losses.set_title(f"{fell:.0%} of the accepted steps lowered the loss of all strings")
-    losses.legend()
+    title = f"{fell:.0%} of the accepted steps lowered the loss of all strings"
+    losses.set(xlabel="step", ylabel="loss before the step, nats a token", ylim=0, title=title)
 
     window = min(max(10, len(steps) // 30), len(steps))
     batch, train = (steps[f"{of}_before"] - steps[f"{of}_after"] for of in ("batch", "train"))
@@ -233,7 +232,6 @@ def draw_diagnosis(diagnosis: Diagnosis, table: pd.DataFrame, title: str) -> Fig
     decreases.set(xlabel="step", ylabel=f"decrease of the loss a step, mean of {window}")
     if steps.search_accepted.notna().any():
         decreases.set_title(f"the search step wins in {steps.search_accepted.mean():.0%} of the steps")
-    decreases.legend()
 
     seen = diagnosis.agreement[:, 0].numpy() > 0
     middle = (AGES[:-1] * (AGES[1:] - 1).clamp_min(1)).double().sqrt().numpy()[seen]
@@ -243,7 +241,9 @@ def draw_diagnosis(diagnosis: Diagnosis, table: pd.DataFrame, title: str) -> Fig
     ages.axhline(0.5, color="0.4", linestyle="--", linewidth=1)
     ages.set(xlabel="age of a remembered slope, steps", ylabel="share that points downhill", xscale="log")
     ages.set_title("against the gradient of all training strings")
-    ages.legend()
+
+    for panel in (losses, decreases, ages):
+        panel.legend()
 
     shares = steps[list(table.index)].rolling(window).sum().iloc[window - 1 :]
     shares = shares.clip(lower=0).div(shares.clip(lower=0).sum(axis=1), axis=0)
@@ -256,9 +256,7 @@ def draw_diagnosis(diagnosis: Diagnosis, table: pd.DataFrame, title: str) -> Fig
     return figure
 
 
-def main(arguments: list[str]) -> None:
-    look = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("report.py diagnosis", description=__doc__, formatter_class=look)
+def main(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", help="as those of src/train.py")
     parser.add_argument("--output", type=Path, default=Path("diagnosis.png"), help="the picture to write")
     args = parser.parse_args(arguments)

@@ -5,8 +5,8 @@ python src/report.py figures runs/A runs/B --output ab.png
 python src/report.py figures --wandb my_team/my_project    runs on W&B, from anywhere
 """
 
-import argparse
 import math
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,9 +161,7 @@ def draw_accuracy(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def main(arguments: list[str]) -> None:
-    look = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("report.py figures", description=__doc__, formatter_class=look)
+def main(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("paths", nargs="*", type=Path, help="run directories, or directories of runs")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="read the runs of a W&B project instead")
     parser.add_argument("--output", type=Path, help="the picture to write (default: runs.png in the first path)")

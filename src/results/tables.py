@@ -4,7 +4,7 @@ python src/report.py tables runs
 python src/report.py tables runs --metric test/balanced_accuracy
 """
 
-import argparse
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -71,9 +71,7 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def main(arguments: list[str]) -> None:
-    look = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("report.py tables", description=__doc__, formatter_class=look)
+def main(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("paths", nargs="+", type=Path, help="run directories, or directories of runs")
     parser.add_argument("--metric", default="test/exact_match", help="the held-out metric to report")
     args = parser.parse_args(arguments)

@@ -13,11 +13,7 @@ from transformer import DecoderOnlyTransformer
 
 
 def build_datamodule(cfg: DictConfig) -> SequenceDataModule:
-    """The data of the task, made and split.
-
-    Raises:
-        ValueError: the data module refuses its options.
-    """
+    """The data of the task, made and split."""
     datamodule = instantiate(cfg.datamodule)
     datamodule.setup()
     return datamodule
@@ -63,6 +59,8 @@ def load_run(run_dir: str | Path) -> tuple[PatternSearchTask, SequenceDataModule
     run = read_run(run_dir)
     try:
         checkpoint = read_checkpoint(tested_checkpoint(run))
+    except FileNotFoundError as error:
+        raise RunError(f"{run.directory} has no checkpoint") from error
     except (OSError, ValueError) as error:
         raise RunError(str(error)) from error
     datamodule = build_datamodule(run.config)
@@ -72,17 +70,9 @@ def load_run(run_dir: str | Path) -> tuple[PatternSearchTask, SequenceDataModule
 
 
 def tested_checkpoint(run: Run) -> Path:
-    """The checkpoint that a run was tested with, where it lies now; the newest one of a run that was not tested.
-
-    Raises:
-        RunError: there is none.
-    """
-    kept = [run.directory / "checkpoints" / name for name in RESUMABLE]
-    if tested := (run.summary or {}).get("checkpoint"):
-        old = run.config.get("output_dir", "")
-        moved = run.directory / Path(tested).relative_to(old) if Path(tested).is_relative_to(old) else Path(tested)
-        kept = [moved]
-    found = next((path for path in kept if path.exists()), None)
-    if found is None:
-        raise RunError(f"{run.directory} has no checkpoint ({', '.join(path.name for path in kept)})")
-    return found
+    """The checkpoint that a run was tested with, where it lies now; the newest one of a run that was not tested."""
+    newest, spare = (run.directory / "checkpoints" / name for name in RESUMABLE)
+    tested, old = (run.summary or {}).get("checkpoint"), run.config.get("output_dir", "")
+    if tested:
+        return run.directory / Path(tested).relative_to(old) if Path(tested).is_relative_to(old) else Path(tested)
+    return newest if newest.exists() else spare

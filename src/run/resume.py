@@ -20,9 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from config.compose import DEFAULT_CONFIG, given
+from config.refusal import refuse
 from results.runs import Run, RunError, flat, read_run
 from run.checkpoints import RESUMABLE, read_checkpoint
-from run.directory import RunDirectoryError, owner, unusable
+from run.directory import RunDirectoryError, unusable
 from run.files import quoted, typed
 from run.interrupts import Interrupts
 
@@ -51,8 +52,8 @@ FREE = (
 )
 
 
-def plan(cfgs: Sequence[DictConfig], overrides: Sequence[str], multirun: bool) -> tuple[list[Path], list[str]]:
-    """The directories in which the jobs of a command will run, and what speaks against it.
+def plan(cfgs: Sequence[DictConfig], overrides: Sequence[str], multirun: bool) -> list[Path]:
+    """The directories in which the jobs of a command will run; refuses what speaks against it.
 
     Args:
         cfgs: of the jobs; `output_dir` is where a job would run if it did not resume.
@@ -62,15 +63,17 @@ def plan(cfgs: Sequence[DictConfig], overrides: Sequence[str], multirun: bool) -
     key = "hydra.sweep.dir=" if multirun else "hydra.run.dir="
     directory_given = any(override.startswith(key) for override in overrides)
     if multirun and (problems := list(_sweep_problems(cfgs, directory_given))):
-        return [], problems
-    run_dirs, found = [], []
+        refuse(problems)
+    run_dirs, found = [], list[str]()
     for cfg in cfgs:
         try:
             run_dirs.append(_run_directory(cfg, multirun or directory_given))
             found += _problems(cfg, run_dirs[-1])
         except RunDirectoryError as error:
             found.append(str(error))
-    return run_dirs, list(dict.fromkeys(found))
+    if found:
+        refuse(found)
+    return run_dirs
 
 
 def _sweep_problems(cfgs: Sequence[DictConfig], directory_given: bool) -> Iterator[str]:
@@ -99,8 +102,6 @@ def _problems(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
     """What speaks against a run in a directory."""
     if problem := unusable(run_dir):
         yield problem
-    if pid := owner(run_dir):
-        yield f"{typed(run_dir)} is in use by process {pid}; wait for it, or end it"
     elif run := run_in(run_dir):
         yield from _misfits(cfg, run)
 
@@ -162,7 +163,8 @@ def _misfits(cfg: DictConfig, run: Run) -> Iterator[str]:
     if cfg.resume is None:
         yield f"{where} holds a run already; resume=auto goes on with it, or choose another directory"
         return
-    found, written = differences(run.config, cfg), flat(OmegaConf.to_container(cfg))
+    container: Any = OmegaConf.to_container(cfg)
+    found, written = differences(run.config, cfg), flat(container)
     for key, (old, new) in found.items():
         if any(written.get(key) == f"${{{other}}}" for other in found):
             continue  # it follows from the other one

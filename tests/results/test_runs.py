@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 import report
 from conftest import ROOT
-from results.runs import RunError, find_runs, read_run, read_runs
+from results.runs import RunError, read_all, read_run, read_runs
 from run.metrics_table import MetricsTable
 
 CONFIG = {
@@ -93,7 +93,7 @@ def test_a_run_says_what_it_was_and_whether_it_is_finished(runs):
     assert run.finished
     (runs / "1" / "summary.json").write_text(json.dumps(SUMMARY | {"stopped_by": "interrupted"}))
     (runs / "2" / "summary.json").unlink()
-    assert [run.finished for run in find_runs(runs)] == [True, False, False]
+    assert read_all(runs, read=lambda run: run.finished) == [True, False, False]
     with pytest.raises(RunError, match="holds no run"):
         read_run(runs)
 
@@ -110,7 +110,7 @@ def test_runs_of_one_name_in_two_places_stay_two(runs, tmp_path):
         for name in ("config.yaml", "metrics.csv"):
             (tmp_path / sweep / "0" / name).write_text((runs / "0" / name).read_text())
     assert read_runs(tmp_path).run.nunique() == 5
-    assert {run.name for run in find_runs(runs)} == {"0", "1", "2"}
+    assert set(read_all(runs, read=lambda run: run.name)) == {"0", "1", "2"}
 
 
 def test_the_reader_needs_neither_torch_nor_lightning_nor_pandas():
