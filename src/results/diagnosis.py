@@ -142,8 +142,7 @@ def part_of(parameter: str) -> str:
 def diagnose(overrides: list[str]) -> tuple[Diagnosis, pd.DataFrame]:
     """Run the search of a command; what was seen, and the table of the model's parts.
 
-    Raises:
-        ConfigError: the config cannot run, or the optimizer is no pattern search.
+    ConfigError if the config cannot run, or the optimizer is no pattern search.
     """
     cfg = checked_config(overrides)
     prepare_machine()

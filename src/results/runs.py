@@ -59,11 +59,7 @@ class Run:
 
     @cached_property
     def summary(self) -> dict[str, Any] | None:
-        """The content of summary.json; None for a run that has not ended.
-
-        Raises:
-            RunError: it is damaged.
-        """
+        """The content of summary.json; None for a run that has not ended; RunError if it is damaged."""
         path = self.directory / "summary.json"
         try:
             summary = json.loads(path.read_text())
@@ -89,22 +85,14 @@ class Run:
         return "/".join(parts[-2:])
 
     def of_summary(self, *names: str) -> dict[str, Any]:
-        """Values of the summary.
-
-        Raises:
-            RunError: the run has not ended, or its summary lacks one of them.
-        """
+        """Values of the summary; RunError if the run has not ended, or its summary lacks one of them."""
         summary = self.summary or {}
         if missing := [name for name in names if name not in summary]:
             raise RunError(f"{self.directory / 'summary.json'} has no {', '.join(missing)}")
         return {name: summary[name] for name in names}
 
     def metrics(self) -> pd.DataFrame:
-        """The metrics table, columns COLUMNS; without a last row that is being written.
-
-        Raises:
-            RunError: there is none, or it is damaged.
-        """
+        """The metrics table, columns COLUMNS, without a last row that is being written; RunError if it is damaged."""
         import pandas as pd
 
         path = self.directory / "metrics.csv"
@@ -117,11 +105,7 @@ class Run:
 
 
 def read_run(directory: str | Path) -> Run:
-    """The run in a directory.
-
-    Raises:
-        RunError: no run is there, or its config.yaml is damaged.
-    """
+    """The run in a directory; RunError if none is there, or its config.yaml is damaged."""
     directory = Path(directory)
     path = directory / "config.yaml"
     try:
@@ -147,7 +131,8 @@ def read_all(*paths: str | Path, read: Callable[[Run], T], finished_only: bool =
     tables = {file.parent for path in paths for file in Path(path).rglob("metrics.csv")}
     found |= {directory for directory in tables if (directory / "config.yaml").exists()}  # not those of CSVLogger
     results = []
-    for directory in sorted(found, key=natural):
+    # job 2 comes before job 10
+    for directory in sorted(found, key=lambda path: [part.zfill(9) for part in re.split(r"(\d+)", str(path))]):
         try:
             run = read_run(directory)
             if run.finished or not finished_only:
@@ -160,11 +145,6 @@ def read_all(*paths: str | Path, read: Callable[[Run], T], finished_only: bool =
     return results
 
 
-def natural(path: Path) -> list[str | int]:
-    """A key that sorts job 2 before job 10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
-
-
 # --- the metrics of many runs as one table, ready for seaborn ---
 
 
@@ -172,10 +152,7 @@ def read_runs(*paths: str | Path) -> pd.DataFrame:
     """The metrics tables of all runs below the paths as one, with columns that say of which run a row is.
 
     They are run, chance_loss (NaN for a run that has not ended yet), those of `Description`, and settings, as
-    `name_settings` gives them.
-
-    Raises:
-        RunError: no run that can be read lies below the paths.
+    `name_settings` gives them. RunError if no run that can be read lies there.
     """
 
     def table_of(run: Run) -> pd.DataFrame:
@@ -196,19 +173,15 @@ def read_wandb(entity: str | None, project: str) -> pd.DataFrame:
     for run in wandb.Api().runs(f"{entity}/{project}" if entity else project):
         history = pd.DataFrame(run.scan_history())
         step = "trainer/global_step" if "trainer/global_step" in history else "global_step"  # renamed in newer releases
-        tables.append(tidy(history.rename(columns={step: "step"})).assign(run=run.name, chance_loss=math.nan))
+        history = history.rename(columns={step: "step"}).sort_values("step", kind="stable")
+        history[AXES] = history[AXES].ffill()  # rows without axes take the last known ones
+        metrics = [name for name in history if name.startswith(("train/", "val/", "test/"))]
+        table = history.melt(AXES, metrics, var_name="metric").dropna(subset="value")  # a row per value
+        tables.append(table.assign(run=run.name, chance_loss=math.nan))
         configs.append(run.config)
     if not tables:
         raise RunError(f"the W&B project {project} has no runs")
     return joined(tables, configs)
-
-
-def tidy(history: pd.DataFrame) -> pd.DataFrame:
-    """A wide history, one column per metric, as one row per value; rows without axes take the last known ones."""
-    history = history.sort_values("step", kind="stable")
-    history[AXES] = history[AXES].ffill()
-    metrics = [name for name in history if name.startswith(("train/", "val/", "test/"))]
-    return history.melt(AXES, metrics, var_name="metric").dropna(subset="value").reset_index(drop=True)
 
 
 def joined(tables: Sequence[pd.DataFrame], configs: Sequence[Mapping]) -> pd.DataFrame:
@@ -224,11 +197,7 @@ def joined(tables: Sequence[pd.DataFrame], configs: Sequence[Mapping]) -> pd.Dat
 
 
 def describe(config: Mapping) -> Description:
-    """What a run was.
-
-    Raises:
-        LookupError, TypeError, AttributeError: it is not the config of a run.
-    """
+    """What a run was; LookupError, TypeError or AttributeError if it is not the config of a run."""
     data, choices = config["datamodule"], config["choices"]
     kind = next((data[key] for key in ("group", "language", "split") if key in data), "")
     return Description(

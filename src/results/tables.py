@@ -18,11 +18,7 @@ SOLVED = 0.99  # a run with at least this value of the metric counts as solved
 
 
 def read_summaries(*paths: str | Path) -> pd.DataFrame:
-    """One row per finished run below the paths: what it was, its settings, its summary and its test metrics.
-
-    Raises:
-        RunError: no finished run that can be read lies below the paths.
-    """
+    """One row per finished run below the paths: what it was, its settings, its summary and its test metrics."""
 
     def values(run: Run) -> tuple[Run, dict[str, Any]]:
         summary = run.of_summary("test", "steps", "evaluations", "seconds", "stopped_by")
@@ -36,14 +32,11 @@ def read_summaries(*paths: str | Path) -> pd.DataFrame:
 
 
 def summary_table(runs: pd.DataFrame, metric: str = "test/exact_match") -> str:
-    """Mean and spread over the seeds of every task, model, optimizer and variant, as a Markdown table.
+    """Mean and spread of a held-out metric over the seeds of every kind of run, as a Markdown table.
 
     Args:
         runs: as `read_summaries` returns them.
-        metric: the held-out metric that is reported.
-
-    Raises:
-        RunError: no run has the metric.
+        metric: its name; RunError if no run has it.
     """
     if metric not in runs:
         known = ", ".join(sorted(column for column in runs if column.startswith("test/")))

@@ -156,16 +156,10 @@ def closing_lines(directory: Path, jobs: list[dict[str, Any]], config: DictConfi
     if failed:
         lines.append(f"{failed} of {len(jobs)} jobs failed; the reasons are in {here}/<job>/error.txt")
     if failed or not ended:
-        lines.append(f"{'Again' if ended else 'Go on with'}: {command(config, directory)}")
+        given_words: Any = OmegaConf.to_container(config.hydra.overrides)  # without resolving what they quote
+        own = ("hydra.sweep.dir=", "hydra.mode=", "resume=")
+        words = [word for word in [*given_words["hydra"], *given_words["task"]] if not word.startswith(own)]
+        words += [f"hydra.sweep.dir={quoted(typed(directory))}", *(["resume=auto"] if "resume" in config else [])]
+        again = shlex.join(["python", sys.argv[0], "-m", f"--config-name={config.hydra.job.config_name}", *words])
+        lines.append(f"{'Again' if ended else 'Go on with'}: {again}")
     return lines
-
-
-def command(config: DictConfig, directory: Path) -> str:
-    """The command that runs what is missing of a sweep."""
-    typed_words: Any = OmegaConf.to_container(config.hydra.overrides)  # without resolving what they quote
-    own = ("hydra.sweep.dir=", "hydra.mode=", "resume=")
-    overrides = [word for word in [*typed_words["hydra"], *typed_words["task"]] if not word.startswith(own)]
-    resume = ["resume=auto"] * ("resume" in config)
-    place = f"hydra.sweep.dir={quoted(typed(directory))}"
-    name = f"--config-name={config.hydra.job.config_name}"
-    return shlex.join(["python", sys.argv[0], "-m", name, *overrides, place, *resume])
