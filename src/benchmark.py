@@ -323,7 +323,8 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     keep_freed_memory()
     torch.set_num_threads(args.threads)
-    (measure_sizes if args.sizes else measure_batches)(Console(), StateTrackingDataModule(), args)
+    measure_all = measure_sizes if args.sizes else measure_batches
+    measure_all(Console(), StateTrackingDataModule(), args)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""The whole system as a user runs it: every command of the README, from the root and from src/, and wrong ones."""
+"""The whole system as a user runs it: from the root and from src/, and with wrong commands."""
 
 import json
 import os
 import re
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,54 +12,8 @@ import pandas as pd
 import pytest
 import torch
 
+from commands import run, run_dirs, short
 from conftest import ROOT
-
-README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-    for line in block.splitlines()
-    if line.strip() and not line.startswith("#")
-]
-TRAIN = [c for c in COMMANDS if c.startswith("python src/train.py")]
-SHORT = ["trainer.max_steps=1", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A directory that all runs of this module go below."""
-    return tmp_path_factory.mktemp("home")
-
-
-def run(command, home, cwd=ROOT, **environment):
-    """Run a command of the README, short, with its runs below `home`; returns the finished process."""
-    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | environment
-    env |= {"PATTERN_SEARCH_ROOT": str(home), "COLUMNS": "200"}
-    return subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-
-
-def run_dirs(home):
-    return sorted(path.parent for path in home.rglob("config.yaml") if ".hydra" not in path.parts)
-
-
-def short(command):
-    return " ".join([command, *SHORT]) if not re.search(r"--(help|cfg)", command) else command
-
-
-def test_the_readme_has_the_promised_commands():
-    assert {"make train", "make test", "pip install -r requirements.txt"} <= set(COMMANDS)
-    assert "python src/train.py --config-name=pattern_search_train" in TRAIN
-    printed = subprocess.run(["make", "-n", "train", "test"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "src/train.py --config-name=pattern_search_train" in printed.stdout
-    assert "-m pytest" in printed.stdout
-
-
-@pytest.mark.parametrize("command", TRAIN)
-def test_every_training_command_of_the_readme_runs(command, home):
-    done = run(short(command), home)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -198,90 +150,6 @@ def test_progress_moves_during_a_long_poll(tmp_path):
     assert 0 < counts[0] < counts[-1] == 3000
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/show_data.py")])
-def test_every_data_command_of_the_readme_shows_examples_and_chance(command, home):
-    done = run(command, home)
-    assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in ("train", "val", "test", "SEP", "chance"))
-
-
-def test_the_worked_example_of_the_readme_is_a_task(tmp_path):
-    for folder in ("src", "configs"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    blocks = re.findall(r"```(?:python|yaml)\n# (\S+/reversal\S*)\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 3
-    for path, text in blocks:
-        (tmp_path / path).write_text(text)
-    shown = run("python src/show_data.py task=reversal", tmp_path, cwd=tmp_path)
-    assert "SEP" in shown.stdout, shown.stderr
-    done = run("python src/train.py task=reversal model=tiny logger=none trainer.max_steps=2", tmp_path, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "tiny" in done.stdout
-
-
-def test_a_model_needs_no_more_than_the_readme_says(tmp_path):
-    for folder in ("src", "configs"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    (tmp_path / "src/sums.py").write_text(
-        "from torch import nn\n"
-        "class Sums(nn.Module):\n"
-        "    def __init__(self, vocab_size, n_classes, max_len, width=8):\n"
-        "        super().__init__()\n"
-        "        self.token, self.head = nn.Embedding(vocab_size, width), nn.Linear(width, n_classes)\n"
-        "    def forward(self, x):\n"
-        "        return self.head(self.token(x).cumsum(1).sin())\n"
-    )
-    (tmp_path / "configs/model/sums.yaml").write_text("_target_: sums.Sums\nwidth: 8 # of the embedding\n")
-    command = "python src/train.py model=sums logger=none trainer.max_steps=2"
-    done = run(f"{command} optimizer.polls_per_step=20", tmp_path, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "sums" in done.stdout
-    refused = run(command, tmp_path, cwd=tmp_path)  # 42 weights, 192 polls
-    assert refused.stderr.count("  - ") == 1, refused.stderr
-    assert "optimizer.polls_per_step=192 is more than the 42 directions" in refused.stderr
-    refused = run(f"{command} optimizer=pattern_search_nodes", tmp_path, cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "only the fast polls of a DecoderOnlyTransformer do" in refused.stderr
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/report.py figures")])
-def test_every_figure_command_of_the_readme_draws(command, home):
-    if not run_dirs(home):
-        run(short("python src/train.py model=tiny logger=none"), home)
-    done = run(command.replace("src/", f"{shlex.quote(str(ROOT))}/src/"), home, cwd=home)
-    if "--wandb" in command:
-        assert "Traceback" not in done.stderr or "wandb" in done.stderr  # needs an account
-    else:
-        assert done.returncode == 0, done.stderr
-        assert re.search(r"Drew \d+ run", done.stdout)
-
-
-def test_the_search_of_the_readme_works_alone_and_learns(tmp_path):
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "search.step" in block]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    loss = float(re.fullmatch(r"loss (\S+) after \d+ evaluations\n", done.stdout)[1])
-    assert loss < 0.1, done.stdout + done.stderr  # it starts near 1, the variance of the target
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/report.py tables")])
-def test_every_table_command_of_the_readme_prints_a_row_a_group(command, home):
-    if not run_dirs(home):
-        run(short("python src/train.py model=tiny logger=none"), home)
-    done = run(command.replace("src/", f"{shlex.quote(str(ROOT))}/src/"), home, cwd=home)
-    assert done.returncode == 0, done.stderr
-    assert "| tiny | pattern_search |" in done.stdout
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/report.py diagnosis")])
-def test_every_diagnosis_of_the_readme_draws(command, tmp_path):
-    done = run(f"{command} trainer.max_steps=5 callbacks=none --output {tmp_path}/seen.png", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "Drew 5 steps" in done.stdout
-    assert (tmp_path / "seen.png").stat().st_size > 10_000
-
-
 def test_the_benchmark_ends_with_its_rates_as_json(tmp_path):
     figure = tmp_path / "benchmark.png"
     done = run(f"python src/benchmark.py --seconds 10 --batches 4 --output {figure}", tmp_path)
@@ -292,19 +160,6 @@ def test_the_benchmark_ends_with_its_rates_as_json(tmp_path):
     assert set(result["batch"]["4"]) == ways
     assert all(rate > 0 for rate in result["batch"]["4"].values())
     assert figure.stat().st_size > 10_000
-
-
-def test_every_command_of_the_readme_is_run_by_a_test():
-    scripts = ("train.py", "show_data.py", "report.py figures", "report.py tables", "report.py diagnosis")
-    tested = tuple(f"python src/{name}" for name in scripts)
-    others = {
-        "make train",
-        "make test",
-        "pip install -r requirements.txt",
-        "python -m pytest",
-        "python src/benchmark.py",
-    }
-    assert [c for c in COMMANDS if not c.startswith(tested) and c not in others] == []
 
 
 def test_figures_of_a_place_without_runs_say_so(tmp_path):

@@ -43,11 +43,6 @@ class NodeGroup:
     parameters: dict[str, int]
     first: int
 
-    @property
-    def first_full(self) -> int:
-        """The number of the first stage that is computed in full."""
-        return self.stage + 1 if self.kind.rank1 else self.stage
-
 
 @dataclass(frozen=True, slots=True)
 class NodeChunk:
@@ -154,7 +149,7 @@ class NodeClosure(StructuredClosure):
             drawn = torch.randint(2, (draws, len(rows.x), len(i), rows.x.shape[1]), generator=signs).to(loss) * 2 - 1
             sign = drawn[0] if reach is not None else rows.scored(drawn[0][..., None])[..., 0]  # (B, k, tokens)
             _, alike, samples = kind.samples(stage, i).unique(return_inverse=True, return_counts=True)
-            size = self.polls.chunk_size(rows, group.first_full)
+            size = self.polls.chunk_size(rows, group.stage, kind.rank1)
             for at in range(0, len(i), size):
                 k = slice(at, at + size)
                 key_sign = drawn[1, :, k] if kind.moves_keys else None

@@ -48,11 +48,6 @@ class Group:
     way: WayIn
     names: list[str]
 
-    @property
-    def first_full(self) -> int:
-        """The number of the first stage that is computed in full."""
-        return self.stage + 1 if self.way.rank1 else self.stage
-
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -119,8 +114,9 @@ class StructuredPolls:
         for stage in self.stages:
             stage.refresh()
 
-    def chunk_size(self, rows: Rows, first_full: int) -> int:
-        """Candidates at a time if this is the first stage computed in full, by the widest activations needed."""
+    def chunk_size(self, rows: Rows, s: int, rank1: bool) -> int:
+        """Candidates at a time that enter at stage s, by the widest activations needed."""
+        first_full = s + 1 if rank1 else s  # the first stage that is computed in full
         attention, ff, head = range(len(self.stages) - 3, len(self.stages))  # the last ones
         numbers = self.d_ff * CHUNK_TOKENS
         if first_full >= head:  # a few numbers for each class of a token, instead of d_ff
@@ -250,7 +246,11 @@ class StructuredClosure:
         tensor = end = 0
         for group in self.polls.groups:
             ends = list(accumulate(counts[tensor : tensor + len(group.names)], initial=end))  # of each tensor's
-            tensor, end, size = tensor + len(group.names), ends[-1], self.polls.chunk_size(rows, group.first_full)
+            tensor, end, size = (
+                tensor + len(group.names),
+                ends[-1],
+                self.polls.chunk_size(rows, group.stage, group.way.rank1),
+            )
             for first in range(ends[0], end, size):
                 some = slice(first, min(first + size, end))
                 cut = [min(max(e, some.start), some.stop) for e in ends]

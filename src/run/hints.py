@@ -4,7 +4,7 @@
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
@@ -16,7 +16,7 @@ AT_CHANCE = 0.97  # a training loss above this share of chance has learned nothi
 LEARNED = 0.1  # below this share of chance the task is almost solved, and fewer moves are accepted
 
 
-of_window = partial(deque, maxlen=WINDOW)
+of_window: Callable[[], deque] = partial(deque, maxlen=WINDOW)
 
 
 @dataclass

@@ -22,9 +22,9 @@ from rich.console import Console
 from config.compose import DEFAULT_CONFIG, given
 from config.refusal import refuse
 from results.runs import Run, RunError, flat, read_run
-from run.checkpoints import RESUMABLE, read_checkpoint
+from run.checkpoints import read_checkpoint
 from run.directory import RunDirectoryError, unusable
-from run.files import quoted, typed
+from run.files import RESUMABLE, quoted, typed
 from run.interrupts import Interrupts
 
 # where a run ends, not where it goes: may be changed when it goes on

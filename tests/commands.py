@@ -1,0 +1,58 @@
+"""Commands as a user types them, and what the documents hold: their commands, their code, their links."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+
+SHORT = ["trainer.max_steps=1", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
+CODE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+FILE = re.compile(r"# (\S+/\S+)\n")  # the first line of a block that is a file
+
+
+def run(
+    command: str, home: Path, cwd: Path = ROOT, code: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command, with its runs below `home` and `code` as what is typed; returns the finished process."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | environment
+    env |= {"PATTERN_SEARCH_ROOT": str(home), "COLUMNS": "200"}
+    return subprocess.run(words(command), cwd=cwd, env=env, capture_output=True, text=True, input=code)
+
+
+def words(command: str) -> list[str]:
+    return [sys.executable if word == "python" else word for word in shlex.split(command)]
+
+
+def run_dirs(home: Path) -> list[Path]:
+    return sorted(path.parent for path in home.rglob("config.yaml") if ".hydra" not in path.parts)
+
+
+def short(command: str) -> str:
+    """A training command that takes one step; one that only prints stays as it is."""
+    return " ".join([command, *SHORT]) if not re.search(r"--(help|cfg)", command) else command
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    """The code of a document in one language, "" for none."""
+    return [code for found, code in CODE.findall(document.read_text()) if found == language]
+
+
+def commands(*documents: Path) -> list[str]:
+    """The commands of all bash blocks, each once, without comments."""
+    lines = [line for document in documents for block in blocks(document, "bash") for line in block.splitlines()]
+    found = [line.split("  #")[0].strip() for line in lines if not line.startswith("#")]
+    return list(dict.fromkeys(filter(None, found)))
+
+
+def files(document: Path) -> dict[str, str]:
+    """The blocks of a document that are files: those whose first line is a comment with their path."""
+    found = {}
+    for language in ("python", "yaml"):
+        for block in blocks(document, language):
+            if match := FILE.match(block):
+                found[match[1]] = block[match.end() :]
+    return found
