@@ -11,6 +11,7 @@ import argparse
 import importlib
 import sys
 
+from config.refusal import ConfigError, refuse
 from results.runs import RunError
 from run.files import print_any_character
 
@@ -31,6 +32,8 @@ def main(arguments: list[str]) -> None:
         module.main(
             argparse.ArgumentParser(f"report.py {name}", description=module.__doc__, formatter_class=look), rest
         )
+    except ConfigError as error:
+        refuse(error.problems)
     except RunError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)

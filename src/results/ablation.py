@@ -9,7 +9,6 @@ A run that ended without solving its task is censored: it would have needed more
 
 import math
 from argparse import ArgumentParser
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def read_costs(*paths: str | Path, by: str = VARIANT) -> pd.DataFrame:
 
     def costs(run: Run) -> dict[str, Any]:
         own = {"directory": run.directory, "label": OmegaConf.select(run.config, by)}
-        return own | asdict(run.description) | run.of_summary(*COSTS, "stopped_by")
+        return own | run.description | run.of_summary(*COSTS, "stopped_by")
 
     rows = read_all(*paths, read=costs, finished_only=True)
     for row in rows:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from config.check import checked_config
-from config.refusal import ConfigError, refuse
+from config.refusal import ConfigError
 from data.sequences import SequenceDataModule
 from optimizer import PatternSearch
 from pattern_search_task import PatternSearchTask, masked_loss, optimizer_class
@@ -140,10 +140,7 @@ def part_of(parameter: str) -> str:
 
 
 def diagnose(overrides: list[str]) -> tuple[Diagnosis, pd.DataFrame]:
-    """Run the search of a command; what was seen, and the table of the model's parts.
-
-    ConfigError if the config cannot run, or the optimizer is no pattern search.
-    """
+    """What was seen of the search of a command, and the table of the model's parts; ConfigError if it cannot run."""
     cfg = checked_config(overrides)
     prepare_machine()
     L.seed_everything(cfg.seed, verbose=False)
@@ -260,10 +257,7 @@ def main(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, default=Path("diagnosis.png"), help="the picture to write")
     args = parser.parse_args(arguments)
     silence_libraries()
-    try:
-        diagnosis, table = diagnose(args.overrides)
-    except ConfigError as error:
-        refuse(error.problems)
+    diagnosis, table = diagnose(args.overrides)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     draw_diagnosis(diagnosis, table, " ".join(["python src/train.py", *args.overrides])).savefig(args.output, dpi=100)
     formats = ["{:,.0f}".format] * 2 + ["{:.1%}".format] * 2 + ["{:.2f}".format] * (len(table.columns) - 4)

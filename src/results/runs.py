@@ -13,7 +13,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,24 +38,13 @@ class RunError(ValueError):
     """A run, or what is asked of it, is not there or cannot be read; the message is one line with the place and why."""
 
 
-@dataclass(frozen=True)
-class Description:
-    """What figures and tables compare."""
-
-    task: str  # the experiment if there is one, else the family with its group, language or split
-    model: str
-    optimizer: str
-    variant: str  # of the optimizer, see configs/variant; "" for none
-    seed: int
-
-
 @dataclass
 class Run:
     """A run as it lies on the disk."""
 
     directory: Path
     config: DictConfig
-    description: Description
+    description: dict[str, Any]  # see `describe`
 
     @cached_property
     def summary(self) -> dict[str, Any] | None:
@@ -151,7 +140,7 @@ def read_all(*paths: str | Path, read: Callable[[Run], T], finished_only: bool =
 def read_runs(*paths: str | Path) -> pd.DataFrame:
     """The metrics tables of all runs below the paths as one, with columns that say of which run a row is.
 
-    They are run, chance_loss (NaN for a run that has not ended yet), those of `Description`, and settings, as
+    They are run, chance_loss (NaN for a run that has not ended yet), those of `describe`, and settings, as
     `name_settings` gives them. RunError if no run that can be read lies there.
     """
 
@@ -189,24 +178,24 @@ def joined(tables: Sequence[pd.DataFrame], configs: Sequence[Mapping]) -> pd.Dat
     import pandas as pd
 
     found = zip(tables, configs, name_settings(configs), strict=True)
-    described = [table.assign(**asdict(describe(config)), settings=own) for table, config, own in found]
+    described = [table.assign(**describe(config), settings=own) for table, config, own in found]
     return pd.concat(described, ignore_index=True)
 
 
 # --- what a run was, from its config ---
 
 
-def describe(config: Mapping) -> Description:
-    """What a run was; LookupError, TypeError or AttributeError if it is not the config of a run."""
+def describe(config: Mapping) -> dict[str, Any]:
+    """What figures and tables compare: KIND and the seed; any of several errors if it is not the config of a run."""
     data, choices = config["datamodule"], config["choices"]
     kind = next((data[key] for key in ("group", "language", "split") if key in data), "")
-    return Description(
-        task=choices.get("experiment") or f"{choices['task']} {kind}".strip(),
-        model=choices["model"],
-        optimizer=choices["optimizer"],
-        variant=choices.get("variant") or "",
-        seed=config["seed"],
-    )
+    return {
+        "task": choices.get("experiment") or f"{choices['task']} {kind}".strip(),
+        "model": choices["model"],
+        "optimizer": choices["optimizer"],
+        "variant": choices.get("variant") or "",  # of the optimizer, see configs/variant
+        "seed": config["seed"],
+    }
 
 
 def name_settings(configs: Sequence[Mapping]) -> list[str]:
@@ -217,8 +206,8 @@ def name_settings(configs: Sequence[Mapping]) -> list[str]:
     settings = [settings_of(config) for config in configs]
     groups: defaultdict[tuple, list[int]] = defaultdict(list)  # the runs of each task, and of each kind
     for i, run in enumerate(map(describe, configs)):
-        groups[OF_THE_TASK, run.task].append(i)
-        groups[SETTINGS, run.task, run.model, run.optimizer, run.variant].append(i)
+        groups[OF_THE_TASK, run["task"]].append(i)
+        groups[SETTINGS, *(run[name] for name in KIND)].append(i)
     telling: list[set[str]] = [set() for _ in configs]
     for (prefixes, *_), members in groups.items():
         for key in {key for i in members for key in settings[i] if key.startswith(prefixes)}:

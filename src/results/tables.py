@@ -6,7 +6,6 @@ python src/report.py tables runs --metric test/balanced_accuracy
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ def read_summaries(*paths: str | Path) -> pd.DataFrame:
     found = read_all(*paths, read=values, finished_only=True)
     settings = name_settings([run.config for run, _ in found])
     return pd.DataFrame(
-        asdict(run.description) | {"settings": of_run} | row for (run, row), of_run in zip(found, settings, strict=True)
+        run.description | {"settings": of_run} | row for (run, row), of_run in zip(found, settings, strict=True)
     )
 
 

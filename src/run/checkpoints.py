@@ -28,22 +28,16 @@ from search.base import LossOnlyOptimizer
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint, verified against its own checksums; tensors are on the CPU.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is cut off or damaged.
-    """
+    """The content of a checkpoint, with tensors on the CPU; ValueError if its own checksums or its end are wrong."""
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch itself does not look at the checksums
-        if damaged is None:
-            return torch.load(path, weights_only=True, map_location="cpu")
+            if damaged := archive.testzip():  # torch itself does not look at the checksums
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        return torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise
     except Exception as error:  # of many kinds, according to where the file is cut
         raise ValueError(f"{path} is damaged: {error}") from error
-    raise ValueError(f"{path} is damaged: the checksum of {damaged} is wrong")
 
 
 def selected_weights(trainer: L.Trainer) -> str | None:

@@ -4,7 +4,6 @@ Called once at the start of a program; nobody has to set an environment variable
 """
 
 import ctypes
-import sys
 
 import torch
 
@@ -29,8 +28,6 @@ def keep_freed_memory() -> None:
     With glibc's defaults every large activation is mapped anew and zeroed page by page by the kernel,
     which halves the speed of batched forwards. Other C libraries have no such settings and are left alone.
     """
-    if not sys.platform.startswith("linux"):
-        return
     settings = {M_MMAP_THRESHOLD: 1024 * MIB, M_TRIM_THRESHOLD: 1024 * MIB, M_TOP_PAD: 64 * MIB}
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         for name, size in settings.items():

@@ -28,11 +28,7 @@ class RunDirectoryError(ValueError):
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Own the directory; the kernel frees it when the process dies, however that happens.
-
-    Raises:
-        RunDirectoryError: another process owns it.
-    """
+    """Own the directory until the end, even that of a killed process; RunDirectoryError if another process owns it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run_dir / ".lock", timeout=0):

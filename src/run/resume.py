@@ -62,7 +62,7 @@ def plan(cfgs: Sequence[DictConfig], overrides: Sequence[str], multirun: bool) -
     """
     key = "hydra.sweep.dir=" if multirun else "hydra.run.dir="
     directory_given = any(override.startswith(key) for override in overrides)
-    if multirun and (problems := list(_sweep_problems(cfgs, directory_given))):
+    if problems := list(_sweep_problems(cfgs, directory_given)) if multirun else []:
         refuse(problems)
     run_dirs, found = [], list[str]()
     for cfg in cfgs:
@@ -176,12 +176,10 @@ def _misfits(cfg: DictConfig, run: Run) -> Iterator[str]:
 
 
 def begin(cfg: DictConfig, console: Console) -> Path | None:
-    """Make the run's directory ready, say in one line where the run goes on, and return its checkpoint.
+    """Make the run's directory ready, and say in one line where the run goes on; returns its checkpoint.
 
-    None if there is nothing to go on from; then the directory is as good as empty.
-
-    Raises:
-        RunDirectoryError: the directory holds a run that `cfg` does not go on with, or no checkpoint of it can be read.
+    None if there is nothing to go on from; then the directory is as good as empty. RunDirectoryError if it holds a run
+    that `cfg` does not go on with, or no checkpoint of it can be read.
     """
     run_dir = Path(cfg.output_dir)
     say = partial(console.print, soft_wrap=True, highlight=False)
@@ -212,11 +210,9 @@ def begin(cfg: DictConfig, console: Console) -> Path | None:
 
 def _newest_readable(paths: Sequence[Path], say: Callable[[str], None]) -> tuple[Path | None, dict[str, Any]]:
     damaged = []
-    for path in paths:
+    for path in filter(Path.exists, paths):
         try:
             content = read_checkpoint(path)
-        except FileNotFoundError:
-            continue
         except ValueError as error:
             damaged.append(str(error))
             continue

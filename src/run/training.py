@@ -28,11 +28,7 @@ from run.wandb_logger import opened_loggers
 
 
 def job(cfg: DictConfig) -> float:
-    """What Hydra runs: one run, or one job of a sweep; returns the test loss.
-
-    Raises:
-        ConfigError: the config of a job of a sweep cannot run; the others go on.
-    """
+    """What Hydra runs; returns the test loss. A job of a sweep that cannot run raises, and the others go on."""
     silence_libraries()  # here too: a job of the joblib launcher runs in a process of its own
     print_any_character()
     try:
@@ -48,10 +44,7 @@ def job(cfg: DictConfig) -> float:
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
-    """One run, new or resumed; returns the summary that is saved as summary.json.
-
-    Args:
-        cfg: the composed config, without its `hydra` node.
+    """One run, new or resumed, of a composed config without its `hydra` node; returns what summary.json holds.
 
     Raises:
         RunDirectoryError: the directory is in use, or holds a run that this config does not go on with.
