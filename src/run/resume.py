@@ -62,7 +62,7 @@ def plan(cfgs: Sequence[DictConfig], overrides: Sequence[str], multirun: bool) -
     """
     key = "hydra.sweep.dir=" if multirun else "hydra.run.dir="
     directory_given = any(override.startswith(key) for override in overrides)
-    if problems := list(_sweep_problems(cfgs, directory_given)) if multirun else []:
+    if multirun and (problems := list(_sweep_problems(cfgs, directory_given))):
         refuse(problems)
     run_dirs, found = [], list[str]()
     for cfg in cfgs:

@@ -1,4 +1,4 @@
-"""What a run says about itself: the header, the summary table, summary.json."""
+"""What a run says about itself: the header, why it ended, the picture, the summary table."""
 
 import logging
 from pathlib import Path

@@ -44,10 +44,10 @@ def opened_loggers(cfg: DictConfig, interrupts: Interrupts) -> Iterator[list[Log
     loggers: list[Logger] = [MetricsTable(cfg.output_dir)]
     try:
         if "_target_" in cfg.logger:
-            target = get_object(cfg.logger["_target_"])
-            is_wandb = isinstance(target, type) and issubclass(target, WandbLogger)
-            named = cfg.logger.get("id") or cfg.logger.get("version")
-            own = {"id": starts(Path(cfg.output_dir))[-1]["wandb_id"]} if is_wandb and not named else {}
+            target, own = get_object(cfg.logger["_target_"]), {}
+            if isinstance(target, type) and issubclass(target, WandbLogger):
+                given = cfg.logger.get("id") or cfg.logger.get("version")
+                own["id"] = given or starts(Path(cfg.output_dir))[-1]["wandb_id"]
             loggers.append(instantiate(cfg.logger, **own))
         for logger in loggers:
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
