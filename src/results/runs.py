@@ -120,8 +120,8 @@ def read_all(*paths: str | Path, read: Callable[[Run], T], finished_only: bool =
     tables = {file.parent for path in paths for file in Path(path).rglob("metrics.csv")}
     found |= {directory for directory in tables if (directory / "config.yaml").exists()}  # not those of CSVLogger
     results = []
-    # job 2 comes before job 10
-    for directory in sorted(found, key=lambda path: [part.zfill(9) for part in re.split(r"(\d+)", str(path))]):
+    # by number: job 2 comes before job 10
+    for directory in sorted(found, key=lambda path: re.sub(r"\d+", lambda digits: digits[0].zfill(20), str(path))):
         try:
             run = read_run(directory)
             if run.finished or not finished_only:
