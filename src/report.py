@@ -2,6 +2,7 @@
 
 python src/report.py tables runs             a table of finished runs, in Markdown
 python src/report.py figures runs            loss and exact match against evaluations and seconds
+python src/report.py collect runs --output x.csv    the same as rows of a CSV, with command, commit and machine
 python src/report.py ablation runs/sweep_A   evaluations and seconds of each variant of the search
 python src/report.py diagnosis model=tiny    train, and look at every step of the search from outside
 python src/report.py figures --help          the options of one of them
@@ -15,7 +16,7 @@ from config.refusal import ConfigError, refuse
 from results.runs import RunError
 from run.files import print_any_character
 
-COMMANDS = ("tables", "figures", "ablation", "diagnosis")
+COMMANDS = ("tables", "figures", "collect", "ablation", "diagnosis")
 
 
 def main(arguments: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 python src/report.py tables runs
 python src/report.py tables runs --metric test/balanced_accuracy
+python src/report.py tables report/results/solved.csv    from rows that were kept, see report.py collect
 """
 
 from argparse import ArgumentParser
@@ -17,7 +18,9 @@ SOLVED = 0.99  # a run with at least this value of the metric counts as solved
 
 
 def read_summaries(*paths: str | Path) -> pd.DataFrame:
-    """One row per finished run below the paths: what it was, its settings, its summary and its test metrics."""
+    """One row per finished run below the paths, or kept in a CSV: what it was, its settings, outcome and metrics."""
+    if kept := [path for path in paths if Path(path).suffix == ".csv"]:
+        return pd.concat(pd.read_csv(path, keep_default_na=False, na_values=["nan"]) for path in kept)
 
     def values(run: Run) -> tuple[Run, dict[str, Any]]:
         summary = run.of_summary("test", "steps", "evaluations", "seconds", "stopped_by")
@@ -64,7 +67,7 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
 
 
 def main(parser: ArgumentParser, arguments: list[str]) -> None:
-    parser.add_argument("paths", nargs="+", type=Path, help="run directories, or directories of runs")
+    parser.add_argument("paths", nargs="+", type=Path, help="run directories, directories of runs, or CSVs")
     parser.add_argument("--metric", default="test/exact_match", help="the held-out metric to report")
     args = parser.parse_args(arguments)
     print(summary_table(read_summaries(*args.paths), args.metric))

@@ -1,0 +1,65 @@
+"""Finished runs as rows of a CSV, from which the tables of the documents are made."""
+
+import json
+
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+import report
+
+
+def write_run(path, seed, exact_match, stopped_by="solved"):
+    (path / ".hydra").mkdir(parents=True)
+    choices = {"task": "state_tracking", "model": "tiny", "optimizer": "adam", "experiment": "z5", "variant": None}
+    OmegaConf.save({"choices": choices, "datamodule": {}, "seed": seed}, path / "config.yaml")
+    OmegaConf.save(["experiment=z5", f"seed={seed}"], path / ".hydra" / "overrides.yaml")
+    OmegaConf.save({"hydra": {"job": {"config_name": "train"}}}, path / ".hydra" / "hydra.yaml")
+    start = {"git_commit": "0123456789abcdef", "git_dirty": False, "cores": 2, "platform": "Linux"}
+    (path / "environment.json").write_text(json.dumps([start | {"started": "2026-11-26T17:00:00"}]))
+    test = {"test/exact_match": exact_match, "test/accuracy_at_1": 1.0}
+    summary = {"test": test, "steps": 10, "evaluations": 10, "seconds": 1.5, "stopped_by": stopped_by}
+    (path / "summary.json").write_text(json.dumps(summary))
+
+
+def collected(*paths, output):
+    report.main(["collect", *map(str, paths), "--output", str(output)])
+    return pd.read_csv(output)
+
+
+def test_a_row_says_how_its_run_is_made_again_and_what_it_came_to(tmp_path):
+    write_run(tmp_path / "a", 3, 0.5)
+    (row,) = collected(tmp_path, output=tmp_path / "kept" / "x.csv").to_dict("records")
+    assert row["command"] == "python src/train.py --config-name=train experiment=z5 seed=3"
+    assert (row["commit"], row["machine"], row["date"]) == ("0123456789", "2 cores, Linux", "2026-11-26")
+    assert (row["test/exact_match"], row["stopped_by"], row["seed"]) == (0.5, "solved", 3)
+    assert "test/accuracy_at_1" not in row
+
+
+def test_a_command_has_one_row_the_newest(tmp_path):
+    write_run(tmp_path / "first" / "a", 0, 0.1)
+    write_run(tmp_path / "first" / "b", 1, 0.2)
+    write_run(tmp_path / "second" / "a", 0, 0.9)
+    write_run(tmp_path / "second" / "c", 2, 0.9, stopped_by="interrupted")
+    for part in ("first", "second"):
+        rows = collected(tmp_path / part, output=tmp_path / "x.csv")
+    assert sorted(rows["test/exact_match"]) == [0.2, 0.9]
+
+
+def test_the_table_of_the_rows_is_that_of_the_runs(tmp_path, capsys):
+    for seed in range(3):
+        write_run(tmp_path / "runs" / str(seed), seed, 1.0)
+    collected(tmp_path / "runs", output=tmp_path / "x.csv")
+    capsys.readouterr()
+    for source in (tmp_path / "runs", tmp_path / "x.csv"):
+        report.main(["tables", str(source)])
+    of_runs, of_rows = capsys.readouterr().out.split("| task |")[1:]
+    assert of_runs == of_rows
+    assert "| z5 | tiny | adam | 3 / 3 | 1.000 (1.000) | 10 | 1.5 (1.5) | 10 | solved 3 |" in of_rows
+
+
+def test_a_place_without_runs_writes_nothing(tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        collected(tmp_path, output=tmp_path / "x.csv")
+    assert stopped.value.code == 2
+    assert not (tmp_path / "x.csv").exists()
