@@ -15,7 +15,7 @@ def write_run(path, seed, exact_match, stopped_by="solved"):
     OmegaConf.save({"choices": choices, "datamodule": {}, "seed": seed}, path / "config.yaml")
     OmegaConf.save(["experiment=z5", f"seed={seed}"], path / ".hydra" / "overrides.yaml")
     OmegaConf.save({"hydra": {"job": {"config_name": "train"}}}, path / ".hydra" / "hydra.yaml")
-    start = {"git_commit": "0123456789abcdef", "git_dirty": False, "cores": 2, "platform": "Linux"}
+    start = {"git_commit": "abcdef0123456789", "git_dirty": False, "cores": 2, "platform": "Linux"}
     (path / "environment.json").write_text(json.dumps([start | {"started": "2026-11-26T17:00:00"}]))
     test = {"test/exact_match": exact_match, "test/accuracy_at_1": 1.0}
     summary = {"test": test, "steps": 10, "evaluations": 10, "seconds": 1.5, "stopped_by": stopped_by}
@@ -31,7 +31,7 @@ def test_a_row_says_how_its_run_is_made_again_and_what_it_came_to(tmp_path):
     write_run(tmp_path / "a", 3, 0.5)
     (row,) = collected(tmp_path, output=tmp_path / "kept" / "x.csv").to_dict("records")
     assert row["command"] == "python src/train.py --config-name=train experiment=z5 seed=3"
-    assert (row["commit"], row["machine"], row["date"]) == ("0123456789", "2 cores, Linux", "2026-11-26")
+    assert (row["commit"], row["machine"], row["date"]) == ("abcdef0123", "2 cores, Linux", "2026-11-26")
     assert (row["test/exact_match"], row["stopped_by"], row["seed"]) == (0.5, "solved", 3)
     assert "test/accuracy_at_1" not in row
 
