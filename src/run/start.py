@@ -20,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from config.check import check, problems_of
 from config.compose import explain, given, job_config
@@ -61,8 +61,8 @@ def run_directories(drafts: list[Draft], config: DictConfig, multirun: bool) -> 
     """Where the jobs of a command will run; what cannot run is refused."""
     if problems := problems_of(drafts):
         refuse(problems)
-    overrides = [*config.hydra.overrides.hydra, *given(config.hydra)]
-    return plan([draft.cfg for draft in drafts], overrides, multirun)
+    overrides: Any = OmegaConf.to_container(config.hydra.overrides)  # without resolving what they quote
+    return plan([draft.cfg for draft in drafts], [*overrides["hydra"], *overrides["task"]], multirun)
 
 
 def jobs(config: DictConfig) -> list[list[str]]:
