@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from polls.attention import Attention
-from polls.node_kinds import KINDS, Kind, Nodes, shares
+from polls.node_kinds import Kind, Nodes, shares
 from polls.rows import Rows
 from polls.structured import StructuredClosure, StructuredPolls
 from polls.threads import one_thread
@@ -80,13 +80,12 @@ class NodePolls(StructuredPolls):
         self.node_groups: list[NodeGroup] = []
         owners: list[int] = []
         for s, stage in enumerate(self.stages):
-            for kind in KINDS[type(stage)]:
+            for kind in stage.kinds:
                 named = [(name, stage.tensors[name]) for name in kind.tensors if name in stage.tensors]
                 searched = {name: number[id(p)] for name, p in named if id(p) in number}
                 if searched:
                     self.node_groups.append(NodeGroup(s, kind, searched, len(owners)))
-                    name, owner = next(iter(searched.items()))
-                    owners += [owner] * kind.count(stage.tensors[name])
+                    owners += [next(iter(searched.values()))] * kind.n
         self.node_parameter = torch.tensor(owners, device=model.head.weight.device)
         self.n_nodes = len(owners)
 
@@ -143,19 +142,17 @@ class NodeClosure(StructuredClosure):
         loss = self._state(rows, len(self.stages) - 1).out[:, 0] * rows.weight  # (B, S)
         reach_before, chunks = self._reach(rows), []
         for group, (begin, end) in zip(self.node_groups, pairwise(bounds), strict=True):
-            stage, kind, i = self.stages[group.stage], group.kind, nodes[begin:end] - group.first
+            kind, i = group.kind, nodes[begin:end] - group.first
             reach = reach_before[group.stage + 1] if kind.at_queries else reach_before[group.stage]
-            draws = 2 if kind.moves_keys else 1
-            drawn = torch.randint(2, (draws, len(rows.x), len(i), rows.x.shape[1]), generator=signs).to(loss) * 2 - 1
-            sign = drawn[0] if reach is not None else rows.scored(drawn[0][..., None])[..., 0]  # (B, k, tokens)
-            _, alike, samples = kind.samples(stage, i).unique(return_inverse=True, return_counts=True)
+            drawn = torch.randint(2, (kind.n_signs, len(rows.x), len(i), rows.x.shape[1]), generator=signs)
+            sign, *others = drawn.to(loss) * 2 - 1  # (B, k, T) each
+            if reach is None:
+                sign = rows.scored(sign[..., None])[..., 0]
+            state, samples = self._state(rows, group.stage), kind.samples(i)
             size = self.polls.chunk_size(rows, group.stage, kind.rank1)
-            for at in range(0, len(i), size):
-                k = slice(at, at + size)
-                key_sign = drawn[1, :, k] if kind.moves_keys else None
-                state = self._state(rows, group.stage)
-                moved = Nodes(stage, rows, state, i[k], steps[begin:end][k], sign[:, k], key_sign)
-                chunks.append(NodeChunk(group, moved, loss, reach, samples[alike[k]]))
+            for k in (slice(at, at + size) for at in range(0, len(i), size)):
+                moved = Nodes(rows, state, i[k], steps[begin:end][k], tuple(s[:, k] for s in (sign, *others)))
+                chunks.append(NodeChunk(group, moved, loss, reach, samples[k]))
         return chunks
 
     def _reach(self, rows: Rows) -> list[Tensor | None]:
@@ -179,11 +176,11 @@ class NodeClosure(StructuredClosure):
     def _slopes(self, chunk: NodeChunk) -> list[tuple[Tensor, Tensor]]:
         """Coordinates and slopes of the weights of the nodes of a chunk, tensor by tensor."""
         group, nodes, rows = chunk.group, chunk.nodes, chunk.nodes.rows
-        losses = self._behind(rows, group.stage, group.kind.enter(nodes)) * rows.weight[:, None]
+        losses = self._behind(rows, group.stage, group.kind.enter_nodes(nodes)) * rows.weight[:, None]
         change = losses - chunk.loss[:, None]  # (B, k, S)
         if chunk.reach is not None:
             change = change @ chunk.reach  # (B, k, T)
-        credit = change * nodes.sign / (nodes.step * chunk.samples)[:, None]
+        credit = change * nodes.signs[0] / (nodes.step * chunk.samples)[:, None]
         found = []
         for name, number in group.parameters.items():
             places, slopes = group.kind.slopes(nodes, name, credit)

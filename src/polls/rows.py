@@ -22,8 +22,9 @@ class Products:
     def bytes(self) -> int:
         """The memory that the tensors take."""
         values = [getattr(self, field.name) for field in fields(self)]
-        tensors = sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
-        return tensors + sum(v.bytes() for v in values if isinstance(v, Products))
+        inner = sum(value.bytes() for value in values if isinstance(value, Products))
+        values += [tensor for value in values if isinstance(value, dict) for tensor in value.values()]
+        return inner + sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +34,12 @@ class State(Products):
     Attributes:
         out: what the stage writes: the stream (B, T, d), from the last attention on (B, S, d), and behind the head
             the losses of the scored tokens (B, 1, S).
+        reads: (B, columns, tokens) what the weights of a tensor read, by its name, column by column of a matrix; a
+            vector is one column, but for the gain of a norm, of which each number reads a row of its own.
     """
 
     out: Tensor
+    reads: dict[str, Tensor]
 
 
 class Rows:

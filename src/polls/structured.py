@@ -29,9 +29,10 @@ from torch import Tensor
 
 from polls.attention import Attention
 from polls.generic import GenericPolls
+from polls.node_kinds import Entry, Kind, Moves, Rank1, joined
 from polls.rows import Rows, rows_of
 from polls.shared import WILD, Incumbent, check_block, check_scales
-from polls.stages import Embedding, Entry, FeedForward, Head, Moves, Rank1, Stage, WayIn
+from polls.stages import Embedding, FeedForward, Head, Stage
 from polls.threads import one_thread
 from search.coordinates import Coordinates
 from transformer import Block, DecoderOnlyTransformer
@@ -42,10 +43,10 @@ CACHE_BYTES = 2**28  # what may be remembered of the incumbent; rows beyond are 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Candidates that enter alike: the number of their stage, their way in, the names of the tensors searched there."""
+    """Candidates that are evaluated together: the number of their stage, the kinds of their nodes, their tensors."""
 
     stage: int
-    way: WayIn
+    kinds: tuple[Kind, ...]
     names: list[str]
 
 
@@ -99,10 +100,11 @@ class StructuredPolls:
         number = {id(p): i for i, p in enumerate(coordinates.parameters)}
         self.groups, searched = [], []  # searched: the numbers of the tensors of all groups in turn
         for s, stage in enumerate(self.stages):
-            for way in stage.ways_in:
-                names = [name for name in way.names if name in stage.tensors and id(stage.tensors[name]) in number]
-                searched += [number[id(stage.tensors[name])] for name in names]
-                self.groups.append(Group(s, way, names))
+            for kinds in stage.together:
+                parts = {name: stage.tensors.get(name) for kind in kinds for name in kind.tensors}
+                names = [name for name, p in parts.items() if id(p) in number]
+                searched += [number[id(parts[name])] for name in names]
+                self.groups.append(Group(s, kinds, names))
         self.rank = torch.tensor(searched, device=model.head.weight.device).argsort()  # of each tensor among `searched`
 
     def on(self, batch: dict[str, Tensor]) -> "StructuredClosure":
@@ -249,7 +251,7 @@ class StructuredClosure:
             tensor, end, size = (
                 tensor + len(group.names),
                 ends[-1],
-                self.polls.chunk_size(rows, group.stage, group.way.rank1),
+                self.polls.chunk_size(rows, group.stage, group.kinds[0].rank1),
             )
             for first in range(ends[0], end, size):
                 some = slice(first, min(first + size, end))
@@ -262,7 +264,8 @@ class StructuredClosure:
         """Of the candidates of a chunk: losses (k,), the rows' part, and the largest change (k,) where they enter."""
         rows, s = chunk.rows, chunk.group.stage
         state = self._state(rows, s)
-        entry = chunk.group.way.enter(rows, state, chunk.moves)
+        moves = [({n: m for n, m in chunk.moves.items() if n in kind.tensors}, kind) for kind in chunk.group.kinds]
+        entry = joined([kind.enter_weights(rows, state, some) for some, kind in moves if some])
         if isinstance(entry, Rank1):
             reach = entry.scalar.abs().amax((0, 2))
         else:
