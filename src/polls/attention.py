@@ -5,7 +5,7 @@ queries are needed: all T, in the last block the S scored ones.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polls.node_kinds import Kind, Moves, Nodes, Rank1, Slopes, shares
-from polls.rows import Products, Rows, State
+from polls.rows import Rows, State
 from polls.stages import Stage, Weights, by_column, by_columns, centred, norm, one_for, unit_vectors
 from transformer import Block, frequencies
 
@@ -31,20 +31,9 @@ class AttentionWeights(Weights):
 
 
 @dataclass(frozen=True, slots=True)
-class StreamProducts(Products):
-    """Queries, keys and their products in front of the norm's scale, by head."""
-
-    query: Tensor  # (B, H, queries, d/H)
-    key: Tensor  # (B, H, T, d/H)
-    scores: Tensor  # (B, H, queries, T)
-    bias: Tensor  # (B, H, 1, T)
-    written: Tensor  # (B, H, T, d) what a key writes to the stream
-
-
-@dataclass(frozen=True, slots=True)
 class AttentionState(State):
     x: Tensor  # (B, T, d)
-    products: StreamProducts | None  # none with rotary positions
+    products: dict[str, Tensor]  # see `Attention.products`; empty with rotary positions
     query: Tensor  # (B, queries, d)
     key: Tensor  # (B, T, d)
     value: Tensor  # (B, T, d), without their bias
@@ -67,10 +56,13 @@ class Attention(Stage[AttentionWeights, AttentionState]):
         for name, linear in (("query", a.query), ("value", a.value), ("out", a.out)):
             tensors |= {name: linear.weight, f"{name}_bias": linear.bias}
         super().__init__(tensors)
-        normed = Kind[AttentionState](d_model, (), ("gain", "bias"), self.enter_norm, rank1=False)
-        scores, values = Scores(self), Values(self)
-        out = Kind[AttentionState](d_model, ("out",), ("out_bias",), partial(self.write, "out"), at_queries=True)
-        self.kinds, self.together = (normed, scores, values, out), ((out, values), (scores,), (normed,))
+        out = Kind[AttentionState](d_model, ("out", "out_bias"), partial(self.write, "out"), at_queries=True)
+        values = Values(d_model, ("value", "value_bias"), partial(self.write, "value"), at_queries=True, stage=self)
+        names = ("key", "query", "query_bias")
+        scores = Scores(d_model, names, self.enter_scores, rank1=False, at_queries=True, n_signs=2, stage=self)
+        normed = Kind[AttentionState](d_model, ("gain", "bias"), self.enter_norm, rank1=False)
+        single = replace(scores, tensors=("query", "query_bias", "key"))  # the order in which their weights are polled
+        self.kinds, self.together = (normed, scores, values, out), ((out, values), (single,), (normed,))
 
     def fold(self, t: dict[str, Tensor]) -> AttentionWeights:
         # a bias in front of the values passes through weights that sum to 1: it is a bias of the output
@@ -156,7 +148,7 @@ class Attention(Stage[AttentionWeights, AttentionState]):
         c_u (c_t (q_t + s_t q_v) + b) (k_u + s_u k_v), where q, k and q_v, k_v are x and v behind the
         matrices and b is the query's bias. The values enter as what each key writes to the stream.
         """
-        if state.products is None:  # rotary: the direction's queries and keys would turn with every position
+        if self.rotary:  # the direction's queries and keys would turn with every position
             return self.forward(self.w, rows, entry.added_to(state.x))
         w, p, scale = self.w, state.products, entry.scale(state.x)
         s, v = entry.scalar, entry.direction  # (B, K, T), (K, d)
@@ -164,31 +156,33 @@ class Attention(Stage[AttentionWeights, AttentionState]):
         q_v, k_v, value_v = self.heads(q_v), self.heads(k_v), self.heads(value_v)  # (K, H, 1, d/H)
         scale_q, s_q = (self.queries(rows, t[..., None])[:, :, None] for t in (scale, s))  # (B, K, 1, queries, 1)
         scale, s = scale[:, :, None, None], s[:, :, None, None]  # (B, K, 1, 1, T)
-        by_key, by_query = torch.einsum("khic,bhtc->bkhit", q_v, p.key), torch.einsum("khic,bhtc->bkhti", k_v, p.query)
-        scores = p.scores[:, None] * scale_q  # (B, K, H, queries, T)
+        by_key = torch.einsum("khic,bhtc->bkhit", q_v, p["key"])
+        by_query = torch.einsum("khic,bhtc->bkhti", k_v, p["query"])
+        scores = p["scores"][:, None] * scale_q  # (B, K, H, queries, T)
         scores.addcmul_(s_q * scale_q, by_key)
         scores.addcmul_((by_query + s_q * (q_v * k_v).sum(-1, keepdim=True)) * scale_q, s)
-        scores.add_(p.bias[:, None] + s * (k_v * self.heads(w.query_bias[None])).sum(-1, keepdim=True))
+        scores.add_(p["bias"][:, None] + s * (k_v * self.heads(w.query_bias[None])).sum(-1, keepdim=True))
         weights = self.attend(rows, scores.mul_(scale)).mul_(scale)
-        x = weights.transpose(2, 3).flatten(3).flatten(1, 2) @ p.written.flatten(1, 2)  # (B, K queries, d)
+        x = weights.transpose(2, 3).flatten(3).flatten(1, 2) @ p["written"].flatten(1, 2)  # (B, K queries, d)
         x = x.unflatten(1, weights.shape[1:4:2]).add_((self.queries(rows, state.x) + w.out_bias)[:, None])
         x.addcmul_(s_q[:, :, 0], v[:, None])
-        written, shares = value_v @ self.out_by_head(w), (weights * s).sum(-1, keepdim=True)
+        written, along = value_v @ self.out_by_head(w), (weights * s).sum(-1, keepdim=True)
         for h in range(self.n_heads):
-            x.addcmul_(shares[:, :, h], written[:, h])  # (B, K, queries, 1) times (K, 1, d)
+            x.addcmul_(along[:, :, h], written[:, h])  # (B, K, queries, 1) times (K, 1, d)
         return x
 
     def out_by_head(self, w: AttentionWeights) -> Tensor:
         """(H, d/H, d): what each head writes to the stream for its values."""
         return w.out.unflatten(1, (self.n_heads, -1)).permute(1, 2, 0)
 
-    def products(self, rows: Rows, x: Tensor) -> StreamProducts:
-        """What `forward_rank1` reads of the stream x (B, T, d)."""
+    def products(self, rows: Rows, x: Tensor) -> dict[str, Tensor]:
+        """What `forward_rank1` reads of the stream x (B, T, d): queries, keys and their products before the norm."""
         w = self.w
-        query = self.heads(self.queries(rows, x) @ w.query.T)
-        key, value = (self.heads(t) for t in (x @ w.key_value.T).chunk(2, -1))
-        bias, written = self.heads(w.query_bias[None]) @ key.mT, value @ self.out_by_head(w)
-        return StreamProducts(query=query, key=key, scores=query @ key.mT, bias=bias, written=written)
+        query = self.heads(self.queries(rows, x) @ w.query.T)  # (B, H, queries, d/H)
+        key, value = (self.heads(t) for t in (x @ w.key_value.T).chunk(2, -1))  # (B, H, T, d/H)
+        bias = self.heads(w.query_bias[None]) @ key.mT  # (B, H, 1, T)
+        written = value @ self.out_by_head(w)  # (B, H, T, d) what a key writes to the stream
+        return {"query": query, "key": key, "scores": query @ key.mT, "bias": bias, "written": written}
 
     def incumbent(self, rows: Rows, x: Tensor) -> AttentionState:
         w, n = self.w, norm(x)
@@ -205,7 +199,7 @@ class Attention(Stage[AttentionWeights, AttentionState]):
         reads |= {"value": mixed_inputs, "value_bias": one, "out": mixed + w.value_bias, "out_bias": one}
         return AttentionState(
             out=F.linear(mixed, w.out, w.out_bias) + self.queries(rows, x), reads=by_columns(reads),
-            x=x, products=None if self.rotary else self.products(rows, x),
+            x=x, products={} if self.rotary else self.products(rows, x),
             query=query, key=key, value=value, scores=scores, weights=weights,
             turned_query=by_column(turned_query.transpose(-2, -3).flatten(-2)),
             turned_key=by_column(turned_key.transpose(-2, -3).flatten(-2)),
@@ -232,12 +226,11 @@ class Attention(Stage[AttentionWeights, AttentionState]):
         return x.add_(state.out[:, None])
 
 
+@dataclass(frozen=True, eq=False)
 class Values(Kind[AttentionState]):
     """Components of the values, moved where their head has mixed them."""
 
-    def __init__(self, stage: Attention):
-        super().__init__(len(stage.w.out), ("value",), ("value_bias",), partial(stage.write, "value"), at_queries=True)
-        self.stage = stage
+    stage: Attention = field(kw_only=True)
 
     def changes(self, rows: Rows, state: AttentionState, name: str, m: Moves) -> tuple[Tensor, ...]:
         if name == "value":  # a row reads what its head mixes
@@ -252,6 +245,7 @@ class Values(Kind[AttentionState]):
         return self.places(u.i, self.n), torch.einsum("bkt,bkft->kf", credit, read).flatten()
 
 
+@dataclass(frozen=True, eq=False)
 class Scores(Kind[AttentionState]):
     """All scores of a head at once: as many nodes as it has components, which sample the same weights.
 
@@ -261,12 +255,7 @@ class Scores(Kind[AttentionState]):
     product of a query's part and a key's.
     """
 
-    n_signs = 2
-
-    def __init__(self, stage: Attention):
-        n = len(stage.w.out)
-        super().__init__(n, ("key", "query"), ("query_bias",), stage.enter_scores, rank1=False, at_queries=True)
-        self.stage = stage
+    stage: Attention = field(kw_only=True)
 
     def changes(self, rows: Rows, state: AttentionState, name: str, m: Moves) -> tuple[Tensor, ...]:
         """The components (k,), parts of queries (B, k, queries, n) and of keys (B, k, T, n): n is 2 if rotary, or 1."""

@@ -1,8 +1,8 @@
 """How candidates enter the model: the kinds of its nodes, and what a moved node does to the residual stream.
 
-A *node* is one component of what a layer puts out: of a linear map, an embedding or a norm. It has weights of its own,
-and a weight that moves by a step moves its node by the step times what the weight reads. So a single weight enters as
-its node does, and the slopes of all weights of a node follow from what the node is worth (`polls/nodes.py`).
+A *node* is one component of what a layer puts out: of a linear map, an embedding or a norm. A weight that moves by a
+step moves its node by the step times what it reads, so a single weight enters as its node does. The slopes of all
+weights of a node follow from what the node is worth (`polls/nodes.py`).
 """
 
 from collections.abc import Callable
@@ -65,6 +65,8 @@ class Nodes(Generic[S]):
         i: (k,) which of the kind.
         step: (k,) by how much each is moved.
         signs: (B, k, tokens) each; behind the last attention, the tokens are the scored ones.
+        samples: (k,) how many of the nodes of this step sample the slopes of the same weights.
+        reach: (B, S, T) how much a scored token counts for each token; None if each counts for itself alone.
     """
 
     rows: Rows
@@ -72,35 +74,29 @@ class Nodes(Generic[S]):
     i: Tensor
     step: Tensor
     signs: tuple[Tensor, ...]
+    samples: Tensor
+    reach: Tensor | None
 
 
+@dataclass(frozen=True, eq=False)
 class Kind(Generic[S]):
-    """Nodes of one kind at a stage. The weights of node i are row i of every matrix and number i of every vector.
+    """Nodes of one kind at a stage. The weights of node i are row i of a matrix and number i of a vector.
 
-    Args:
+    Attributes:
         n: how many nodes there are.
-        matrices, vectors: names of the tensors that hold their weights.
+        tensors: names of the tensors that hold their weights.
         enter: (rows, state, nodes (k,), changes (B, k, tokens)) -> what the changed nodes do behind their stage.
         rank1: whether that is a `Rank1`, which spares the next stage most of its work.
         at_queries: whether they sit behind the mixing of an attention, where only its queries are needed.
-
-    Attributes:
         n_signs: how many signs a node has at each token.
     """
 
-    n_signs = 1
-
-    def __init__(
-        self,
-        n: int,
-        matrices: tuple[str, ...],
-        vectors: tuple[str, ...],
-        enter: Callable[..., Entry],
-        rank1: bool = True,
-        at_queries: bool = False,
-    ):
-        self.n, self.vectors, self.tensors = n, vectors, (*matrices, *vectors)
-        self.enter, self.rank1, self.at_queries = enter, rank1, at_queries
+    n: int
+    tensors: tuple[str, ...]
+    enter: Callable[..., Entry]
+    rank1: bool = True
+    at_queries: bool = False
+    n_signs: int = 1
 
     def enter_weights(self, rows: Rows, state: S, moves: dict[str, Moves]) -> Entry:
         """What candidates do that move single weights, given by the names of their tensors."""
@@ -118,7 +114,7 @@ class Kind(Generic[S]):
     def slopes(self, u: Nodes[S], name: str, credit: Tensor) -> Slopes:
         """Of the nodes' weights in a tensor, from the credit (B, k, tokens): what a node is worth at a token."""
         read = u.state.reads[name].to(credit)
-        if name in self.vectors:
+        if name == "gain" or name.endswith("bias"):
             return u.i, (credit * (read[:, u.i] if name == "gain" else read)).sum((0, 2))
         return self.places(u.i, read.shape[1]), torch.einsum("bkt,bft->kf", credit, read).flatten()
 

@@ -1,20 +1,16 @@
 """Slopes of whole rows of weights from the losses of single tokens, for `DecoderOnlyTransformer`.
 
-A *node* is one component of what a layer puts out: of a linear map, an embedding or a norm. Move it by a step whose
-sign is drawn anew for every token of every sequence, and look at the loss of every scored token. A token's own sign
-is independent of all others, so the change of the losses that it can reach (its own and the later ones of its
-sequence), times its sign, is an unbiased sample of what the node is worth at that token: its credit. Times what a
-weight of the node reads there, summed over the tokens, it is a sample of the slope of that weight, and of all weights
-of the node at once: one evaluation, where polls of single weights need one each. It is node perturbation (Williams
-1992; Flower and Jabri 1993); losses alone, no backward pass. Three things make a sample say more:
+A *node* is one component of what a layer puts out (`polls/node_kinds.py`). Move it by a step whose sign is drawn anew
+for every token of every sequence, and look at the loss of every scored token. A token's own sign is independent of all
+others, so the change of the losses that it can reach, times its sign, is an unbiased sample of what the node is worth
+at that token: its credit. Times what a weight of the node reads there, summed over the tokens, it is a sample of the
+slope of that weight, and of all weights of the node at once: one evaluation, and no backward pass. It is node
+perturbation (Williams 1992; Flower and Jabri 1993).
 
-- Behind the last attention a token reaches its own loss only, so there slopes are exact but for the step's curvature.
-  Values are moved there, as their head has mixed them, and not before.
-- Queries and keys are moved where they meet, in the scores of a head: one evaluation tells the slopes of all weights
-  of both. A score far off the others of its query, softmax hardly sees: it counts as `polls.node_kinds.shares` says.
-- Before the last attention, what the other tokens of the sequence do to a loss is noise in a token's credit. A loss
-  counts for a token by how much its own token looks at it through the attention of all blocks behind (attention
-  rollout, Abnar and Zuidema 2020), which trades a little bias for most of the noise.
+Two things make a sample say more. Behind the last attention a token reaches its own loss only, so there slopes are
+exact but for the step's curvature. Before it, what the other tokens do to a loss is noise in a token's credit: a loss
+counts for a token by how much its own token looks at it through the attention of all blocks behind (attention rollout,
+Abnar and Zuidema 2020), which trades a little bias for most of the noise.
 """
 
 from collections.abc import Callable
@@ -44,23 +40,6 @@ class NodeGroup:
     first: int
 
 
-@dataclass(frozen=True, slots=True)
-class NodeChunk:
-    """Nodes of a group that are evaluated at a time.
-
-    Attributes:
-        loss: (B, S) of the incumbent's tokens, weighed.
-        reach: (B, S, T) how much a scored token counts for each token; None if each counts for itself alone.
-        samples: (k,) how many nodes of this step sample the same weights.
-    """
-
-    group: NodeGroup
-    nodes: Nodes
-    loss: Tensor
-    reach: Tensor | None
-    samples: Tensor
-
-
 class NodePolls(StructuredPolls):
     """`StructuredPolls` whose closures also tell the slopes of whole nodes: `nodes`.
 
@@ -76,13 +55,11 @@ class NodePolls(StructuredPolls):
         threads: int = 1,
     ):
         super().__init__(model, coordinates, loss, threads)
-        number = {id(p): i for i, p in enumerate(coordinates.parameters)}
         self.node_groups: list[NodeGroup] = []
         owners: list[int] = []
-        for s, stage in enumerate(self.stages):
+        for s, (stage, numbers) in enumerate(zip(self.stages, self.numbers, strict=True)):
             for kind in stage.kinds:
-                named = [(name, stage.tensors[name]) for name in kind.tensors if name in stage.tensors]
-                searched = {name: number[id(p)] for name, p in named if id(p) in number}
+                searched = {name: numbers[name] for name in kind.tensors if name in numbers}
                 if searched:
                     self.node_groups.append(NodeGroup(s, kind, searched, len(owners)))
                     owners += [next(iter(searched.values()))] * kind.n
@@ -128,6 +105,7 @@ class NodeClosure(StructuredClosure):
         polled = torch.zeros_like(slopes, dtype=torch.bool)
         self()  # brings the caches up to date
         for rows in self.rows:
+            self._state(rows, len(self.stages) - 1)  # all threads read it
             chunks = self._node_chunks(rows, nodes, steps, bounds, signs)
             for where, found in (pair for pairs in self.polls.map(self._slopes, chunks) for pair in pairs):
                 slopes.index_add_(0, where, found)
@@ -137,22 +115,21 @@ class NodeClosure(StructuredClosure):
 
     def _node_chunks(
         self, rows: Rows, nodes: Tensor, steps: Tensor, bounds: list[int], signs: torch.Generator
-    ) -> list[NodeChunk]:
+    ) -> list[tuple[NodeGroup, Nodes]]:
         """Sorted nodes (K,) with their steps (K,) in chunks of a group; the nodes of a group lie between two bounds."""
-        loss = self._state(rows, len(self.stages) - 1).out[:, 0] * rows.weight  # (B, S)
         reach_before, chunks = self._reach(rows), []
         for group, (begin, end) in zip(self.node_groups, pairwise(bounds), strict=True):
-            kind, i = group.kind, nodes[begin:end] - group.first
+            kind, i, step = group.kind, nodes[begin:end] - group.first, steps[begin:end]
             reach = reach_before[group.stage + 1] if kind.at_queries else reach_before[group.stage]
             drawn = torch.randint(2, (kind.n_signs, len(rows.x), len(i), rows.x.shape[1]), generator=signs)
-            sign, *others = drawn.to(loss) * 2 - 1  # (B, k, T) each
+            own = list(drawn.to(rows.weight) * 2 - 1)  # (B, k, T) each
             if reach is None:
-                sign = rows.scored(sign[..., None])[..., 0]
+                own[0] = rows.scored(own[0][..., None])[..., 0]
             state, samples = self._state(rows, group.stage), kind.samples(i)
             size = self.polls.chunk_size(rows, group.stage, kind.rank1)
             for k in (slice(at, at + size) for at in range(0, len(i), size)):
-                moved = Nodes(rows, state, i[k], steps[begin:end][k], tuple(s[:, k] for s in (sign, *others)))
-                chunks.append(NodeChunk(group, moved, loss, reach, samples[k]))
+                some = Nodes(rows, state, i[k], step[k], tuple(sign[:, k] for sign in own), samples[k], reach)
+                chunks.append((group, some))
         return chunks
 
     def _reach(self, rows: Rows) -> list[Tensor | None]:
@@ -161,26 +138,25 @@ class NodeClosure(StructuredClosure):
         None behind the last attention, where a token reaches nothing but its own loss.
         """
         own = torch.eye(rows.x.shape[1], dtype=rows.weight.dtype, device=rows.x.device)
-        ties: Tensor | None = None
         reach: list[Tensor | None] = [None] * (len(self.stages) + 1)
+        ties = own[rows.at]  # (B, S, T)
         for s in range(len(self.stages) - 3, -1, -1):
             if isinstance(self.stages[s], Attention):
-                weights = self._state(rows, s).weights  # (B, H, queries, T)
-                looks = weights.square().sum(1)
-                ties = looks + own[rows.at] if ties is None else ties @ (looks + own)
-            if ties is not None:
-                reach[s] = shares(ties)
+                looks = self._state(rows, s).weights.square().sum(1)  # (B, queries, T)
+                ties = looks + ties if s == len(self.stages) - 3 else ties @ (looks + own)
+            reach[s] = shares(ties)
         return reach
 
     @torch.no_grad()
-    def _slopes(self, chunk: NodeChunk) -> list[tuple[Tensor, Tensor]]:
-        """Coordinates and slopes of the weights of the nodes of a chunk, tensor by tensor."""
-        group, nodes, rows = chunk.group, chunk.nodes, chunk.nodes.rows
-        losses = self._behind(rows, group.stage, group.kind.enter_nodes(nodes)) * rows.weight[:, None]
-        change = losses - chunk.loss[:, None]  # (B, k, S)
-        if chunk.reach is not None:
-            change = change @ chunk.reach  # (B, k, T)
-        credit = change * nodes.signs[0] / (nodes.step * chunk.samples)[:, None]
+    def _slopes(self, chunk: tuple[NodeGroup, Nodes]) -> list[tuple[Tensor, Tensor]]:
+        """Coordinates and slopes of the weights of some nodes of a group, tensor by tensor."""
+        (group, nodes), weight = chunk, chunk[1].rows.weight[:, None]  # (B, 1, S)
+        losses = self._behind(nodes.rows, group.stage, group.kind.enter_nodes(nodes))
+        incumbent = self._state(nodes.rows, len(self.stages) - 1).out  # (B, 1, S)
+        change = losses * weight - incumbent * weight  # (B, k, S)
+        if nodes.reach is not None:
+            change = change @ nodes.reach  # (B, k, T)
+        credit = change * nodes.signs[0] / (nodes.step * nodes.samples)[:, None]
         found = []
         for name, number in group.parameters.items():
             places, slopes = group.kind.slopes(nodes, name, credit)

@@ -46,26 +46,23 @@ class Stage(ABC, Generic[W, S]):
     Attributes:
         kinds: of its nodes, in the order in which nodes are numbered.
         together: the same kinds; single weights of those in a group are evaluated together.
-        w: the parameters as the computations read them; `refresh` keeps them up to date.
-        serial: grows when `w` changes.
+        w: the parameters as the computations read them; `refresh` replaces them when a tensor changed.
     """
 
     kinds: tuple[Kind[S], ...]
     together: tuple[tuple[Kind[S], ...], ...]
+    w: W
 
     def __init__(self, tensors: dict[str, Tensor]):
         self.tensors = tensors
-        self.serial, self._versions = 0, self._newest_versions()
-        self.w: W = self.fold(tensors)
+        self._versions: list[tuple[int, int, torch.dtype]] = []
+        self.refresh()
 
     def refresh(self) -> None:
         """Fold anew if a tensor was changed in place, or its memory exchanged."""
-        versions = self._newest_versions()
+        versions = [version(p) for p in self.tensors.values()]
         if versions != self._versions:
-            self._versions, self.serial, self.w = versions, self.serial + 1, self.fold(self.tensors)
-
-    def _newest_versions(self) -> list[tuple[int, int, torch.dtype]]:
-        return [version(p) for p in self.tensors.values()]
+            self._versions, self.w = versions, self.fold(self.tensors)
 
     def inputs(self, n: Tensor) -> Tensor:
         """The normed stream (..., d) with gain and bias: what the matrices behind the norm read."""
@@ -91,11 +88,8 @@ class Stage(ABC, Generic[W, S]):
         """All that candidates read which enter here, or next: x (B, T, d) is what the stage in front writes."""
 
     def forward_rank1(self, rows: Rows, state: S, entry: Rank1) -> Tensor:
-        """The same as `forward` for candidates whose stream differs from the incumbent's by a rank-1 term.
-
-        `state` is the incumbent's at this stage.
-        """
-        raise NotImplementedError(f"nothing enters in front of {type(self).__name__}")
+        """The same as `forward` for candidates whose stream differs by a rank-1 term from the incumbent's."""
+        raise NotImplementedError  # nothing enters in front of the embedding
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +108,7 @@ class Embedding(Stage[EmbeddingWeights, State]):
             tensors["position"] = model.position_embedding.weight
         super().__init__(tensors)
         d_model = model.token_embedding.embedding_dim
-        self.kinds = (Columns(d_model, ("token", "position"), (), partial(self.write, "token")),)
+        self.kinds = (Columns(d_model, ("token", "position"), partial(self.write, "token")),)
         self.together = (self.kinds,)
 
     def fold(self, t: dict[str, Tensor]) -> EmbeddingWeights:
@@ -162,9 +156,9 @@ class FeedForward(Stage[FeedForwardWeights, FeedForwardState]):
         inner = {"gain": norm.weight, "bias": norm.bias, "inner": ff.inner.weight, "inner_bias": ff.inner.bias}
         super().__init__({**inner, "outer": ff.outer.weight, "outer_bias": ff.outer.bias})
         d_ff, d_model = ff.inner.weight.shape
-        normed = Kind[FeedForwardState](d_model, (), ("gain", "bias"), self.enter_norm, rank1=False)
-        hidden = Kind[FeedForwardState](d_ff, ("inner",), ("inner_bias",), self.enter_hidden)
-        outer = Kind[FeedForwardState](d_model, ("outer",), ("outer_bias",), partial(self.write, "outer"))
+        outer = Kind[FeedForwardState](d_model, ("outer", "outer_bias"), partial(self.write, "outer"))
+        hidden = Kind[FeedForwardState](d_ff, ("inner", "inner_bias"), self.enter_hidden)
+        normed = Kind[FeedForwardState](d_model, ("gain", "bias"), self.enter_norm, rank1=False)
         self.kinds, self.together = (normed, hidden, outer), ((outer, hidden), (normed,))
 
     def fold(self, t: dict[str, Tensor]) -> FeedForwardWeights:
@@ -226,8 +220,8 @@ class Head(Stage[HeadWeights, HeadState]):
     def __init__(self, model: DecoderOnlyTransformer):
         norm, head = model.norm, model.head
         super().__init__({"gain": norm.weight, "bias": norm.bias, "head": head.weight, "head_bias": head.bias})
-        normed = Kind[HeadState](head.in_features, (), ("gain", "bias"), partial(self.write, "normed"))
-        classes = Kind[HeadState](head.out_features, ("head",), ("head_bias",), partial(self.write, "head"))
+        normed = Kind[HeadState](head.in_features, ("gain", "bias"), partial(self.write, "normed"))
+        classes = Kind[HeadState](head.out_features, ("head", "head_bias"), partial(self.write, "head"))
         self.kinds = (normed, classes)
         self.together = (self.kinds,)
 
