@@ -13,10 +13,9 @@ counts for a token by how much its own token looks at it through the attention o
 Abnar and Zuidema 2020), which trades a little bias for most of the noise.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +25,6 @@ from polls.node_kinds import Kind, Nodes, shares
 from polls.rows import Rows
 from polls.structured import StructuredClosure, StructuredPolls
 from polls.threads import one_thread
-from search.coordinates import Coordinates
-from transformer import DecoderOnlyTransformer
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +40,26 @@ class NodeGroup:
 class NodePolls(StructuredPolls):
     """`StructuredPolls` whose closures also tell the slopes of whole nodes: `nodes`.
 
-    Nodes are numbered from 0 over the kinds of all stages, in the order of the model. There are `n_nodes`; the
-    weights of node u belong to parameter number `node_parameter[u]`.
+    Nodes are numbered from 0 over the kinds of all stages, in the order of the model; the weights
+    of node u belong to parameter number `node_parameter[u]`.
     """
 
-    def __init__(
-        self,
-        model: DecoderOnlyTransformer,
-        coordinates: Coordinates,
-        loss: Callable[[Any, Any], Tensor],
-        threads: int = 1,
-    ):
-        super().__init__(model, coordinates, loss, threads)
-        self.node_groups: list[NodeGroup] = []
-        owners: list[int] = []
+    @cached_property
+    def node_groups(self) -> list[NodeGroup]:
+        groups: list[NodeGroup] = []
+        first = 0
         for s, (stage, numbers) in enumerate(zip(self.stages, self.numbers, strict=True)):
             for kind in stage.kinds:
                 searched = {name: numbers[name] for name in kind.tensors if name in numbers}
                 if searched:
-                    self.node_groups.append(NodeGroup(s, kind, searched, len(owners)))
-                    owners += [next(iter(searched.values()))] * kind.n
-        self.node_parameter = torch.tensor(owners, device=model.head.weight.device)
-        self.n_nodes = len(owners)
+                    groups.append(NodeGroup(s, kind, searched, first))
+                    first += kind.n
+        return groups
+
+    @cached_property
+    def node_parameter(self) -> Tensor:
+        owners = [next(iter(group.parameters.values())) for group in self.node_groups for _ in range(group.kind.n)]
+        return torch.tensor(owners, device=self.model.head.weight.device)
 
     def on(self, batch: dict[str, Tensor]) -> "NodeClosure":
         """The closure that answers about this batch, {"x": (B, T) tokens, "y": (B, T) classes or IGNORE}."""
@@ -76,7 +71,11 @@ class NodeClosure(StructuredClosure):
 
     def __init__(self, polls: NodePolls, batch: dict[str, Tensor]):
         super().__init__(polls, batch)
-        self.node_groups, self.node_parameter, self.n_nodes = polls.node_groups, polls.node_parameter, polls.n_nodes
+        self.node_groups, self.node_parameter, self.n_nodes = (
+            polls.node_groups,
+            polls.node_parameter,
+            len(polls.node_parameter),
+        )
 
     @torch.no_grad()
     @one_thread()
