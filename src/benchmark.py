@@ -35,21 +35,19 @@ import torch
 from lightning.pytorch.utilities import disable_possible_user_warnings
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
-from data.sequences import IGNORE
 from pattern_search_task import masked_loss
-from polls.generic import GenericPolls
+from polls.generic import GenericPolls, plain_attention
 from polls.structured import StructuredPolls
 from polls.threads import available_cores
 from run.cpu import keep_freed_memory
 from search.closure import OneByOne, forward_only
 from search.coordinates import Coordinates
 from state_tracking_data import StateTrackingDataModule
-from transformer import Block, DecoderOnlyTransformer
+from transformer import DecoderOnlyTransformer
 
 Batch = dict[str, Tensor]
 WAYS = ("backward_closure", "plain", "batched_inference", "generic", "structured", "structured_cores")
@@ -62,9 +60,9 @@ STEP = 0.05  # by which a candidate moves its weight
 class Automatic(L.LightningModule):
     """A polling optimizer under automatic optimization: every call of its closure runs forward and backward."""
 
-    def __init__(self, model: nn.Module, batch: Batch, seconds: float):
+    def __init__(self, model: nn.Module, polling: torch.optim.Optimizer):
         super().__init__()
-        self.model, self.batch, self.polling = model, batch, Polling(model.parameters(), seconds)
+        self.model, self.polling = model, polling
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         x, y = batch
@@ -73,45 +71,37 @@ class Automatic(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.polling
 
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(TensorDataset(self.batch["x"], self.batch["y"]), batch_size=len(self.batch["x"]))
-
 
 class Polling(torch.optim.Optimizer):
-    """Calls its closure for some seconds, with one weight moved each time."""
+    """Polls its closure for some seconds, one weight moved at a time."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], seconds: float):
         super().__init__(parameters, {})
         self.coordinates, self.seconds, self.rate = Coordinates(self.param_groups[0]["params"]), seconds, 0.0
 
     def step(self, closure: Callable[[], Any]) -> None:  # type: ignore[override]
-        def one_move() -> int:
-            with torch.no_grad():
-                p, index, weight = self.coordinates.move_one(int(torch.randint(len(self.coordinates), ())), STEP)
-            closure()
-            with torch.no_grad():
-                p[index] = weight
-            return 1
-
-        self.rate = rate_of(one_move, self.seconds)
+        every, generator = torch.arange(len(self.coordinates)), torch.Generator().manual_seed(0)
+        self.rate = poll_rate(OneByOne(closure, self.coordinates), every, 1, generator, self.seconds)
 
 
-def rate_of(evaluate: Callable[[], int], seconds: float) -> float:
-    """Evaluations per second of a function that returns how many it made; it is called at least once."""
+def rate_of(call: Callable[[], Any], seconds: float) -> float:
+    """Calls of a function per second; it is called at least once."""
     done, start = 0, time.perf_counter()
     while not done or time.perf_counter() - start < seconds:
-        done += evaluate()
+        call()
+        done += 1
     return done / (time.perf_counter() - start)
 
 
 def backward_rate(model: nn.Module, batch: Batch, seconds: float) -> float:
     """Evaluations per second of a polling optimizer that Lightning drives by automatic optimization."""
-    task = Automatic(model, batch, seconds)
+    polling = Polling(model.parameters(), seconds)
+    loader = DataLoader(TensorDataset(batch["x"], batch["y"]), batch_size=len(batch["x"]))
     silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     options: dict[str, Any] = dict.fromkeys(silent, False)
-    L.Trainer(max_steps=1, accelerator="cpu", **options).fit(task)
+    L.Trainer(max_steps=1, accelerator="cpu", **options).fit(Automatic(model, polling), loader)
     model.zero_grad()
-    return task.polling.rate
+    return polling.rate
 
 
 def inference_rate(model: nn.Module, batch: Batch, seconds: float) -> float:
@@ -120,12 +110,7 @@ def inference_rate(model: nn.Module, batch: Batch, seconds: float) -> float:
 
     def rate(n: int) -> float:
         x, y = batch["x"].repeat(n, 1), batch["y"].repeat(n, 1)
-
-        def forward() -> int:
-            masked_loss(model(x), y)
-            return n
-
-        return rate_of(forward, seconds / len(copies))
+        return n * rate_of(lambda: masked_loss(model(x), y), seconds / len(copies))
 
     with forward_only(model):
         return max(map(rate, copies))
@@ -134,12 +119,11 @@ def inference_rate(model: nn.Module, batch: Batch, seconds: float) -> float:
 def poll_rate(closure: Any, weights: Tensor, block: int, generator: torch.Generator, seconds: float) -> float:
     """Evaluations per second of polls of as many candidates as `block`, drawn from some weights (n,)."""
 
-    def poll() -> int:
+    def poll() -> None:
         sign = torch.randint(2, (block,), generator=generator) * 2.0 - 1
-        chosen = weights[torch.randint(len(weights), (block,), generator=generator)]
-        return len(closure.poll(chosen, (STEP * sign).double()))
+        closure.poll(weights[torch.randint(len(weights), (block,), generator=generator)], (STEP * sign).double())
 
-    return rate_of(poll, seconds)
+    return block * rate_of(poll, seconds)
 
 
 def loss_of(logits: Tensor, batch: Batch) -> Tensor:
@@ -153,17 +137,12 @@ def measure(
     coordinates, generator = Coordinates(model.parameters()), torch.Generator().manual_seed(0)
 
     def polls(closure: Any) -> Callable[[float], float]:
-        every, size = torch.arange(len(coordinates)), block or max(closure.block, 8)
-        return partial(poll_rate, closure, every, size, generator)
-
-    @torch.no_grad()
-    def plain() -> Tensor:
-        return loss_of(model(batch["x"]), batch)
+        return partial(poll_rate, closure, torch.arange(len(coordinates)), block or max(closure.block, 8), generator)
 
     structured = partial(StructuredPolls, model, coordinates, loss_of)
     rate_in: dict[str, Callable[[float], float]] = {  # seconds -> evaluations per second
         "backward_closure": partial(backward_rate, model, batch),
-        "plain": polls(OneByOne(plain, coordinates)),
+        "plain": polls(OneByOne(lambda: loss_of(model(batch["x"]), batch), coordinates)),
         "batched_inference": partial(inference_rate, model, batch),
         "generic": polls(GenericPolls(model, coordinates, loss_of).on(batch)),
         "structured": polls(structured(torch.get_num_threads()).on(batch)),
@@ -188,34 +167,31 @@ def measure_classes(model: DecoderOnlyTransformer, batch: Batch, seconds: float)
         rate_in = partial(poll_rate, closure, weights, closure.block, generator)
         rate_in(0)  # warms up
         classes[layer] = len(weights), rate_in(seconds / len(parts))
-    return pd.DataFrame.from_dict(classes, orient="index", columns=["weights", "rate"])
+    return pd.DataFrame.from_dict(classes, orient="index", columns=["weights", "evaluations/s"])
 
 
 def matrix_product_peak(seconds: float = 1.0) -> float:
     """GFLOP/s of a large float32 matrix product, at the current number of threads."""
     a, b, out = torch.randn(1024, 1024), torch.randn(1024, 1024), torch.empty(1024, 1024)
-    return rate_of(lambda: len(torch.mm(a, b, out=out)), seconds) * 2 * 1024**2 / 1e9
+    return rate_of(lambda: torch.mm(a, b, out=out), seconds) * 2 * 1024**3 / 1e9
 
 
 def flops(model: DecoderOnlyTransformer, batch: Batch) -> tuple[float, float]:
-    """Floating point operations of a plain forward, and of what is left of it for a candidate of structured polls.
+    """Floating point operations of the matrix products of a plain forward, and of a candidate of structured polls.
 
-    A multiplication and an addition for every weight of a matrix and token, and those of attention. A candidate
-    runs the stages behind its own: the first without the projections that its rank-1 entry spares, the last block
-    at the scored positions only. The mean is over all weights, which the stage that holds them runs for nothing.
+    They are counted as they are called; the candidates are spread evenly over all weights.
     """
-    tokens, length, scored = batch["x"].numel(), batch["x"].shape[1], int((batch["y"] != IGNORE).sum())
-    blocks, d = [block for block in model.blocks if isinstance(block, Block)], model.head.in_features
-    heads, hidden = blocks[0].attention.n_heads, blocks[0].ff.inner.out_features
-    whole, entered, weights = [], [], [model.token_embedding.weight.numel()]  # of each stage, the embedding's first
-    for block in blocks:
-        at = scored if block is blocks[-1] else tokens  # the positions that are computed
-        whole += [2 * (2 * (at + tokens) * d * d + 2 * at * length * d), 4 * at * d * hidden]
-        entered += [2 * at * length * heads * d, 2 * at * d * hidden]
-        weights += [4 * d * d, 2 * d * hidden]
-    full = len(blocks) * 2 * tokens * (4 * d * d + 2 * length * d + 2 * d * hidden)
-    left = [*(entered[s] + sum(whole[s + 1 :]) for s in range(len(whole))), 0]  # behind each stage
-    return full, sum(n * f for n, f in zip(weights, left, strict=True)) / sum(weights)
+    coordinates = Coordinates(model.parameters())
+    closure, chosen = (
+        StructuredPolls(model, coordinates, loss_of).on(batch),
+        torch.arange(256) * len(coordinates) // 256,
+    )
+    closure()  # what the incumbent computes is no candidate's
+    with forward_only(model), plain_attention(), FlopCounterMode(display=False) as whole:
+        model(batch["x"])
+    with FlopCounterMode(display=False) as left:
+        closure.poll(chosen, torch.full((len(chosen),), STEP, dtype=torch.float64))
+    return whole.get_total_flops(), left.get_total_flops() / len(chosen)
 
 
 def make_model(data: StateTrackingDataModule, d_model: int = 64, n_layers: int = 2) -> DecoderOnlyTransformer:
@@ -228,19 +204,9 @@ def batch_of(data: StateTrackingDataModule, size: int) -> Batch:
     return {"x": split.x[:size], "y": split.y[:size]}
 
 
-def print_table(console: Console, title: str, columns: list[str], rows: list[list[str]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
-def draw_rates(rates: dict[str, dict[str, float]], path: Path, title: str) -> None:
-    """Bars of evaluations per second by way and batch, on a logarithmic axis."""
-    rows = [(f"batch {batch}", way, rate) for batch, of in rates.items() for way, rate in of.items()]
-    table = pd.DataFrame(rows, columns=["batch", "way", "evaluations per second"])
+def draw_rates(rates: pd.DataFrame, path: Path, title: str) -> None:
+    """Bars of evaluations per second by way (rows) and batch (columns), on a logarithmic axis."""
+    table = rates.rename_axis("way").reset_index().melt("way", var_name="batch", value_name="evaluations per second")
     sns.set_theme(style="whitegrid", context="notebook")
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     panel = figure.subplots()
@@ -254,57 +220,54 @@ def draw_rates(rates: dict[str, dict[str, float]], path: Path, title: str) -> No
     figure.savefig(path, dpi=120)
 
 
-def measure_batches(console: Console, data: StateTrackingDataModule, args: argparse.Namespace) -> None:
+def measure_batches(data: StateTrackingDataModule, args: argparse.Namespace) -> None:
     """Every way at every batch size, and structured polls by class of parameter; draws the figure."""
     model, seconds = make_model(data), 0.85 * args.seconds / len(args.batches)
-    n_weights = sum(p.numel() for p in model.parameters())
-    rates = {str(n): measure(model, batch_of(data, n), WAYS, seconds, args.block) for n in args.batches}
+    n_weights, batches = sum(p.numel() for p in model.parameters()), {n: batch_of(data, n) for n in args.batches}
+    rates = pd.DataFrame({str(n): measure(model, batch, WAYS, seconds, args.block) for n, batch in batches.items()})
+    ratios = pd.DataFrame({f"{a} / {b}": rates.loc[a] / rates.loc[b] for a, b in RATIOS}).T
+    peak, names = matrix_product_peak(), ["a whole forward", "what structured polls leave"]
+    bounds = peak * 1e9 / pd.DataFrame({str(n): flops(model, batch) for n, batch in batches.items()}, index=names)
+    bounds.index += f" at {peak:.0f} GFLOP/s"
     title = f"Evaluations per second: {n_weights:,} weights, 16 tokens, {args.threads} thread(s)"
-    rows = [[way, *(f"{rate[way]:,.0f}" for rate in rates.values())] for way in WAYS]
-    rows += [[f"{a} / {b}", *(f"{rate[a] / rate[b]:.2f} x" for rate in rates.values())] for a, b in RATIOS]
-    peak, costs = matrix_product_peak(), [flops(model, batch_of(data, n)) for n in args.batches]
-    for k, name in enumerate(("a whole forward", "what structured polls leave")):
-        rows.append([f"{name} at {peak:.0f} GFLOP/s", *(f"{peak * 1e9 / cost[k]:,.0f}" for cost in costs)])
-    print_table(console, title, ["way", *(f"batch {n}" for n in args.batches)], rows)
+    table = pd.concat([rates.map("{:,.0f}".format), ratios.map("{:.2f} x".format), bounds.map("{:,.0f}".format)])
+    print(f"{title}\n{table.add_prefix('batch ').to_string()}\n")
 
     size = 32 if 32 in args.batches else args.batches[0]
     classes = measure_classes(model, batch_of(data, size), 0.1 * args.seconds)
-    times = classes.weights / classes.rate
-    classes["share"], classes["time"] = classes.weights / n_weights, times / times.sum()
-    rows = [
-        [str(row.Index), f"{row.weights:,}", f"{row.share:.1%}", f"{row.rate:,.0f}", f"{row.time:.1%}"]
-        for row in classes.itertuples()
-    ]
-    columns = ["class of parameter", "weights", "share", "evaluations/s", "share of the time"]
-    print_table(console, f"Structured polls by class, batch {size}", columns, rows)
-    draw_rates(rates, args.output, title)
-    console.print(f"Figure: {args.output}", soft_wrap=True)
+    times = classes["weights"] / classes["evaluations/s"]
+    classes["share of weights"], classes["share of the time"] = classes["weights"] / n_weights, times / times.sum()
+    formats = ("{:,}".format, "{:,.0f}".format, "{:.1%}".format, "{:.1%}".format)
+    print(f"Structured polls by class of parameter, batch {size}\n{classes.to_string(formatters=formats)}\n")
+    draw_rates(rates.add_prefix("batch "), args.output, title)
+    print(f"Figure: {args.output}")
     sizes = {"d_model": 64, "n_layers": 2, "n_heads": 4, "d_ff": 256, "weights": n_weights, "tokens": data.max_len}
-    print(json.dumps({"threads": args.threads, "model": sizes, "batch": rates}))
+    print(json.dumps({"threads": args.threads, "model": sizes, "batch": rates.to_dict()}))
 
 
-def measure_sizes(console: Console, data: StateTrackingDataModule, args: argparse.Namespace) -> None:
+def measure_sizes(data: StateTrackingDataModule, args: argparse.Namespace) -> None:
     """Structured polls against batched inference over width and depth, at the first batch size."""
-    widths, depths = [(d, 2) for d in (16, 32, 64, 128, 256, 512)], [(64, n) for n in (1, 2, 4, 8, 12)]
-    grid = [*widths, *(size for size in depths if size not in widths), (128, 4), (256, 6)]  # the last: medium and large
-    ways, result, rows = ["batched_inference", "structured"], {}, []
-    for d_model, n_layers in grid:
-        model, batch = make_model(data, d_model, n_layers), batch_of(data, args.batches[0])
+    grid = [*((d, 2) for d in (16, 32, 64, 128, 256, 512)), *((64, n) for n in (1, 4, 8, 12)), (128, 4), (256, 6)]
+    ways, batch, rows = ["batched_inference", "structured"], batch_of(data, args.batches[0]), []
+    for d_model, n_layers in grid:  # the last two: medium and large
+        model = make_model(data, d_model, n_layers)
         rates = measure(model, batch, ways, args.seconds / len(grid), args.block or 192)
-        result[d_model, n_layers] = rates
-        full, left = flops(model, batch)
-        ratio = rates["structured"] / rates["batched_inference"]
-        weights = sum(p.numel() for p in model.parameters())
-        cells = [f"{weights:,}", *(f"{rates[way]:,.0f}" for way in ways), f"{ratio:.1f} x", f"{full / left:.1f} x"]
-        rows.append([f"{n_layers} x d{d_model}", *cells])
-    title = f"Cost against size, batch {args.batches[0]}, {args.threads} thread(s)"
-    print_table(console, title, ["model", "weights", *ways, "ratio", "of operations"], rows)
-    for name, sizes, axis in (("width", widths, 0), ("depth", depths, 1)):
-        x = [math.log(size[axis]) for size in sizes]
-        slopes = {way: linear_regression(x, [-math.log(result[size][way]) for size in sizes]).slope for way in ways}
+        (full, left), weights = flops(model, batch), sum(p.numel() for p in model.parameters())
+        rows.append(
+            {"d_model": d_model, "n_layers": n_layers, "weights": weights, **rates, "of operations": full / left}
+        )
+    table = pd.DataFrame(rows)
+    table["ratio"] = table["structured"] / table["batched_inference"]
+    formats = dict.fromkeys(("weights", *ways), "{:,.0f}".format)
+    formats |= dict.fromkeys(("of operations", "ratio"), "{:.1f} x".format)
+    print(f"Cost against size, batch {args.batches[0]}, {args.threads} thread(s)")
+    print(table.to_string(index=False, formatters=formats))
+    widths, depths = table[table["n_layers"] == 2], table[table["d_model"] == 64]
+    for name, axis, some in (("width", "d_model", widths), ("depth", "n_layers", depths)):
+        slopes = {way: linear_regression(some[axis].map(math.log), -some[way].map(math.log)).slope for way in ways}
         powers = ", ".join(f"{way} {slope:.2f}" for way, slope in slopes.items())
-        console.print(f"Seconds per evaluation grow with the {name} to the power: {powers}")
-    found = [{"d_model": d, "n_layers": n, **rates} for (d, n), rates in result.items()]
+        print(f"Seconds per evaluation grow with the {name} to the power: {powers}")
+    found = table[["d_model", "n_layers", *ways]].to_dict("records")
     print(json.dumps({"threads": args.threads, "batch": args.batches[0], "sizes": found}))
 
 
@@ -324,7 +287,7 @@ def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(args.threads)
     measure_all = measure_sizes if args.sizes else measure_batches
-    measure_all(Console(), StateTrackingDataModule(), args)
+    measure_all(StateTrackingDataModule(), args)
 
 
 if __name__ == "__main__":

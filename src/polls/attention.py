@@ -5,22 +5,21 @@ queries are needed: all T, in the last block the S scored ones.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polls.rows import Products, Rows, State
-from polls.stages import Moves, Rank1, Stage, WayIn, by_column, centred, norm, norm_change, one_for, rank1, unit_vectors
+from polls.node_kinds import Kind, Moves, Nodes, Rank1, Slopes, shares
+from polls.rows import Rows, State
+from polls.stages import Stage, Weights, by_column, by_columns, centred, norm, one_for, unit_vectors
 from transformer import Block, frequencies
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionWeights:
-    gain: Tensor  # (d,)
-    bias: Tensor  # (d,)
-    scale: float  # of the scores
+class AttentionWeights(Weights):
     query: Tensor  # (d, d), behind the gain, with the scale
     query_bias: Tensor  # (d,), with the scale and what the norm's bias adds
     key_value: Tensor  # (2d, d), behind the gain
@@ -29,34 +28,19 @@ class AttentionWeights:
     out: Tensor  # (d, d), centred
     out_bias: Tensor  # (d,), centred, with what the values' bias adds
     columns: Tensor  # (d, 3d): what a component of the norm's output does to queries, keys and values
-    directions: Tensor  # (2d, d) of the unit vectors, of the columns of out
-
-
-@dataclass(frozen=True, slots=True)
-class StreamProducts(Products):
-    """Queries, keys and their products in front of the norm's scale, by head."""
-
-    query: Tensor  # (B, H, queries, d/H)
-    key: Tensor  # (B, H, T, d/H)
-    scores: Tensor  # (B, H, queries, T)
-    bias: Tensor  # (B, H, 1, T)
-    written: Tensor  # (B, H, T, d) what a key writes to the stream
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionState(State):
     x: Tensor  # (B, T, d)
-    products: StreamProducts | None  # none with rotary positions
-    n: Tensor  # (B, T, d), normed
-    inputs: Tensor  # (B, T, d), normed, with gain and bias: what the three matrices read
+    products: dict[str, Tensor]  # see `Attention.products`; empty with rotary positions
     query: Tensor  # (B, queries, d)
     key: Tensor  # (B, T, d)
-    value: Tensor  # (B, T, d)
+    value: Tensor  # (B, T, d), without their bias
     scores: Tensor  # (B, H, queries, T)
     weights: Tensor  # (B, H, queries, T)
     turned_query: Tensor  # (B, d, queries), as it meets the keys
     turned_key: Tensor  # (B, d, T), as it meets the queries
-    sources: Tensor  # (B, 1 + d + H d, queries): one, mixed values, each head's mix of the inputs
     written: Tensor  # (B, H, T, d) what a key writes to the stream
 
 
@@ -65,29 +49,32 @@ class Attention(Stage[AttentionWeights, AttentionState]):
 
     def __init__(self, block: Block, last: bool):
         a, norm = block.attention, block.attention_norm
-        self.n_heads, self.rotary, self.last = a.n_heads, a.rotary, last
+        d_model = a.out.in_features
+        self.n_heads, self.rotary, self.last, self.head_size = a.n_heads, a.rotary, last, d_model // a.n_heads
+        self.scale = self.head_size**-0.5  # of the scores
         tensors: dict[str, Tensor] = {"gain": norm.weight, "bias": norm.bias, "key": a.key.weight}
         for name, linear in (("query", a.query), ("value", a.value), ("out", a.out)):
             tensors |= {name: linear.weight, f"{name}_bias": linear.bias}
         super().__init__(tensors)
-        self.ways_in = (
-            WayIn(("out", "out_bias", "value", "value_bias"), self.enter),
-            WayIn(("query", "query_bias", "key"), self.enter_scores, rank1=False),
-            WayIn(("gain", "bias"), self.enter_norm, rank1=False),
-        )
+        out = Kind[AttentionState](d_model, ("out", "out_bias"), partial(self.write, "out"), at_queries=True)
+        values = Values(d_model, ("value", "value_bias"), partial(self.write, "value"), at_queries=True, stage=self)
+        names = ("key", "query", "query_bias")
+        scores = Scores(d_model, names, self.enter_scores, rank1=False, at_queries=True, n_signs=2, stage=self)
+        normed = Kind[AttentionState](d_model, ("gain", "bias"), self.enter_norm, rank1=False)
+        single = replace(scores, tensors=("query", "query_bias", "key"))  # the order in which their weights are polled
+        self.kinds, self.together = (normed, scores, values, out), ((out, values), (single,), (normed,))
 
     def fold(self, t: dict[str, Tensor]) -> AttentionWeights:
-        scale = (t["key"].shape[0] // self.n_heads) ** -0.5
         # a bias in front of the values passes through weights that sum to 1: it is a bias of the output
         value_bias = t["value"] @ t["bias"] + t["value_bias"]
-        query, key, value = t["query"] * scale, t["key"], t["value"]
-        query_bias = query @ t["bias"] + t["query_bias"] * scale
+        query, key, value = t["query"] * self.scale, t["key"], t["value"]
+        query_bias = query @ t["bias"] + t["query_bias"] * self.scale
         out = centred(t["out"], 0)
         return AttentionWeights(
-            gain=t["gain"], bias=t["bias"], scale=scale, query=query * t["gain"], query_bias=query_bias,
-            key_value=torch.cat([key, value]) * t["gain"], key_bias=key @ t["bias"], value_bias=value_bias, out=out,
+            query=query * t["gain"], query_bias=query_bias, key_value=torch.cat([key, value]) * t["gain"],
+            key_bias=key @ t["bias"], value_bias=value_bias, out=out,
             out_bias=centred(t["out_bias"], 0) + out @ value_bias, columns=torch.cat([query, key, value]).T,
-            directions=torch.cat([unit_vectors(out[:, 0]), out.T]),
+            directions={"out": unit_vectors(out[:, 0]), "value": out.T.contiguous()},
         )  # fmt: skip
 
     def queries(self, rows: Rows, x: Tensor) -> Tensor:
@@ -106,7 +93,7 @@ class Attention(Stage[AttentionWeights, AttentionState]):
 
     def head_of(self, i: Tensor) -> Tensor:
         """(k,) components of queries, keys or values -> (k,) their heads."""
-        return i // (len(self.w.out) // self.n_heads)
+        return i // self.head_size
 
     def turn(self, x: Tensor, at: Tensor) -> Tensor:
         """Rotary positions `at` (T,) or (B, T) for x (B, ..., H, T, d/H); see `transformer.rotate`."""
@@ -161,7 +148,7 @@ class Attention(Stage[AttentionWeights, AttentionState]):
         c_u (c_t (q_t + s_t q_v) + b) (k_u + s_u k_v), where q, k and q_v, k_v are x and v behind the
         matrices and b is the query's bias. The values enter as what each key writes to the stream.
         """
-        if state.products is None:  # rotary: the direction's queries and keys would turn with every position
+        if self.rotary:  # the direction's queries and keys would turn with every position
             return self.forward(self.w, rows, entry.added_to(state.x))
         w, p, scale = self.w, state.products, entry.scale(state.x)
         s, v = entry.scalar, entry.direction  # (B, K, T), (K, d)
@@ -169,35 +156,36 @@ class Attention(Stage[AttentionWeights, AttentionState]):
         q_v, k_v, value_v = self.heads(q_v), self.heads(k_v), self.heads(value_v)  # (K, H, 1, d/H)
         scale_q, s_q = (self.queries(rows, t[..., None])[:, :, None] for t in (scale, s))  # (B, K, 1, queries, 1)
         scale, s = scale[:, :, None, None], s[:, :, None, None]  # (B, K, 1, 1, T)
-        by_key, by_query = torch.einsum("khic,bhtc->bkhit", q_v, p.key), torch.einsum("khic,bhtc->bkhti", k_v, p.query)
-        scores = p.scores[:, None] * scale_q  # (B, K, H, queries, T)
+        by_key = torch.einsum("khic,bhtc->bkhit", q_v, p["key"])
+        by_query = torch.einsum("khic,bhtc->bkhti", k_v, p["query"])
+        scores = p["scores"][:, None] * scale_q  # (B, K, H, queries, T)
         scores.addcmul_(s_q * scale_q, by_key)
         scores.addcmul_((by_query + s_q * (q_v * k_v).sum(-1, keepdim=True)) * scale_q, s)
-        scores.add_(p.bias[:, None] + s * (k_v * self.heads(w.query_bias[None])).sum(-1, keepdim=True))
+        scores.add_(p["bias"][:, None] + s * (k_v * self.heads(w.query_bias[None])).sum(-1, keepdim=True))
         weights = self.attend(rows, scores.mul_(scale)).mul_(scale)
-        x = weights.transpose(2, 3).flatten(3).flatten(1, 2) @ p.written.flatten(1, 2)  # (B, K queries, d)
+        x = weights.transpose(2, 3).flatten(3).flatten(1, 2) @ p["written"].flatten(1, 2)  # (B, K queries, d)
         x = x.unflatten(1, weights.shape[1:4:2]).add_((self.queries(rows, state.x) + w.out_bias)[:, None])
         x.addcmul_(s_q[:, :, 0], v[:, None])
-        written, shares = value_v @ self.out_by_head(w), (weights * s).sum(-1, keepdim=True)
+        written, along = value_v @ self.out_by_head(w), (weights * s).sum(-1, keepdim=True)
         for h in range(self.n_heads):
-            x.addcmul_(shares[:, :, h], written[:, h])  # (B, K, queries, 1) times (K, 1, d)
+            x.addcmul_(along[:, :, h], written[:, h])  # (B, K, queries, 1) times (K, 1, d)
         return x
 
     def out_by_head(self, w: AttentionWeights) -> Tensor:
         """(H, d/H, d): what each head writes to the stream for its values."""
         return w.out.unflatten(1, (self.n_heads, -1)).permute(1, 2, 0)
 
-    def products(self, rows: Rows, x: Tensor) -> StreamProducts:
-        """What `forward_rank1` reads of the stream x (B, T, d)."""
+    def products(self, rows: Rows, x: Tensor) -> dict[str, Tensor]:
+        """What `forward_rank1` reads of the stream x (B, T, d): queries, keys and their products before the norm."""
         w = self.w
-        query = self.heads(self.queries(rows, x) @ w.query.T)
-        key, value = (self.heads(t) for t in (x @ w.key_value.T).chunk(2, -1))
-        bias, written = self.heads(w.query_bias[None]) @ key.mT, value @ self.out_by_head(w)
-        return StreamProducts(query=query, key=key, scores=query @ key.mT, bias=bias, written=written)
+        query = self.heads(self.queries(rows, x) @ w.query.T)  # (B, H, queries, d/H)
+        key, value = (self.heads(t) for t in (x @ w.key_value.T).chunk(2, -1))  # (B, H, T, d/H)
+        bias = self.heads(w.query_bias[None]) @ key.mT  # (B, H, 1, T)
+        written = value @ self.out_by_head(w)  # (B, H, T, d) what a key writes to the stream
+        return {"query": query, "key": key, "scores": query @ key.mT, "bias": bias, "written": written}
 
     def incumbent(self, rows: Rows, x: Tensor) -> AttentionState:
         w, n = self.w, norm(x)
-        inputs = n * w.gain + w.bias
         query = F.linear(self.queries(rows, n), w.query, w.query_bias)
         key, value = self.keys_and_values(w, n)
         at, steps = self.positions(rows)
@@ -205,70 +193,109 @@ class Attention(Stage[AttentionWeights, AttentionState]):
         scores = turned_query @ turned_key.transpose(-1, -2)
         weights = self.attend(rows, scores)
         mixed = (weights @ self.heads(value)).transpose(-2, -3).flatten(-2)
-        read = weights @ inputs[:, None]  # (B, H, queries, d)
-        sources = [one_for(mixed), mixed + w.value_bias, *read.unbind(1)]
+        inputs, one = self.inputs(n), one_for(mixed)
+        mixed_inputs = (weights @ inputs[:, None]).transpose(-2, -3).flatten(-2)  # (B, queries, H d)
+        reads = {"gain": n, "bias": one_for(n), "key": inputs, "query": self.queries(rows, inputs), "query_bias": one}
+        reads |= {"value": mixed_inputs, "value_bias": one, "out": mixed + w.value_bias, "out_bias": one}
         return AttentionState(
-            x=x, products=None if self.rotary else self.products(rows, x), n=n, inputs=inputs,
+            out=F.linear(mixed, w.out, w.out_bias) + self.queries(rows, x), reads=by_columns(reads),
+            x=x, products={} if self.rotary else self.products(rows, x),
             query=query, key=key, value=value, scores=scores, weights=weights,
-            out=F.linear(mixed, w.out, w.out_bias) + self.queries(rows, x),
             turned_query=by_column(turned_query.transpose(-2, -3).flatten(-2)),
             turned_key=by_column(turned_key.transpose(-2, -3).flatten(-2)),
-            sources=by_column(torch.cat(sources, -1)), written=self.heads(value) @ self.out_by_head(w),
+            written=self.heads(value) @ self.out_by_head(w),
         )  # fmt: skip
 
-    def enter(self, rows: Rows, state: AttentionState, moves: dict[str, Moves]) -> Rank1:
-        d, parts = self.w.out.shape[0], []
-        for name, m in moves.items():
-            is_value = name.startswith("value")
-            first = 1 + d + self.head_of(m.i) * d if is_value else 1
-            column = torch.zeros_like(m.i) if name.endswith("bias") else first + m.j
-            parts.append((column, m.i + d if is_value else m.i, m.step))
-        return rank1(state.sources, self.w.directions, parts)
-
-    def enter_norm(self, rows: Rows, state: AttentionState, moves: dict[str, Moves]) -> Tensor:
-        """Gain and bias change all that queries, keys and values read."""
-        return self.change_norm(rows, state, *norm_change(state.n, moves))
-
-    def change_norm(self, rows: Rows, state: AttentionState, scalar: Tensor, j: Tensor) -> Tensor:
-        """The stream if component j (K,) of the norm's output changes by a scalar (B, K, T)."""
-        change = Rank1(scalar, self.w.columns[j])  # in queries, keys and values, (B, K, T, 3d)
-        query, key, value = change.added_to(torch.zeros_like(state.n[..., :1])).chunk(3, -1)
+    def enter_norm(self, rows: Rows, state: AttentionState, i: Tensor, change: Tensor) -> Tensor:
+        """Components (k,) of the norm's output that change by (B, k, T) change queries, keys and values."""
+        parts = Rank1(change, self.w.columns[i]).added_to(torch.zeros_like(state.x[..., :1]))  # (B, k, T, 3d)
+        query, key, value = parts.chunk(3, -1)
         query = self.queries(rows, query) + state.query[:, None]
         x, key, value = self.queries(rows, state.x)[:, None], key + state.key[:, None], value + state.value[:, None]
         return self.mix(self.w, rows, x, query, key, value)
 
-    def enter_scores(self, rows: Rows, state: AttentionState, moves: dict[str, Moves]) -> Tensor:
-        """A query or key weight changes a component of its query or key by what it reads.
-
-        It changes the scores of its head by a product of a query's and a key's part.
-        """
-        inputs, size = by_column(state.inputs), len(self.w.out) // self.n_heads  # (B, d, T)
-        at, steps = self.positions(rows)
-        heads, lefts, rights = [], [], []
-        for name, m in moves.items():
-            is_key, i = name == "key", m.i
-            moved = m.step[:, None] * (torch.ones_like(inputs[:, :1]) if name == "query_bias" else inputs[:, m.j])
-            if not is_key:
-                moved = self.w.scale * self.queries(rows, moved[..., None])[..., 0]  # (B, k, tokens)
-            other = state.turned_query if is_key else state.turned_key
-            pairs = [(moved, other[:, i])]  # (B, k, tokens)
-            if self.rotary:  # the moved component turns into itself and its partner in the pair
-                frequency = frequencies(size)[i % size // 2]
-                angle = (steps if is_key else at)[..., None, :] * frequency[:, None]  # (k, tokens) or (B, k, tokens)
-                sign = 1 - 2 * (i % 2)[:, None]
-                pairs = [(moved * angle.cos(), other[:, i]), (moved * angle.sin() * sign, other[:, i ^ 1])]
-            moved, other = torch.stack([a for a, _ in pairs], -1), torch.stack([b for _, b in pairs], -1)
-            heads.append(self.head_of(i))
-            lefts.append(other if is_key else moved)
-            rights.append(moved if is_key else other)
-        return self.add_to_scores(rows, state, torch.cat(heads), torch.cat(lefts, 1), torch.cat(rights, 1))
-
-    def add_to_scores(self, rows: Rows, state: AttentionState, head: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """The stream if left (B, K, queries, n) @ right (B, K, T, n)^T is added to the scores of a head (K,)."""
+    def enter_scores(self, rows: Rows, state: AttentionState, i: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """Components (k,) that add left (B, k, queries, n) @ right (B, k, T, n)^T to the scores of their head."""
         x = torch.empty(*left.shape[:3], state.out.shape[-1], dtype=state.out.dtype, device=state.out.device)
+        head = self.head_of(i)
         for h in head.unique().tolist():
             k = (head == h).nonzero().flatten()
             scores = state.scores[:, h, None] + (left[:, k].to(x) @ right[:, k].to(x).transpose(-1, -2))
             change = self.attend(rows, scores) - state.weights[:, h, None]  # (B, k, queries, T)
             x[:, k] = (change.flatten(1, 2) @ state.written[:, h]).unflatten(1, change.shape[1:3])
         return x.add_(state.out[:, None])
+
+
+@dataclass(frozen=True, eq=False)
+class Values(Kind[AttentionState]):
+    """Components of the values, moved where their head has mixed them."""
+
+    stage: Attention = field(kw_only=True)
+
+    def changes(self, rows: Rows, state: AttentionState, name: str, m: Moves) -> tuple[Tensor, ...]:
+        if name == "value":  # a row reads what its head mixes
+            m = m._replace(j=self.stage.head_of(m.i) * self.n + m.j)
+        return super().changes(rows, state, name, m)
+
+    def slopes(self, u: Nodes[AttentionState], name: str, credit: Tensor) -> Slopes:
+        if name == "value_bias":
+            return super().slopes(u, name, credit)
+        by_head = u.state.reads["value"].unflatten(1, (-1, self.n))  # (B, H, d, queries)
+        read = by_head[:, self.stage.head_of(u.i)]
+        return self.places(u.i, self.n), torch.einsum("bkt,bkft->kf", credit, read).flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class Scores(Kind[AttentionState]):
+    """All scores of a head at once: as many nodes as it has components, which sample the same weights.
+
+    A score is linear in the weights of its query, which read the query's input times the key, and in those of its key.
+    It is moved by a sign of the query times one of the key, which is as good as a sign of its own: the products of
+    different pairs are uncorrelated. A weight changes a component of its query or key, and with it the scores by a
+    product of a query's part and a key's.
+    """
+
+    stage: Attention = field(kw_only=True)
+
+    def changes(self, rows: Rows, state: AttentionState, name: str, m: Moves) -> tuple[Tensor, ...]:
+        """The components (k,), parts of queries (B, k, queries, n) and of keys (B, k, T, n): n is 2 if rotary, or 1."""
+        size, (at, steps) = self.stage.head_size, self.stage.positions(rows)
+        i, moved = super().changes(rows, state, name, m)  # (k,), (B, k, tokens)
+        if name == "key":
+            other = state.turned_query
+        else:
+            moved, other, steps = self.stage.scale * moved, state.turned_key, at
+        if self.stage.rotary:  # the moved component turns into itself and its partner in the pair
+            frequency = frequencies(size)[i % size // 2]
+            angle = steps[..., None, :] * frequency[:, None]  # (k, tokens) or (B, k, tokens)
+            sign = 1 - 2 * (i % 2)[:, None]
+            moved = torch.stack([moved * angle.cos(), moved * angle.sin() * sign], -1)
+            other = torch.stack([other[:, i], other[:, i ^ 1]], -1)
+        else:
+            moved, other = moved[..., None], other[:, i, :, None]
+        return (i, other, moved) if name == "key" else (i, moved, other)
+
+    def enter_nodes(self, u: Nodes[AttentionState]) -> Tensor:
+        query, key = u.signs
+        return self.stage.enter_scores(u.rows, u.state, u.i, (query * u.step[:, None])[..., None], key[..., None])
+
+    def slopes(self, u: Nodes[AttentionState], name: str, credit: Tensor) -> Slopes:
+        stage, state, (queries, keys) = self.stage, u.state, self.stage.positions(u.rows)
+        heads, of = stage.head_of(u.i).unique(return_inverse=True)  # (h,)
+        weights = state.weights[:, heads]  # (B, h, queries, T)
+        pairs = torch.zeros_like(weights).index_add_(1, of, credit[..., None] * u.signs[1][:, :, None])
+        pairs *= shares(weights.square())
+        pairs -= weights * pairs.sum(-1, keepdim=True)  # softmax sees no shift: a query's slopes sum to 0
+        if name == "key":
+            at, other = keys, pairs.mT @ stage.heads(state.turned_query.mT)[:, heads]
+        else:
+            at, other = queries, pairs @ stage.heads(state.turned_key.mT)[:, heads] * stage.scale
+        other = stage.turn(other, -at)  # (B, h, tokens, d/H), as it was before the query or key was turned
+        i = self.places(heads, stage.head_size)
+        if name == "query_bias":
+            return i, other.sum((0, 2)).flatten()
+        return self.places(i, self.n), torch.einsum("bhti,bft->hif", other, state.reads[name]).flatten()
+
+    def samples(self, i: Tensor) -> Tensor:
+        heads = self.stage.head_of(i)
+        return heads.bincount(minlength=self.stage.n_heads)[heads]

@@ -27,11 +27,6 @@ FEW = 4  # fewer candidates of a tensor are not worth vmap's own cost
 CHUNK_WEIGHTS = 2**22  # stacked weights at a time: 16 MiB in float32, whatever the number of candidates
 
 
-def x_of(batch: Any) -> tuple[Tensor]:
-    """The positional arguments that a module reads of a batch, unless it is told otherwise."""
-    return (batch["x"],)
-
-
 class GenericPolls:
     """Evaluates candidates of any `nn.Module`, exact up to rounding: `on(batch)` is a closure.
 
@@ -50,10 +45,18 @@ class GenericPolls:
         module: nn.Module,
         coordinates: Coordinates,
         loss: Callable[[Any, Any], Tensor],
-        inputs: Callable[[Any], tuple] = x_of,
+        inputs: Callable[[Any], tuple] = lambda batch: (batch["x"],),
     ):
         self.module, self.coordinates, self.loss, self.inputs = module, coordinates, loss, inputs
-        self.names = names_of(module, coordinates)
+        self.names = {id(p): name for name, p in module.named_parameters()}
+        for i, p in enumerate(coordinates.parameters):
+            if id(p) not in self.names:
+                raise ValueError(
+                    f"parameter {i} of shape {tuple(p.shape)} is not a parameter of {type(module).__name__}: "
+                    "moving it could not change the loss; give the optimizer parameters of the module it evaluates"
+                )
+            if not p.is_floating_point():
+                raise ValueError(f"{self.names[id(p)]} is of type {p.dtype}; only floating types can be searched")
         self.refusal: str | None = None  # why vmap refused this module, for the closures of all batches
 
     def on(self, batch: Any) -> "GenericClosure":
@@ -113,7 +116,8 @@ class GenericClosure:
         losses = torch.empty(len(coordinates), dtype=torch.float64)
         with forward_only(self.module):
             for p, index, rows in self.coordinates.touched(coordinates):
-                for some in torch.arange(len(rows), device=rows.device).split(self._chunk(p.numel())):
+                size = max(1, min(CHUNK_TOKENS // max(1, self.tokens), CHUNK_WEIGHTS // p.numel()))
+                for some in torch.arange(len(rows), device=rows.device).split(size):
                     if len(some) < FEW:
                         losses[rows[some]] = self.plain_poll(coordinates[rows[some]], steps[rows[some]])
                         continue
@@ -152,17 +156,10 @@ class GenericClosure:
         """Losses (S,) of the combinations weight[coordinates] + scales[s] * changes; both (M,), scales (S,)."""
         check_block(self.coordinates, coordinates, changes)
         check_scales(scales)
-        spread = self.coordinates.spread(coordinates, changes)
-        losses = []
-        with forward_only(self.module):
-            for scale in scales.split(1):  # a few: not worth vmap's own cost
-                new = {self.polls.names[id(p)]: p + (scale * change).to(p) for p, change in spread}
-                losses.append(float(self._loss(new)))
-        return torch.tensor(losses, dtype=torch.float64)
-
-    def _chunk(self, weights: int) -> int:
-        """Candidates at a time, if each of them stacks so many weights."""
-        return max(1, min(CHUNK_TOKENS // max(1, self.tokens), CHUNK_WEIGHTS // weights))
+        names, spread = self.polls.names, self.coordinates.spread(coordinates, changes)
+        with forward_only(self.module):  # a few: not worth vmap's own cost
+            moved = ({names[id(p)]: p + (scale * part).to(p) for p, part in spread} for scale in scales.split(1))
+            return torch.tensor([float(self._loss(tensors)) for tensors in moved], dtype=torch.float64)
 
     def _loss(self, tensors: dict[str, Tensor]) -> Tensor:
         """The loss with some of the module's tensors replaced by name."""
@@ -194,17 +191,3 @@ def plain_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-
-
-def names_of(module: nn.Module, coordinates: Coordinates) -> dict[int, str]:
-    """id of each parameter -> its name in the module; raises ValueError for one that cannot be searched."""
-    names = {id(p): name for name, p in module.named_parameters()}
-    for i, p in enumerate(coordinates.parameters):
-        if id(p) not in names:
-            raise ValueError(
-                f"parameter {i} of shape {tuple(p.shape)} is not a parameter of {type(module).__name__}: "
-                "moving it could not change the loss; give the optimizer parameters of the module it evaluates"
-            )
-        if not p.is_floating_point():
-            raise ValueError(f"{names[id(p)]} is of type {p.dtype}; only floating types can be searched")
-    return names

@@ -1,265 +1,152 @@
-"""The nodes of a `DecoderOnlyTransformer`: how each kind is moved, and which slopes its weights then have.
+"""How candidates enter the model: the kinds of its nodes, and what a moved node does to the residual stream.
 
-`polls/nodes.py` moves them and gives the credit.
+A *node* is one component of what a layer puts out: of a linear map, an embedding or a norm. A weight that moves by a
+step moves its node by the step times what it reads, so a single weight enters as its node does. The slopes of all
+weights of a node follow from what the node is worth (`polls/nodes.py`).
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from polls.attention import Attention, AttentionState
-from polls.rows import Rows
-from polls.stages import (
-    Embedding,
-    EmbeddingState,
-    Entry,
-    FeedForward,
-    FeedForwardState,
-    Head,
-    HeadState,
-    Rank1,
-    Stage,
-)
+from polls.rows import Rows, State
 
-Slopes = tuple[Tensor, Tensor]  # places in a tensor, flattened, and the slopes there, (m,) each
-
+EPS = 1e-5  # of every LayerNorm, torch's default
 FAINT = 0.05  # a tie whose square is this part of the strongest one's counts half
+
+
+@dataclass(frozen=True, slots=True)
+class Rank1:
+    """What candidates add to the residual stream: scalar (B, K, T) times direction (K, d).
+
+    Candidates that enter at the head add it to the logits: scalar (B, K, S) times direction (K, C).
+    """
+
+    scalar: Tensor
+    direction: Tensor
+
+    def added_to(self, x: Tensor) -> Tensor:
+        """Stream of the incumbent (B, T, d) -> streams of the candidates (B, K, T, d)."""
+        return torch.addcmul(x[:, None], self.scalar[..., None], self.direction[:, None])
+
+    def scale(self, x: Tensor) -> Tensor:
+        """What the norm multiplies the candidates' streams with, (B, K, T): |x + s v|^2 needs no candidate's stream."""
+        s, v = self.scalar, self.direction
+        along, square = v @ x.mT, x.square().mean(-1)[:, None]  # (B, K, T), (B, 1, T)
+        variance = square + s * (2 / x.shape[-1] * along + s * v.square().mean(1)[:, None])
+        return variance.clamp_(min=0).add_(EPS).rsqrt_()
+
+
+Entry = Rank1 | Tensor  # what candidates do behind the stage they enter: a rank-1 change of the stream, or their stream
+Slopes = tuple[Tensor, Tensor]  # places in a tensor, flattened, and the slopes there, (m,) each
+S = TypeVar("S", bound=State)  # what the incumbent computes at a stage
+
+
+class Moves(NamedTuple):
+    """k candidates of one tensor: weight[i, j] + step, each (k,); j is 0 in a vector."""
+
+    i: Tensor
+    j: Tensor
+    step: Tensor
+
+    def of(self, some: slice) -> "Moves":
+        return Moves(self.i[some], self.j[some], self.step[some])
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes(Generic[S]):
+    """Some nodes of one kind, moved at every token of some rows by a step with a sign of its own.
+
+    Attributes:
+        state: what the incumbent computes on the rows at their stage.
+        i: (k,) which of the kind.
+        step: (k,) by how much each is moved.
+        signs: (B, k, tokens) each; behind the last attention, the tokens are the scored ones.
+        samples: (k,) how many of the nodes of this step sample the slopes of the same weights.
+        reach: (B, S, T) how much a scored token counts for each token; None if each counts for itself alone.
+    """
+
+    rows: Rows
+    state: S
+    i: Tensor
+    step: Tensor
+    signs: tuple[Tensor, ...]
+    samples: Tensor
+    reach: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Kind(Generic[S]):
+    """Nodes of one kind at a stage. The weights of node i are row i of a matrix and number i of a vector.
+
+    Attributes:
+        n: how many nodes there are.
+        tensors: names of the tensors that hold their weights.
+        enter: (rows, state, nodes (k,), changes (B, k, tokens)) -> what the changed nodes do behind their stage.
+        rank1: whether that is a `Rank1`, which spares the next stage most of its work.
+        at_queries: whether they sit behind the mixing of an attention, where only its queries are needed.
+        n_signs: how many signs a node has at each token.
+    """
+
+    n: int
+    tensors: tuple[str, ...]
+    enter: Callable[..., Entry]
+    rank1: bool = True
+    at_queries: bool = False
+    n_signs: int = 1
+
+    def enter_weights(self, rows: Rows, state: S, moves: dict[str, Moves]) -> Entry:
+        """What candidates do that move single weights, given by the names of their tensors."""
+        nodes, *changes = zip(*(self.changes(rows, state, name, m) for name, m in moves.items()), strict=True)
+        return self.enter(rows, state, torch.cat(nodes), *(torch.cat(change, 1) for change in changes))
+
+    def changes(self, rows: Rows, state: S, name: str, m: Moves) -> tuple[Tensor, ...]:
+        """Of moves of a tensor: the nodes (k,), and by how much they change, (B, k, tokens)."""
+        return m.i, state.reads[name][:, m.i if name == "gain" else m.j] * m.step[:, None]
+
+    def enter_nodes(self, u: Nodes[S]) -> Entry:
+        """What the moved nodes do behind their stage."""
+        return self.enter(u.rows, u.state, u.i, u.signs[0] * u.step[:, None])
+
+    def slopes(self, u: Nodes[S], name: str, credit: Tensor) -> Slopes:
+        """Of the nodes' weights in a tensor, from the credit (B, k, tokens): what a node is worth at a token."""
+        read = u.state.reads[name].to(credit)
+        if name == "gain" or name.endswith("bias"):
+            return u.i, (credit * (read[:, u.i] if name == "gain" else read)).sum((0, 2))
+        return self.places(u.i, read.shape[1]), torch.einsum("bkt,bft->kf", credit, read).flatten()
+
+    def places(self, i: Tensor, width: int) -> Tensor:
+        """Where the weights of nodes (k,) stand in a flattened matrix, (k width,)."""
+        return (i[:, None] * width + torch.arange(width, device=i.device)).flatten()
+
+    def samples(self, i: Tensor) -> Tensor:
+        """(k,) how many of the nodes (k,) sample the slopes of the same weights."""
+        return torch.ones_like(i)
+
+
+class Columns(Kind[S]):
+    """Nodes whose weights are columns of their matrices: the components of an embedding."""
+
+    def changes(self, rows: Rows, state: S, name: str, m: Moves) -> tuple[Tensor, ...]:
+        read = state.reads[name]
+        known = m.i < read.shape[1]  # a position behind the last token is read nowhere
+        return m.j, (read[:, m.i.where(known, 0)] & known[:, None]) * m.step[:, None]
+
+    def places(self, i: Tensor, width: int) -> Tensor:
+        return (i[:, None] + torch.arange(width, device=i.device) * self.n).flatten()
+
+
+def joined(entries: list[Entry]) -> Entry:
+    """One entry for the candidates of several, which are all rank-1."""
+    if len(entries) == 1:
+        return entries[0]
+    parts = [entry for entry in entries if isinstance(entry, Rank1)]
+    return Rank1(torch.cat([p.scalar for p in parts], 1), torch.cat([p.direction for p in parts]))
 
 
 def shares(squares: Tensor) -> Tensor:
     """How much ties count, from 0 to 1, by the squares of their strengths (..., ties)."""
     return squares / (squares + FAINT * squares.amax(-1, keepdim=True)).clamp_(min=1e-30)
-
-
-@dataclass(frozen=True, slots=True)
-class Nodes:
-    """Some nodes of one kind, moved by steps with signs of their own.
-
-    Attributes:
-        stage, rows, state: where they are, some rows of the batch, what the incumbent computes there.
-        i: (k,) which of the kind.
-        step: (k,) by how much each is moved.
-        sign: (B, k, tokens) of them at each token; behind the last attention, at each scored token.
-        key_sign: (B, k, T) of the keys, for kinds that need them too.
-    """
-
-    stage: Any
-    rows: Rows
-    state: Any
-    i: Tensor
-    step: Tensor
-    sign: Tensor
-    key_sign: Tensor | None = None
-
-    @property
-    def change(self) -> Tensor:
-        """(B, k, tokens)."""
-        return self.sign * self.step[:, None]
-
-
-class Kind(ABC):
-    """Nodes of one kind.
-
-    Attributes:
-        tensors: names of the tensors that hold their weights.
-        rank1: whether they enter the stream by a `Rank1`, which spares the next stage most of its work.
-        at_queries: they sit where queries are needed, behind the mixing of the attention.
-        moves_keys: whether a node has a second sign for each token, as a key.
-    """
-
-    tensors: tuple[str, ...]
-    rank1 = True
-    at_queries = False
-    moves_keys = False
-
-    def count(self, tensor: Tensor) -> int:
-        """How many nodes have weights in one of their tensors."""
-        return len(tensor)
-
-    @abstractmethod
-    def enter(self, u: Nodes) -> Entry:
-        """What the moved nodes do behind their stage."""
-
-    @abstractmethod
-    def slopes(self, u: Nodes, name: str, credit: Tensor) -> Slopes:
-        """Of all weights of the nodes in a tensor, from the credit (B, k, tokens): what a node is worth at a token."""
-
-    def samples(self, stage: Any, i: Tensor) -> Tensor:
-        """(k,) nodes -> (k,) numbers, equal for nodes that sample the slopes of the same weights."""
-        return i
-
-
-class Writers(Kind):
-    """Nodes whose value is a linear map of what they read, and which change the stream by a direction of their own.
-
-    Args:
-        reads: by the name of a matrix: (stage, state, nodes (k,)) -> what the weights of a node in it read, (B, tokens,
-            fan_in), or (B, k, tokens, fan_in) if nodes differ.
-        bias: the name of a tensor that reads ones; none if "".
-        first_direction: stage -> the first row of its directions that belongs to them; 0 if None.
-        at_queries: see `Kind`.
-        columns: whether a node is a column of its matrix, and not a row.
-    """
-
-    def __init__(
-        self,
-        reads: dict[str, Callable[[Any, Any, Tensor], Tensor]],
-        bias: str = "",
-        first_direction: Callable[[Any], int] | None = None,
-        at_queries: bool = False,
-        columns: bool = False,
-    ):
-        self.reads, self.bias, self.first_direction, self.columns = reads, bias, first_direction, columns
-        self.tensors = (*reads, bias) if bias else tuple(reads)
-        self.at_queries = at_queries
-
-    def count(self, tensor: Tensor) -> int:
-        return tensor.shape[1] if self.columns else len(tensor)
-
-    def enter(self, u: Nodes) -> Rank1:
-        first = self.first_direction(u.stage) if self.first_direction else 0
-        return Rank1(self.scalar(u), u.stage.w.directions[u.i + first])
-
-    def scalar(self, u: Nodes) -> Tensor:
-        """(B, k, tokens): how much of its direction each node adds."""
-        return u.change
-
-    def slopes(self, u: Nodes, name: str, credit: Tensor) -> Slopes:
-        if name == self.bias:
-            return u.i, credit.sum((0, 2))
-        read = self.reads[name](u.stage, u.state, u.i).to(credit)
-        slopes = torch.einsum("bkt,bktf->kf" if read.ndim == 4 else "bkt,btf->kf", credit, read)
-        # rows of an embedding behind the longest sequence of the batch are not read
-        width, j = u.stage.tensors[name].shape[1], torch.arange(read.shape[-1], device=u.i.device)
-        places = j * width + u.i[:, None] if self.columns else u.i[:, None] * width + j
-        return places.flatten(), slopes.flatten()
-
-
-class Hidden(Writers):
-    """Nodes in front of the activation of a feed-forward."""
-
-    def scalar(self, u: Nodes) -> Tensor:
-        return u.stage.hidden_change(u.state, u.i, u.change)
-
-
-class Normed(Kind):
-    """Components of the output of a norm, which change what a layer reads."""
-
-    tensors = ("gain", "bias")
-    rank1 = False
-
-    def enter(self, u: Nodes) -> Entry:
-        return u.stage.change_norm(u.rows, u.state, u.change, u.i)
-
-    def slopes(self, u: Nodes, name: str, credit: Tensor) -> Slopes:
-        if name == "bias":
-            return u.i, credit.sum((0, 2))
-        return u.i, (credit * u.state.n.to(credit)[..., u.i].mT).sum((0, 2))
-
-
-class FinalNormed(Normed):
-    """Components of the output of the final norm, which change the logits."""
-
-    rank1 = True
-
-    def enter(self, u: Nodes) -> Rank1:
-        return Rank1(u.change, u.stage.w.directions[u.i + len(u.stage.w.head)])
-
-
-class Scores(Kind):
-    """All scores of a head at once: as many nodes as it has components, which sample the same weights.
-
-    A score is linear in the weights of its query, which read the query's input times the key, and in those of its key.
-    It is moved by a sign of the query times one of the key, which is as good as a sign of its own: the products of
-    different pairs are uncorrelated.
-    """
-
-    tensors = ("key", "query", "query_bias")
-    rank1 = False
-    at_queries = True
-    moves_keys = True
-
-    def enter(self, u: Nodes) -> Tensor:
-        assert u.key_sign is not None
-        query, key = u.change[..., None], u.key_sign[..., None]
-        return u.stage.add_to_scores(u.rows, u.state, u.stage.head_of(u.i), query, key)
-
-    def samples(self, stage: Any, i: Tensor) -> Tensor:
-        return stage.head_of(i)
-
-    def slopes(self, u: Nodes, name: str, credit: Tensor) -> Slopes:
-        assert u.key_sign is not None
-        stage, state, (queries, keys) = u.stage, u.state, u.stage.positions(u.rows)
-        heads, of = stage.head_of(u.i).unique(return_inverse=True)  # (h,)
-        weights = state.weights[:, heads]  # (B, h, queries, T)
-        pairs = torch.zeros_like(weights).index_add_(1, of, credit[..., None] * u.key_sign[:, :, None])
-        pairs *= shares(weights.square())
-        pairs -= weights * pairs.sum(-1, keepdim=True)  # softmax sees no shift: a query's slopes sum to 0
-        if name == "key":
-            inputs, at, other = state.inputs, keys, pairs.mT @ stage.heads(state.turned_query.mT)[:, heads]
-        else:
-            inputs, at = stage.queries(u.rows, state.inputs), queries
-            other = pairs @ stage.heads(state.turned_key.mT)[:, heads] * stage.w.scale
-        other = stage.turn(other, -at)  # (B, h, tokens, d/H), as it was before the query or key was turned
-        i = (heads[:, None] * other.shape[-1] + torch.arange(other.shape[-1], device=heads.device)).flatten()
-        if name == "query_bias":
-            return i, other.sum((0, 2)).flatten()
-        width = inputs.shape[-1]
-        places = i[:, None] * width + torch.arange(width, device=i.device)
-        return places.flatten(), torch.einsum("bhti,btf->hif", other, inputs).flatten()
-
-
-def tokens(stage: Embedding, state: EmbeddingState, i: Tensor) -> Tensor:
-    return state.where[:, : stage.n_tokens].mT
-
-
-def positions(stage: Embedding, state: EmbeddingState, i: Tensor) -> Tensor:
-    return state.where[:, stage.n_tokens : -1].mT
-
-
-def mixed_inputs(stage: Attention, state: AttentionState, i: Tensor) -> Tensor:
-    """(B, k, queries, d): what the head of each node mixes from the inputs of its values."""
-    by_head = stage.heads(state.sources[:, 1 + len(stage.w.out) :].mT)
-    return by_head[:, stage.head_of(i)]
-
-
-def mixed_values(stage: Attention, state: AttentionState, i: Tensor) -> Tensor:
-    return state.sources[:, 1 : 1 + len(stage.w.out)].mT
-
-
-def normed_inputs(stage: FeedForward, state: FeedForwardState, i: Tensor) -> Tensor:
-    return state.inputs[:, 1:].mT
-
-
-def hidden_nodes(stage: FeedForward, state: FeedForwardState, i: Tensor) -> Tensor:
-    return state.hidden[:, 1:].mT
-
-
-def head_inputs(stage: Head, state: HeadState, i: Tensor) -> Tensor:
-    return state.n * stage.w.gain + stage.w.bias
-
-
-def behind_unit_vectors(stage: Attention | FeedForward) -> int:
-    """The first of the directions that are columns of the stage's last matrix: there are d unit vectors before."""
-    return len(stage.w.columns)
-
-
-KINDS: dict[type[Stage], tuple[Kind, ...]] = {
-    Embedding: (Writers({"token": tokens, "position": positions}, columns=True),),
-    Attention: (
-        Normed(),
-        Scores(),
-        Writers({"value": mixed_inputs}, "value_bias", behind_unit_vectors, at_queries=True),
-        Writers({"out": mixed_values}, "out_bias", at_queries=True),
-    ),
-    FeedForward: (
-        Normed(),
-        Hidden({"inner": normed_inputs}, "inner_bias", behind_unit_vectors),
-        Writers({"outer": hidden_nodes}, "outer_bias"),
-    ),
-    Head: (FinalNormed(), Writers({"head": head_inputs}, "head_bias")),
-}

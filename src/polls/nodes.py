@@ -1,37 +1,30 @@
 """Slopes of whole rows of weights from the losses of single tokens, for `DecoderOnlyTransformer`.
 
-A *node* is one component of what a layer puts out: of a linear map, an embedding or a norm. Move it by a step whose
-sign is drawn anew for every token of every sequence, and look at the loss of every scored token. A token's own sign
-is independent of all others, so the change of the losses that it can reach (its own and the later ones of its
-sequence), times its sign, is an unbiased sample of what the node is worth at that token: its credit. Times what a
-weight of the node reads there, summed over the tokens, it is a sample of the slope of that weight, and of all weights
-of the node at once: one evaluation, where polls of single weights need one each. It is node perturbation (Williams
-1992; Flower and Jabri 1993); losses alone, no backward pass. Three things make a sample say more:
+A *node* is one component of what a layer puts out (`polls/node_kinds.py`). Move it by a step whose sign is drawn anew
+for every token of every sequence, and look at the loss of every scored token. A token's own sign is independent of all
+others, so the change of the losses that it can reach, times its sign, is an unbiased sample of what the node is worth
+at that token: its credit. Times what a weight of the node reads there, summed over the tokens, it is a sample of the
+slope of that weight, and of all weights of the node at once: one evaluation, and no backward pass. It is node
+perturbation (Williams 1992; Flower and Jabri 1993).
 
-- Behind the last attention a token reaches its own loss only, so there slopes are exact but for the step's curvature.
-  Values are moved there, as their head has mixed them, and not before.
-- Queries and keys are moved where they meet, in the scores of a head: one evaluation tells the slopes of all weights
-  of both. A score far off the others of its query, softmax hardly sees: it counts as `polls.node_kinds.shares` says.
-- Before the last attention, what the other tokens of the sequence do to a loss is noise in a token's credit. A loss
-  counts for a token by how much its own token looks at it through the attention of all blocks behind (attention
-  rollout, Abnar and Zuidema 2020), which trades a little bias for most of the noise.
+Two things make a sample say more. Behind the last attention a token reaches its own loss only, so there slopes are
+exact but for the step's curvature. Before it, what the other tokens do to a loss is noise in a token's credit: a loss
+counts for a token by how much its own token looks at it through the attention of all blocks behind (attention rollout,
+Abnar and Zuidema 2020), which trades a little bias for most of the noise.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from polls.attention import Attention
-from polls.node_kinds import KINDS, Kind, Nodes, shares
+from polls.node_kinds import Kind, Nodes, shares
 from polls.rows import Rows
 from polls.structured import StructuredClosure, StructuredPolls
 from polls.threads import one_thread
-from search.coordinates import Coordinates
-from transformer import DecoderOnlyTransformer
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,51 +37,29 @@ class NodeGroup:
     first: int
 
 
-@dataclass(frozen=True, slots=True)
-class NodeChunk:
-    """Nodes of a group that are evaluated at a time.
-
-    Attributes:
-        loss: (B, S) of the incumbent's tokens, weighed.
-        reach: (B, S, T) how much a scored token counts for each token; None if each counts for itself alone.
-        samples: (k,) how many nodes of this step sample the same weights.
-    """
-
-    group: NodeGroup
-    nodes: Nodes
-    loss: Tensor
-    reach: Tensor | None
-    samples: Tensor
-
-
 class NodePolls(StructuredPolls):
     """`StructuredPolls` whose closures also tell the slopes of whole nodes: `nodes`.
 
-    Nodes are numbered from 0 over the kinds of all stages, in the order of the model. There are `n_nodes`; the
-    weights of node u belong to parameter number `node_parameter[u]`.
+    Nodes are numbered from 0 over the kinds of all stages, in the order of the model; the weights
+    of node u belong to parameter number `node_parameter[u]`.
     """
 
-    def __init__(
-        self,
-        model: DecoderOnlyTransformer,
-        coordinates: Coordinates,
-        loss: Callable[[Any, Any], Tensor],
-        threads: int = 1,
-    ):
-        super().__init__(model, coordinates, loss, threads)
-        number = {id(p): i for i, p in enumerate(coordinates.parameters)}
-        self.node_groups: list[NodeGroup] = []
-        owners: list[int] = []
-        for s, stage in enumerate(self.stages):
-            for kind in KINDS[type(stage)]:
-                named = [(name, stage.tensors[name]) for name in kind.tensors if name in stage.tensors]
-                searched = {name: number[id(p)] for name, p in named if id(p) in number}
+    @cached_property
+    def node_groups(self) -> list[NodeGroup]:
+        groups: list[NodeGroup] = []
+        first = 0
+        for s, (stage, numbers) in enumerate(zip(self.stages, self.numbers, strict=True)):
+            for kind in stage.kinds:
+                searched = {name: numbers[name] for name in kind.tensors if name in numbers}
                 if searched:
-                    self.node_groups.append(NodeGroup(s, kind, searched, len(owners)))
-                    name, owner = next(iter(searched.items()))
-                    owners += [owner] * kind.count(stage.tensors[name])
-        self.node_parameter = torch.tensor(owners, device=model.head.weight.device)
-        self.n_nodes = len(owners)
+                    groups.append(NodeGroup(s, kind, searched, first))
+                    first += kind.n
+        return groups
+
+    @cached_property
+    def node_parameter(self) -> Tensor:
+        owners = [next(iter(group.parameters.values())) for group in self.node_groups for _ in range(group.kind.n)]
+        return torch.tensor(owners, device=self.model.head.weight.device)
 
     def on(self, batch: dict[str, Tensor]) -> "NodeClosure":
         """The closure that answers about this batch, {"x": (B, T) tokens, "y": (B, T) classes or IGNORE}."""
@@ -100,7 +71,11 @@ class NodeClosure(StructuredClosure):
 
     def __init__(self, polls: NodePolls, batch: dict[str, Tensor]):
         super().__init__(polls, batch)
-        self.node_groups, self.node_parameter, self.n_nodes = polls.node_groups, polls.node_parameter, polls.n_nodes
+        self.node_groups, self.node_parameter, self.n_nodes = (
+            polls.node_groups,
+            polls.node_parameter,
+            len(polls.node_parameter),
+        )
 
     @torch.no_grad()
     @one_thread()
@@ -129,6 +104,7 @@ class NodeClosure(StructuredClosure):
         polled = torch.zeros_like(slopes, dtype=torch.bool)
         self()  # brings the caches up to date
         for rows in self.rows:
+            self._state(rows, len(self.stages) - 1)  # all threads read it
             chunks = self._node_chunks(rows, nodes, steps, bounds, signs)
             for where, found in (pair for pairs in self.polls.map(self._slopes, chunks) for pair in pairs):
                 slopes.index_add_(0, where, found)
@@ -138,24 +114,21 @@ class NodeClosure(StructuredClosure):
 
     def _node_chunks(
         self, rows: Rows, nodes: Tensor, steps: Tensor, bounds: list[int], signs: torch.Generator
-    ) -> list[NodeChunk]:
+    ) -> list[tuple[NodeGroup, Nodes]]:
         """Sorted nodes (K,) with their steps (K,) in chunks of a group; the nodes of a group lie between two bounds."""
-        loss = self._state(rows, len(self.stages) - 1).out[:, 0] * rows.weight  # (B, S)
         reach_before, chunks = self._reach(rows), []
         for group, (begin, end) in zip(self.node_groups, pairwise(bounds), strict=True):
-            stage, kind, i = self.stages[group.stage], group.kind, nodes[begin:end] - group.first
+            kind, i, step = group.kind, nodes[begin:end] - group.first, steps[begin:end]
             reach = reach_before[group.stage + 1] if kind.at_queries else reach_before[group.stage]
-            draws = 2 if kind.moves_keys else 1
-            drawn = torch.randint(2, (draws, len(rows.x), len(i), rows.x.shape[1]), generator=signs).to(loss) * 2 - 1
-            sign = drawn[0] if reach is not None else rows.scored(drawn[0][..., None])[..., 0]  # (B, k, tokens)
-            _, alike, samples = kind.samples(stage, i).unique(return_inverse=True, return_counts=True)
+            drawn = torch.randint(2, (kind.n_signs, len(rows.x), len(i), rows.x.shape[1]), generator=signs)
+            own = list(drawn.to(rows.weight) * 2 - 1)  # (B, k, T) each
+            if reach is None:
+                own[0] = rows.scored(own[0][..., None])[..., 0]
+            state, samples = self._state(rows, group.stage), kind.samples(i)
             size = self.polls.chunk_size(rows, group.stage, kind.rank1)
-            for at in range(0, len(i), size):
-                k = slice(at, at + size)
-                key_sign = drawn[1, :, k] if kind.moves_keys else None
-                state = self._state(rows, group.stage)
-                moved = Nodes(stage, rows, state, i[k], steps[begin:end][k], sign[:, k], key_sign)
-                chunks.append(NodeChunk(group, moved, loss, reach, samples[alike[k]]))
+            for k in (slice(at, at + size) for at in range(0, len(i), size)):
+                some = Nodes(rows, state, i[k], step[k], tuple(sign[:, k] for sign in own), samples[k], reach)
+                chunks.append((group, some))
         return chunks
 
     def _reach(self, rows: Rows) -> list[Tensor | None]:
@@ -164,26 +137,25 @@ class NodeClosure(StructuredClosure):
         None behind the last attention, where a token reaches nothing but its own loss.
         """
         own = torch.eye(rows.x.shape[1], dtype=rows.weight.dtype, device=rows.x.device)
-        ties: Tensor | None = None
         reach: list[Tensor | None] = [None] * (len(self.stages) + 1)
+        ties = own[rows.at]  # (B, S, T)
         for s in range(len(self.stages) - 3, -1, -1):
             if isinstance(self.stages[s], Attention):
-                weights = self._state(rows, s).weights  # (B, H, queries, T)
-                looks = weights.square().sum(1)
-                ties = looks + own[rows.at] if ties is None else ties @ (looks + own)
-            if ties is not None:
-                reach[s] = shares(ties)
+                looks = self._state(rows, s).weights.square().sum(1)  # (B, queries, T)
+                ties = looks + ties if s == len(self.stages) - 3 else ties @ (looks + own)
+            reach[s] = shares(ties)
         return reach
 
     @torch.no_grad()
-    def _slopes(self, chunk: NodeChunk) -> list[tuple[Tensor, Tensor]]:
-        """Coordinates and slopes of the weights of the nodes of a chunk, tensor by tensor."""
-        group, nodes, rows = chunk.group, chunk.nodes, chunk.nodes.rows
-        losses = self._behind(rows, group.stage, group.kind.enter(nodes)) * rows.weight[:, None]
-        change = losses - chunk.loss[:, None]  # (B, k, S)
-        if chunk.reach is not None:
-            change = change @ chunk.reach  # (B, k, T)
-        credit = change * nodes.sign / (nodes.step * chunk.samples)[:, None]
+    def _slopes(self, chunk: tuple[NodeGroup, Nodes]) -> list[tuple[Tensor, Tensor]]:
+        """Coordinates and slopes of the weights of some nodes of a group, tensor by tensor."""
+        (group, nodes), weight = chunk, chunk[1].rows.weight[:, None]  # (B, 1, S)
+        losses = self._behind(nodes.rows, group.stage, group.kind.enter_nodes(nodes))
+        incumbent = self._state(nodes.rows, len(self.stages) - 1).out  # (B, 1, S)
+        change = losses * weight - incumbent * weight  # (B, k, S)
+        if nodes.reach is not None:
+            change = change @ nodes.reach  # (B, k, T)
+        credit = change * nodes.signs[0] / (nodes.step * nodes.samples)[:, None]
         found = []
         for name, number in group.parameters.items():
             places, slopes = group.kind.slopes(nodes, name, credit)

@@ -16,26 +16,24 @@ PART_COST = 2**20  # tokens x weights of the blocks: measured, about what it cos
 
 
 @dataclass(frozen=True, slots=True)
-class Products:
-    """Tensors that are read together."""
-
-    def bytes(self) -> int:
-        """The memory that the tensors take."""
-        values = [getattr(self, field.name) for field in fields(self)]
-        tensors = sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
-        return tensors + sum(v.bytes() for v in values if isinstance(v, Products))
-
-
-@dataclass(frozen=True, slots=True)
-class State(Products):
+class State:
     """What the incumbent computes at a stage.
 
     Attributes:
         out: what the stage writes: the stream (B, T, d), from the last attention on (B, S, d), and behind the head
             the losses of the scored tokens (B, 1, S).
+        reads: (B, columns, tokens) what the weights of a tensor read, by its name, column by column of a matrix; a
+            vector is one column, but for the gain of a norm, of which each number reads a row of its own.
     """
 
     out: Tensor
+    reads: dict[str, Tensor]
+
+    def bytes(self) -> int:
+        """The memory that all tensors of the state take."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        parts = [list(value.values()) if isinstance(value, dict) else [value] for value in values]
+        return sum(tensor.nbytes for tensors in parts for tensor in tensors)
 
 
 class Rows:
@@ -65,7 +63,7 @@ class Rows:
         first = int(self.at[0, 0])
         adjacent = bool((self.at == first + steps[:n_scored]).all())
         self.slice = slice(first, first + n_scored) if adjacent else None  # the scored positions, if alike in all rows
-        self.states: list[tuple[int, State]] = []  # of each stage: serial of its weights, what the incumbent computes
+        self.states: list[tuple[object, State]] = []  # of each stage: its weights, what the incumbent computes
 
     def scored(self, x: Tensor) -> Tensor:
         """Tokens (B, T, ...) or (B, K, T, d) -> only the scored ones, (B, S, ...) or (B, K, S, d)."""

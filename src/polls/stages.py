@@ -9,74 +9,32 @@ Shapes: B rows of the batch, K candidates, T tokens, S scored positions, H heads
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from functools import partial
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polls.node_kinds import EPS, Columns, Kind, Rank1, S
 from polls.rows import Rows, State
 from polls.shared import version
 from transformer import Block, DecoderOnlyTransformer
 
-EPS = 1e-5  # of every LayerNorm, torch's default
-
 
 @dataclass(frozen=True, slots=True)
-class Rank1:
-    """What candidates add to the residual stream: scalar (B, K, T) times direction (K, d).
-
-    Candidates that enter at the head add it to the logits: scalar (B, K, S) times direction (K, C).
-    """
-
-    scalar: Tensor
-    direction: Tensor
-
-    def added_to(self, x: Tensor) -> Tensor:
-        """Stream of the incumbent (B, T, d) -> streams of the candidates (B, K, T, d)."""
-        return torch.addcmul(x[:, None], self.scalar[..., None], self.direction[:, None])
-
-    def scale(self, x: Tensor) -> Tensor:
-        """What the norm multiplies the candidates' streams with, (B, K, T): |x + s v|^2 needs no candidate's stream."""
-        s, v = self.scalar, self.direction
-        along, square = v @ x.mT, x.square().mean(-1)[:, None]  # (B, K, T), (B, 1, T)
-        variance = square + s * (2 / x.shape[-1] * along + s * v.square().mean(1)[:, None])
-        return variance.clamp_(min=0).add_(EPS).rsqrt_()
-
-
-Entry = Rank1 | Tensor  # what candidates do behind the stage they enter: a rank-1 change of the stream, or their stream
-
-
-class Moves(NamedTuple):
-    """k candidates of one tensor: weight[i, j] + step, each (k,); j is 0 in a vector."""
-
-    i: Tensor
-    j: Tensor
-    step: Tensor
-
-    def of(self, some: slice) -> "Moves":
-        return Moves(self.i[some], self.j[some], self.step[some])
-
-
-W = TypeVar("W")  # the weights of a stage, folded
-S = TypeVar("S", bound=State)  # what the incumbent computes at a stage
-
-
-@dataclass(frozen=True, slots=True)
-class WayIn(Generic[S]):
-    """How the candidates of some tensors of a stage enter it; they are evaluated together.
+class Weights:
+    """The parameters of a stage as the computations read them.
 
     Attributes:
-        names: of the tensors.
-        enter: (rows, state of the incumbent, moves by the name of the tensor) -> what they do.
-        rank1: whether that is a `Rank1`, which spares the next stage most of its work.
+        directions: by the name of a matrix, what its nodes add to the stream (n, d), or to the logits (n, C).
     """
 
-    names: tuple[str, ...]
-    enter: Callable[[Rows, S, dict[str, Moves]], Entry]
-    rank1: bool = True
+    directions: dict[str, Tensor]
+
+
+W = TypeVar("W", bound=Weights)
 
 
 class Stage(ABC, Generic[W, S]):
@@ -86,26 +44,33 @@ class Stage(ABC, Generic[W, S]):
         tensors: its parameters by their names within the stage.
 
     Attributes:
-        ways_in: how candidates enter.
-        w: the parameters as the computations read them; `refresh` keeps them up to date.
-        serial: grows when `w` changes.
+        kinds: of its nodes, in the order in which nodes are numbered.
+        together: the same kinds; single weights of those in a group are evaluated together.
+        w: the parameters as the computations read them; `refresh` replaces them when a tensor changed.
     """
 
-    ways_in: tuple[WayIn[S], ...]
+    kinds: tuple[Kind[S], ...]
+    together: tuple[tuple[Kind[S], ...], ...]
+    w: W
 
     def __init__(self, tensors: dict[str, Tensor]):
         self.tensors = tensors
-        self.serial, self._versions = 0, self._newest_versions()
-        self.w: W = self.fold(tensors)
+        self._versions: list[tuple[int, int, torch.dtype]] = []
+        self.refresh()
 
     def refresh(self) -> None:
         """Fold anew if a tensor was changed in place, or its memory exchanged."""
-        versions = self._newest_versions()
+        versions = [version(p) for p in self.tensors.values()]
         if versions != self._versions:
-            self._versions, self.serial, self.w = versions, self.serial + 1, self.fold(self.tensors)
+            self._versions, self.w = versions, self.fold(self.tensors)
 
-    def _newest_versions(self) -> list[tuple[int, int, torch.dtype]]:
-        return [version(p) for p in self.tensors.values()]
+    def inputs(self, n: Tensor) -> Tensor:
+        """The normed stream (..., d) with gain and bias: what the matrices behind the norm read."""
+        return n * self.tensors["gain"] + self.tensors["bias"]
+
+    def write(self, matrix: str, rows: Rows, state: S, i: Tensor, change: Tensor) -> Rank1:
+        """Nodes (k,) that change by (B, k, tokens) add as much of their directions."""
+        return Rank1(change, self.w.directions[matrix][i])
 
     @abstractmethod
     def fold(self, t: dict[str, Tensor]) -> W:
@@ -123,42 +88,34 @@ class Stage(ABC, Generic[W, S]):
         """All that candidates read which enter here, or next: x (B, T, d) is what the stage in front writes."""
 
     def forward_rank1(self, rows: Rows, state: S, entry: Rank1) -> Tensor:
-        """The same as `forward` for candidates whose stream differs from the incumbent's by a rank-1 term.
-
-        `state` is the incumbent's at this stage.
-        """
-        raise NotImplementedError(f"nothing enters in front of {type(self).__name__}")
+        """The same as `forward` for candidates whose stream differs by a rank-1 term from the incumbent's."""
+        raise NotImplementedError  # nothing enters in front of the embedding
 
 
 @dataclass(frozen=True, slots=True)
-class EmbeddingWeights:
+class EmbeddingWeights(Weights):
     token: Tensor  # (V, d), centred
     position: Tensor | None  # (max_len, d), centred
-    directions: Tensor  # (d, d) of the unit vectors
 
 
-@dataclass(frozen=True, slots=True)
-class EmbeddingState(State):
-    where: Tensor  # (B, V + T + 1, T) whether a token (position) is read; the last one stands for positions behind T
-
-
-class Embedding(Stage[EmbeddingWeights, EmbeddingState]):
+class Embedding(Stage[EmbeddingWeights, State]):
     """Token and position embeddings; writes the first stream."""
 
     def __init__(self, model: DecoderOnlyTransformer):
-        self.n_tokens = model.token_embedding.num_embeddings
         self.sinusoids = model.get_buffer("sinusoids") if model.positions == "sinusoidal" else None
         tensors: dict[str, Tensor] = {"token": model.token_embedding.weight}
         if model.positions == "learned":
             tensors["position"] = model.position_embedding.weight
         super().__init__(tensors)
-        self.ways_in = (WayIn(("token", "position"), self.enter),)
+        d_model = model.token_embedding.embedding_dim
+        self.kinds = (Columns(d_model, ("token", "position"), partial(self.write, "token")),)
+        self.together = (self.kinds,)
 
     def fold(self, t: dict[str, Tensor]) -> EmbeddingWeights:
         token, position = centred(t["token"], 1), t.get("position", self.sinusoids)
         if position is not None:
             position = centred(position.to(token), 1)
-        return EmbeddingWeights(token=token, position=position, directions=unit_vectors(token[0]))
+        return EmbeddingWeights(token=token, position=position, directions={"token": unit_vectors(token[0])})
 
     def forward(self, w: EmbeddingWeights, rows: Rows, x: Tensor) -> Tensor:
         """Tokens (B, T) -> (B, 1, T, d)."""
@@ -167,42 +124,28 @@ class Embedding(Stage[EmbeddingWeights, EmbeddingState]):
             stream = stream + w.position[: x.shape[1]]
         return stream[:, None]
 
-    def incumbent(self, rows: Rows, x: Tensor) -> EmbeddingState:
-        length, device = x.shape[1], x.device
-        is_token = x[:, None] == torch.arange(self.n_tokens, device=device)[:, None]  # (B, V, T)
-        is_position = torch.eye(length, dtype=torch.bool, device=device).expand(len(x), -1, -1)
-        nowhere = torch.zeros_like(is_position[:, :1])  # positions behind the last scored token
-        out = self.forward(self.w, rows, x)[:, 0]
-        return EmbeddingState(out=out, where=torch.cat([is_token, is_position, nowhere], 1))
-
-    def enter(self, rows: Rows, state: EmbeddingState, moves: dict[str, Moves]) -> Rank1:
-        length, parts = rows.x.shape[1], []
-        for name, m in moves.items():
-            parts.append((m.i if name == "token" else self.n_tokens + m.i.clamp(max=length), m.j, m.step))
-        return rank1(state.where, self.w.directions, parts)
+    def incumbent(self, rows: Rows, x: Tensor) -> State:
+        (n_rows, length), (n_tokens, _) = x.shape, self.w.token.shape
+        is_token = x[:, None] == torch.arange(n_tokens, device=x.device)[:, None]  # (B, V, T)
+        is_position = torch.eye(length, dtype=torch.bool, device=x.device).expand(n_rows, -1, -1)  # (B, T, T)
+        return State(self.forward(self.w, rows, x)[:, 0], {"token": is_token, "position": is_position})
 
 
 @dataclass(frozen=True, slots=True)
-class FeedForwardWeights:
-    gain: Tensor  # (d,)
-    bias: Tensor  # (d,)
+class FeedForwardWeights(Weights):
     inner: Tensor  # (F, d), behind the gain
     inner_bias: Tensor  # (F,), with what the norm's bias adds
     outer: Tensor  # (d, F), centred
     outer_bias: Tensor  # (d,), centred
     columns: Tensor  # (d, F): what a component of the norm's output does to the hidden nodes
-    directions: Tensor  # (d + F, d) of the unit vectors, of the columns of outer
 
 
 @dataclass(frozen=True, slots=True)
 class FeedForwardState(State):
     x: Tensor  # (B, T, d)
-    n: Tensor  # (B, T, d), normed
     u: Tensor  # (B, T, F), before the activation
-    raw: Tensor  # (B, T, F), before the norm divides
     before: Tensor  # (B, F, T), u by column
-    hidden: Tensor  # (B, 1 + F, T) what a row of outer reads: one, hidden nodes
-    inputs: Tensor  # (B, 1 + d, T) what a row of inner reads: one, normed stream with gain and bias
+    raw: Tensor  # (B, T, F), u before the norm divides and the bias is added
 
 
 class FeedForward(Stage[FeedForwardWeights, FeedForwardState]):
@@ -212,17 +155,18 @@ class FeedForward(Stage[FeedForwardWeights, FeedForwardState]):
         ff, norm = block.ff, block.ff_norm
         inner = {"gain": norm.weight, "bias": norm.bias, "inner": ff.inner.weight, "inner_bias": ff.inner.bias}
         super().__init__({**inner, "outer": ff.outer.weight, "outer_bias": ff.outer.bias})
-        self.ways_in = (
-            WayIn(("outer", "outer_bias", "inner", "inner_bias"), self.enter),
-            WayIn(("gain", "bias"), self.enter_norm, rank1=False),
-        )
+        d_ff, d_model = ff.inner.weight.shape
+        outer = Kind[FeedForwardState](d_model, ("outer", "outer_bias"), partial(self.write, "outer"))
+        hidden = Kind[FeedForwardState](d_ff, ("inner", "inner_bias"), self.enter_hidden)
+        normed = Kind[FeedForwardState](d_model, ("gain", "bias"), self.enter_norm, rank1=False)
+        self.kinds, self.together = (normed, hidden, outer), ((outer, hidden), (normed,))
 
     def fold(self, t: dict[str, Tensor]) -> FeedForwardWeights:
         outer = centred(t["outer"], 0)
         return FeedForwardWeights(
-            gain=t["gain"], bias=t["bias"], inner=t["inner"] * t["gain"], outer=outer,
-            inner_bias=t["inner"] @ t["bias"] + t["inner_bias"], outer_bias=centred(t["outer_bias"], 0),
-            columns=t["inner"].T, directions=torch.cat([unit_vectors(outer[:, 0]), outer.T]),
+            inner=t["inner"] * t["gain"], inner_bias=t["inner"] @ t["bias"] + t["inner_bias"],
+            outer=outer, outer_bias=centred(t["outer_bias"], 0), columns=t["inner"].T,
+            directions={"outer": unit_vectors(outer[:, 0]), "inner": outer.T.contiguous()},
         )  # fmt: skip
 
     def forward(self, w: FeedForwardWeights, rows: Rows, x: Tensor) -> Tensor:
@@ -239,54 +183,35 @@ class FeedForward(Stage[FeedForwardWeights, FeedForwardState]):
     def incumbent(self, rows: Rows, x: Tensor) -> FeedForwardState:
         w, n = self.w, norm(x)
         u = F.linear(n, w.inner, w.inner_bias)
-        hidden = u.relu()
+        hidden, one, inputs = u.relu(), one_for(n), self.inputs(n)
+        reads = {"gain": n, "bias": one, "inner": inputs, "inner_bias": one, "outer": hidden, "outer_bias": one}
         return FeedForwardState(
-            x=x, n=n, u=u, raw=x @ w.inner.T, out=F.linear(hidden, w.outer, w.outer_bias) + x,
-            before=by_column(u), hidden=by_column(torch.cat([one_for(u), hidden], -1)),
-            inputs=by_column(torch.cat([one_for(n), n * w.gain + w.bias], -1)),
+            out=F.linear(hidden, w.outer, w.outer_bias) + x, reads=by_columns(reads),
+            x=x, u=u, before=by_column(u), raw=x @ w.inner.T,
         )  # fmt: skip
 
-    def enter(self, rows: Rows, state: FeedForwardState, moves: dict[str, Moves]) -> Rank1:
-        d, scalars, direction = self.w.outer.shape[0], [], []
-        for name, m in moves.items():
-            column = torch.zeros_like(m.j) if name.endswith("bias") else m.j + 1
-            if name.startswith("outer"):
-                scalars.append(state.hidden[:, column] * m.step[:, None])
-                direction.append(m.i)
-            else:
-                scalars.append(self.hidden_change(state, m.i, state.inputs[:, column] * m.step[:, None]))
-                direction.append(m.i + d)
-        return Rank1(torch.cat(scalars, 1), self.w.directions[torch.cat(direction)])
+    def enter_hidden(self, rows: Rows, state: FeedForwardState, i: Tensor, change: Tensor) -> Rank1:
+        """Hidden nodes (k,) whose input changes by (B, k, T)."""
+        change = (state.before[:, i] + change).relu_() - state.reads["outer"][:, i]
+        return self.write("inner", rows, state, i, change)
 
-    def hidden_change(self, state: FeedForwardState, i: Tensor, change: Tensor) -> Tensor:
-        """By how much hidden nodes i (k,) change if what they read changes by (B, k, T)."""
-        return (state.before[:, i] + change).relu_() - state.hidden[:, i + 1]
-
-    def enter_norm(self, rows: Rows, state: FeedForwardState, moves: dict[str, Moves]) -> Tensor:
-        return self.change_norm(rows, state, *norm_change(state.n, moves))
-
-    def change_norm(self, rows: Rows, state: FeedForwardState, scalar: Tensor, j: Tensor) -> Tensor:
-        """The stream if component j (K,) of the norm's output changes by a scalar (B, K, T)."""
-        hidden = Rank1(scalar, self.w.columns[j]).added_to(state.u).relu_()  # (B, K, T, F)
+    def enter_norm(self, rows: Rows, state: FeedForwardState, i: Tensor, change: Tensor) -> Tensor:
+        """Components (k,) of the norm's output that change by (B, k, T)."""
+        hidden = Rank1(change, self.w.columns[i]).added_to(state.u).relu_()  # (B, K, T, F)
         return F.linear(hidden, self.w.outer, self.w.outer_bias).add_(state.x[:, None])
 
 
 @dataclass(frozen=True, slots=True)
-class HeadWeights:
-    gain: Tensor  # (d,)
-    bias: Tensor  # (d,)
+class HeadWeights(Weights):
     head: Tensor  # (C, d), behind the gain
     head_bias: Tensor  # (C,), with what the norm's bias adds
-    directions: Tensor  # (C + d, C) of the logits: of the classes, of the columns of the matrix
 
 
 @dataclass(frozen=True, slots=True)
 class HeadState(State):
     x: Tensor  # (B, S, d)
-    n: Tensor  # (B, S, d), normed
     logits: Tensor  # (C, B, S)
-    raw: Tensor  # (C, B, S), logits before the norm divides
-    sources: Tensor  # (B, 1 + 2d, S): one, normed stream with gain and bias, normed stream
+    raw: Tensor  # (C, B, S), logits before the norm divides and the bias is added
 
 
 class Head(Stage[HeadWeights, HeadState]):
@@ -295,14 +220,17 @@ class Head(Stage[HeadWeights, HeadState]):
     def __init__(self, model: DecoderOnlyTransformer):
         norm, head = model.norm, model.head
         super().__init__({"gain": norm.weight, "bias": norm.bias, "head": head.weight, "head_bias": head.bias})
-        self.ways_in = (WayIn(("gain", "bias", "head", "head_bias"), self.enter),)
+        normed = Kind[HeadState](head.in_features, ("gain", "bias"), partial(self.write, "normed"))
+        classes = Kind[HeadState](head.out_features, ("head", "head_bias"), partial(self.write, "head"))
+        self.kinds = (normed, classes)
+        self.together = (self.kinds,)
 
     def fold(self, t: dict[str, Tensor]) -> HeadWeights:
         head = t["head"]
         classes = torch.eye(len(head), dtype=head.dtype, device=head.device)
         return HeadWeights(
-            gain=t["gain"], bias=t["bias"], head=head * t["gain"], head_bias=head @ t["bias"] + t["head_bias"],
-            directions=torch.cat([classes, head.T]),
+            head=head * t["gain"], head_bias=head @ t["bias"] + t["head_bias"],
+            directions={"head": classes, "normed": head.T.contiguous()},
         )  # fmt: skip
 
     def forward(self, w: HeadWeights, rows: Rows, x: Tensor) -> Tensor:
@@ -313,20 +241,10 @@ class Head(Stage[HeadWeights, HeadState]):
     def incumbent(self, rows: Rows, x: Tensor) -> HeadState:
         w, n = self.w, norm(x)
         logits = (w.head @ n.flatten(0, -2).T + w.head_bias[:, None]).unflatten(1, x.shape[:-1])
-        return HeadState(
-            x=x, n=n, logits=logits, out=rows.token_losses(logits[:, :, None]),
-            sources=by_column(torch.cat([one_for(n), n * w.gain + w.bias, n], -1)),
-            raw=(w.head @ x.flatten(0, -2).T).unflatten(1, x.shape[:-1]),
-        )  # fmt: skip
-
-    def enter(self, rows: Rows, state: HeadState, moves: dict[str, Moves]) -> Rank1:
-        """A change of the logits."""
-        (n_classes, d), parts = self.w.head.shape, []
-        for name, m in moves.items():
-            source = {"head": 1 + m.j, "gain": 1 + d + m.i}  # a bias reads the first source, a one
-            row = m.i if name.startswith("head") else n_classes + m.i
-            parts.append((source.get(name, torch.zeros_like(m.i)), row, m.step))
-        return rank1(state.sources, self.w.directions, parts)
+        raw = (w.head @ x.flatten(0, -2).T).unflatten(1, x.shape[:-1])
+        reads = {"gain": n, "bias": one_for(n), "head": self.inputs(n), "head_bias": one_for(n)}
+        out = rows.token_losses(logits[:, :, None])
+        return HeadState(out=out, reads=by_columns(reads), x=x, logits=logits, raw=raw)
 
     def changed_losses(self, rows: Rows, state: HeadState, change: Rank1) -> Tensor:
         """Losses of the tokens (B, K, S) for candidates that enter into the logits."""
@@ -345,24 +263,6 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
-def rank1(sources: Tensor, directions: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]]) -> Rank1:
-    """Step times a column of sources (B, columns, T) as the scalar, a row of directions (rows, d) as the direction.
-
-    `parts` holds the column (k,), the row (k,) and the step (k,) of the candidates of each tensor.
-    """
-    column, row, step = map(torch.cat, zip(*parts, strict=True))
-    return Rank1(sources[:, column] * step[:, None], directions[row])
-
-
-def norm_change(n: Tensor, moves: dict[str, Moves]) -> tuple[Tensor, Tensor]:
-    """Moves of a norm's gain and bias: scalar (B, K, T) by which component j (K,) of its output changes."""
-    scalars = [
-        m.step[:, None] * (by_column(n)[:, m.i] if name == "gain" else torch.ones_like(n[..., 0])[:, None])
-        for name, m in moves.items()
-    ]
-    return torch.cat(scalars, 1), torch.cat([m.i for m in moves.values()])
-
-
 def centred(x: Tensor, dim: int) -> Tensor:
     return x - x.mean(dim, keepdim=True)
 
@@ -375,6 +275,10 @@ def unit_vectors(x: Tensor) -> Tensor:
 def by_column(x: Tensor) -> Tensor:
     """(B, T, columns) -> (B, columns, T), so that what one weight reads lies together."""
     return x.mT.contiguous()
+
+
+def by_columns(reads: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: by_column(x) for name, x in reads.items()}
 
 
 def one_for(x: Tensor) -> Tensor:

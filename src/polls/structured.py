@@ -13,15 +13,14 @@ nothing, and the layers behind it run once for all candidates together, with the
     embeddings [v, j]            r where the token (position) is v     e_j
 
 Queries and keys change the scores of one head; gains and biases of a norm change what follows by a
-rank-1 term in front of the next activation; final norm and head change the logits by one.
-
-The stages that the model is a chain of stand in `polls/stages.py` and `polls/attention.py`.
+rank-1 term in front of the next activation; final norm and head change the logits by one. The stages of the model
+stand in `polls/stages.py` and `polls/attention.py`.
 """
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,9 +28,10 @@ from torch import Tensor
 
 from polls.attention import Attention
 from polls.generic import GenericPolls
+from polls.node_kinds import Entry, Kind, Moves, Rank1, joined
 from polls.rows import Rows, rows_of
 from polls.shared import WILD, Incumbent, check_block, check_scales
-from polls.stages import Embedding, Entry, FeedForward, Head, Moves, Rank1, Stage, WayIn
+from polls.stages import Embedding, FeedForward, Head, Stage
 from polls.threads import one_thread
 from search.coordinates import Coordinates
 from transformer import Block, DecoderOnlyTransformer
@@ -42,28 +42,28 @@ CACHE_BYTES = 2**28  # what may be remembered of the incumbent; rows beyond are 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Candidates that enter alike: the number of their stage, their way in, the names of the tensors searched there."""
+    """Candidates that are evaluated together."""
 
-    stage: int
-    way: WayIn
-    names: list[str]
+    stage: int  # its number
+    kinds: tuple[Kind, ...]  # of their nodes
+    names: list[str]  # of the tensors that are searched
+    first: int  # place of the first of them among those of all groups in turn
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Candidates of a group that are evaluated at a time: their moves by tensor, and which of the sorted ones."""
+    """Candidates of a group that are evaluated at a time."""
 
     rows: Rows
     group: Group
-    moves: dict[str, Moves]
-    some: slice
+    moves: dict[str, Moves]  # by the name of the tensor
+    some: slice  # of the sorted candidates
 
 
 class StructuredPolls:
     """Evaluates candidates of a `DecoderOnlyTransformer`, exact up to rounding: `on(batch)` is a closure.
 
-    Long-lived: it keeps the folded weights from batch to batch, and notices by itself when a weight was changed in
-    place.
+    It keeps the folded weights from batch to batch, and notices by itself when a weight was changed in place.
 
     Args:
         model: evaluated in eval mode, without gradients.
@@ -97,12 +97,15 @@ class StructuredPolls:
         if threads > 1:
             self.map = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)).map
         number = {id(p): i for i, p in enumerate(coordinates.parameters)}
-        self.groups, searched = [], []  # searched: the numbers of the tensors of all groups in turn
-        for s, stage in enumerate(self.stages):
-            for way in stage.ways_in:
-                names = [name for name in way.names if name in stage.tensors and id(stage.tensors[name]) in number]
-                searched += [number[id(stage.tensors[name])] for name in names]
-                self.groups.append(Group(s, way, names))
+        # of each stage: the numbers of the tensors that are searched, by name
+        self.numbers = [{n: number[id(p)] for n, p in s.tensors.items() if id(p) in number} for s in self.stages]
+        self.groups: list[Group] = []
+        searched: list[int] = []  # the numbers of the tensors of all groups in turn
+        for s, (stage, numbers) in enumerate(zip(self.stages, self.numbers, strict=True)):
+            for kinds in stage.together:
+                names = [name for kind in kinds for name in kind.tensors if name in numbers]
+                self.groups.append(Group(s, kinds, names, len(searched)))
+                searched += [numbers[name] for name in names]
         self.rank = torch.tensor(searched, device=model.head.weight.device).argsort()  # of each tensor among `searched`
 
     def on(self, batch: dict[str, Tensor]) -> "StructuredClosure":
@@ -110,7 +113,6 @@ class StructuredPolls:
         return StructuredClosure(self, batch)
 
     def refresh(self) -> None:
-        """Bring all stages up to date with their parameters."""
         for stage in self.stages:
             stage.refresh()
 
@@ -125,7 +127,7 @@ class StructuredPolls:
         return max(1, CHUNK_TOKENS // (rows.at if by_scored else rows.x).numel())
 
     def sort(self, coordinates: Tensor, steps: Tensor) -> tuple[Tensor, list[int], Moves]:
-        """The order (K,) of candidates by group, tensor and coordinate; how many of each tensor; their moves."""
+        """The order (K,) of candidates by group, tensor and coordinate; the bounds of each tensor's; their moves."""
         parameters, ends = self.coordinates.parameters, self.coordinates.ends
         owner, device = self.coordinates.owner(coordinates), coordinates.device
         rank = self.rank[owner]
@@ -135,7 +137,7 @@ class StructuredPolls:
         widths = torch.tensor([p.shape[1] if p.ndim == 2 else 1 for p in parameters], device=device)
         flat, width = coordinates - starts[owner], widths[owner]
         moves = Moves(flat // width, flat % width, steps[order].to(self.model.head.weight.dtype))
-        return order, rank.bincount(minlength=len(parameters)).tolist(), moves
+        return order, [0, *rank.bincount(minlength=len(parameters)).cumsum(0).tolist()], moves
 
 
 class StructuredClosure:
@@ -186,13 +188,13 @@ class StructuredClosure:
         check_block(self.coordinates, coordinates, steps)
         if not self.rows:
             return self.generic.poll(coordinates, steps)
-        incumbent, (order, counts, moves) = self(), self.polls.sort(coordinates, steps)
+        incumbent, (order, bounds, moves) = self(), self.polls.sort(coordinates, steps)
         losses = torch.zeros(len(order), dtype=torch.float64, device=order.device)
         reach = torch.zeros_like(moves.step)
         kept = 0
         for rows in self.rows:
             self._state(rows, len(self.stages) - 1)  # all threads read it
-            chunks = list(self._chunks(rows, counts, moves))
+            chunks = list(self._chunks(rows, bounds, moves))
             for chunk, (part, changed) in zip(chunks, self.polls.map(self._losses, chunks), strict=True):
                 losses[chunk.some] += part
                 reach[chunk.some] = reach[chunk.some].maximum(changed)
@@ -241,19 +243,14 @@ class StructuredClosure:
             losses[wrong] = self.generic.trial(coordinates, changes, scales[wrong])
         return losses
 
-    def _chunks(self, rows: Rows, counts: list[int], moves: Moves) -> Iterator[Chunk]:
-        """The sorted candidates in chunks of a group."""
-        tensor = end = 0
+    def _chunks(self, rows: Rows, bounds: list[int], moves: Moves) -> Iterator[Chunk]:
+        """The sorted candidates in chunks of a group; those of a tensor lie between two bounds."""
         for group in self.polls.groups:
-            ends = list(accumulate(counts[tensor : tensor + len(group.names)], initial=end))  # of each tensor's
-            tensor, end, size = (
-                tensor + len(group.names),
-                ends[-1],
-                self.polls.chunk_size(rows, group.stage, group.way.rank1),
-            )
-            for first in range(ends[0], end, size):
-                some = slice(first, min(first + size, end))
-                cut = [min(max(e, some.start), some.stop) for e in ends]
+            own = bounds[group.first : group.first + len(group.names) + 1]
+            size = self.polls.chunk_size(rows, group.stage, group.kinds[0].rank1)
+            for first in range(own[0], own[-1], size):
+                some = slice(first, min(first + size, own[-1]))
+                cut = [min(max(bound, some.start), some.stop) for bound in own]
                 spans = zip(group.names, pairwise(cut), strict=True)
                 yield Chunk(rows, group, {name: moves.of(slice(a, b)) for name, (a, b) in spans if a < b}, some)
 
@@ -262,7 +259,8 @@ class StructuredClosure:
         """Of the candidates of a chunk: losses (k,), the rows' part, and the largest change (k,) where they enter."""
         rows, s = chunk.rows, chunk.group.stage
         state = self._state(rows, s)
-        entry = chunk.group.way.enter(rows, state, chunk.moves)
+        moves = [({n: m for n, m in chunk.moves.items() if n in kind.tensors}, kind) for kind in chunk.group.kinds]
+        entry = joined([kind.enter_weights(rows, state, some) for some, kind in moves if some])
         if isinstance(entry, Rank1):
             reach = entry.scalar.abs().amax((0, 2))
         else:
@@ -285,7 +283,7 @@ class StructuredClosure:
     def _state(self, rows: Rows, s: int) -> Any:
         """What the incumbent computes at stage s; computed anew from the first stage whose weights changed."""
         for i, stage in enumerate(self.stages[: s + 1]):
-            if i >= len(rows.states) or rows.states[i][0] != stage.serial:
+            if i >= len(rows.states) or rows.states[i][0] is not stage.w:
                 x = rows.states[i - 1][1].out if i else rows.x
-                rows.states[i:] = [(stage.serial, stage.incumbent(rows, x))]
+                rows.states[i:] = [(stage.w, stage.incumbent(rows, x))]
         return rows.states[s][1]
