@@ -36,6 +36,7 @@ import torch
 from lightning.pytorch.utilities import disable_possible_user_warnings
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
