@@ -28,12 +28,15 @@ def make_polls(
     """
     if has_nodes(module) and is_masked_cross_entropy(loss, module.head.out_features):
         return NodePolls(module, coordinates, loss, threads or available_cores())
+    polls, how = GenericPolls(module, coordinates, loss), "go through vmap, at about the speed of batched inference"
+    if any(isinstance(part, nn.RNNBase) for part in module.modules()):
+        polls.refusal = "vmap has no rule for torch's recurrent layers"
+        how = f"are evaluated one by one, which is slower: {polls.refusal}"
+    reason = "only DecoderOnlyTransformer with the masked cross-entropy has"
     warnings.warn(
-        f"{type(module).__name__} with this loss has no structured polls (only DecoderOnlyTransformer with the masked "
-        "cross-entropy has): candidates go through vmap, at about the speed of batched inference",
-        stacklevel=2,
+        f"{type(module).__name__} with this loss has no structured polls ({reason}): candidates {how}", stacklevel=2
     )
-    return GenericPolls(module, coordinates, loss)
+    return polls
 
 
 def has_nodes(module: nn.Module) -> TypeGuard[DecoderOnlyTransformer]:
