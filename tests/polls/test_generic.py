@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from optimizer import PatternSearch
 from polls.generic import GenericPolls
+from polls.make import make_polls
 from search.closure import OneByOne
 from search.coordinates import Coordinates
 
@@ -210,3 +211,23 @@ def test_an_error_of_the_module_itself_is_shown():
     closure = closure.polls.on({"x": torch.randn(7, 9), "y": torch.zeros(7, dtype=torch.long)})
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         closure.poll(torch.tensor([0]), torch.ones(1))
+
+
+def test_what_recurrent_layers_get_is_said_before_the_first_poll():
+    class Recurrent(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.cell, self.head = torch.nn.Embedding(3, 4), torch.nn.LSTM(4, 4), torch.nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.cell(self.token(x))[0])
+
+    module = Recurrent()
+    with pytest.warns(UserWarning, match="evaluated one by one.*recurrent layers"):
+        polls = make_polls(module, coordinates := Coordinates(module.parameters()), loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing else to say
+        closure = polls.on({"x": torch.randint(3, (4, 6)), "y": torch.randint(3, (4, 6))})
+        losses = closure.poll(torch.arange(10), torch.full((10,), 0.1, dtype=torch.float64))
+    expected = OneByOne(closure.plain, coordinates).poll(torch.arange(10), torch.full((10,), 0.1, dtype=torch.float64))
+    assert torch.equal(losses, expected)

@@ -384,23 +384,3 @@ def test_the_factory_takes_the_fast_path_only_where_it_is_exact():
     model = Other(3, 3, 16, 8)
     with pytest.warns(UserWarning, match="Other"):
         assert isinstance(make_polls(model, Coordinates(model.parameters()), loss), GenericPolls)
-
-
-def test_what_recurrent_layers_get_is_said_before_the_first_poll():
-    class Recurrent(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.token, self.cell, self.head = torch.nn.Embedding(3, 4), torch.nn.LSTM(4, 4), torch.nn.Linear(4, 3)
-
-        def forward(self, x):
-            return self.head(self.cell(self.token(x))[0])
-
-    module = Recurrent()
-    with pytest.warns(UserWarning, match="evaluated one by one.*recurrent layers"):
-        polls = make_polls(module, coordinates := Coordinates(module.parameters()), loss)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nothing else to say
-        closure = polls.on(make_batch("seq"))
-        losses = closure.poll(torch.arange(10), torch.full((10,), 0.1, dtype=torch.float64))
-    expected = OneByOne(closure.plain, coordinates).poll(torch.arange(10), torch.full((10,), 0.1, dtype=torch.float64))
-    assert torch.equal(losses, expected)
