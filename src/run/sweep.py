@@ -41,10 +41,11 @@ class Sweep(Callback):
 
     Args:
         metric: the held-out metric of the table.
+        stop_at_failure: whether the first job that fails ends the sweep.
     """
 
-    def __init__(self, metric: str = "test/exact_match"):
-        self.metric = metric
+    def __init__(self, metric: str = "test/exact_match", stop_at_failure: bool = False):
+        self.metric, self.stop_at_failure = metric, stop_at_failure
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         from polls.threads import share_cores  # only here: torch would slow down every answer of Hydra
@@ -64,6 +65,8 @@ class Sweep(Callback):
         if config.hydra.mode == RunMode.MULTIRUN:
             reason = traceback.format_exception_only(error)[-1].strip()
             print(f"Failed: {' '.join(job_return.overrides or ())}: {reason}", file=sys.stderr, flush=True)
+            if self.stop_at_failure:
+                sys.exit(1)
             job_return.status, job_return.return_value = JobStatus.COMPLETED, math.nan  # Hydra would end the sweep
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
@@ -44,11 +46,13 @@ def opened_loggers(cfg: DictConfig, interrupts: Interrupts) -> Iterator[list[Log
     loggers: list[Logger] = [MetricsTable(cfg.output_dir)]
     try:
         if "_target_" in cfg.logger:
-            target, own = get_object(cfg.logger["_target_"]), {}
-            if isinstance(target, type) and issubclass(target, WandbLogger):
-                given = cfg.logger.get("id") or cfg.logger.get("version")
-                own["id"] = given or starts(Path(cfg.output_dir))[-1]["wandb_id"]
-            loggers.append(instantiate(cfg.logger, **own))
+            target, own, chosen = get_object(cfg.logger["_target_"]), {}, cfg.logger
+            of_wandb = isinstance(target, type) and issubclass(target, WandbLogger)
+            if of_wandb:
+                own["id"] = chosen.get("id") or chosen.get("version") or starts(Path(cfg.output_dir))[-1]["wandb_id"]
+                own["group"] = chosen.get("group") or sweep_name()
+            if not (of_wandb and mode == "disabled"):  # which WandbLogger(offline=True) would overrule
+                loggers.append(instantiate(cfg.logger, **own))
         for logger in loggers:
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
         yield loggers
@@ -60,6 +64,12 @@ def opened_loggers(cfg: DictConfig, interrupts: Interrupts) -> Iterator[list[Log
         os.environ.pop("WANDB_MODE", None)  # WandbLogger(offline=True) sets it for the whole process
         if mode is not None:
             os.environ["WANDB_MODE"] = mode
+
+
+def sweep_name() -> str | None:
+    """The directory of the sweep that this process runs a job of, if it does."""
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    return Path(hydra.sweep.dir).name if hydra is not None and hydra.mode == RunMode.MULTIRUN else None
 
 
 def finish_wandb(loggers: Sequence[Logger], exit_code: int) -> None:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import wandb
 
+from run import wandb_logger
 from train import train
 
 SHORT = ["model=tiny", "optimizer.polls_per_step=16", "trainer.max_epochs=1"]
@@ -58,3 +60,22 @@ def test_a_run_goes_on_when_wandb_fails_and_says_so_once(part, compose_config, m
     before = len(calls)
     train(cfg)
     assert len(calls) > before
+
+
+def test_runs_have_tags_and_those_of_a_sweep_a_group(compose_config, monkeypatch, tmp_path):
+    given, init = [], wandb.init
+    monkeypatch.setattr("wandb.init", lambda **options: given.append(options) or init(**options))
+    train(compose_config(*SHORT))
+    monkeypatch.setattr(wandb_logger, "sweep_name", lambda: "sweep_2026")
+    cfg = compose_config(*SHORT)
+    cfg.output_dir = str(tmp_path / "job")
+    train(cfg)
+    assert [options["tags"] for options in given] == [["state_tracking", "tiny", "pattern_search"]] * 2
+    assert [options["group"] for options in given] == [None, "sweep_2026"]
+
+
+def test_disabled_means_disabled(compose_config, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    train(compose_config(*SHORT))
+    assert not (tmp_path / "wandb").exists()
+    assert os.environ["WANDB_MODE"] == "disabled"
