@@ -1,10 +1,10 @@
 """What the documents promise: every command runs, every example works, no link is dead, and they stay short."""
 
 import json
-import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 from itertools import cycle, islice
@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from commands import CODE, FILE, blocks, commands, files, run, run_dirs, short, words
+from commands import CODE, FILE, begin, blocks, commands, files, finish, run, run_dirs, short
 from conftest import ROOT
 
 README, LOG = ROOT / "README.md", ROOT / "report" / "log.md"
@@ -245,12 +245,11 @@ def test_a_killed_run_of_the_optimizer_of_the_documents_goes_on_as_if_it_had_not
     assert "Traceback" not in done.stderr
     (alone,) = run_dirs(tmp_path / "alone")
 
-    env = os.environ | {"PATTERN_SEARCH_ROOT": str(tmp_path / "killed")}
-    process = subprocess.Popen(words(SEARCH), cwd=copy, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = begin(SEARCH, tmp_path / "killed", cwd=copy)
     while process.poll() is None and steps_done(tmp_path / "killed") < 50:
         time.sleep(0.005)
-    process.kill()
-    assert process.wait(timeout=60) == -9, "it ended before it was killed"
+    process.send_signal(signal.SIGKILL)
+    assert finish(process).returncode == -signal.SIGKILL, "it ended before it was killed"
     (killed,) = run_dirs(tmp_path / "killed")
     assert not (killed / "summary.json").exists()
 
