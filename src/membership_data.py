@@ -128,6 +128,9 @@ class MembershipDataModule(SequenceDataModule):
                 f"lengths start at 1, end at {MAX_LENGTH:,}, and each bin must end behind the one before"
             )
 
+    def n_outputs(self, prompt_length: int) -> int:
+        return 1
+
     def make_splits(self) -> dict[str, Sequences]:
         rng = np.random.default_rng((self.seed, 1))
         if self.language == "sets":

@@ -212,8 +212,13 @@ class PatternSearchTask(L.LightningModule):
         self._evaluate("val", batch)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        names = self.trainer.datamodule.test_names  # type: ignore[attr-defined]
-        self._evaluate(names[dataloader_idx], batch)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        names = data.test_names if data else ["test"]  # without its data, a task does not know other names
+        self._evaluate(names[dataloader_idx] if dataloader_idx < len(names) else f"test/{dataloader_idx}", batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """The most likely class at every position, (B, T), the tokens so far being the true ones."""
+        return self(batch["x"]).argmax(-1)
 
     def on_validation_epoch_end(self) -> None:
         self._log_scores()

@@ -192,15 +192,16 @@ class ScanDataModule(SequenceDataModule):
         self.unread = () if split in PRIMITIVES and data_dir is None else ("oversample",)
         self.output_tokens = [self.tokens.index(action) for action in ACTIONS]  # by class; EOS is never read
 
-    def prompt(self, command: str) -> list[int]:
-        """Token ids of a command and SEP.
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a command and SEP, which may be left out.
 
         Raises:
             ValueError: the command has a word that the examples of this split do not have.
         """
-        for word in command.split():
+        words = text.removesuffix(" SEP").split()
+        for word in words:
             one_of("word", word, [token for token in self.tokens if token in WORDS])
-        return [self.tokens.index(word) for word in (*command.split(), "SEP")]
+        return [self.tokens.index(word) for word in (*words, "SEP")]
 
     def make_splits(self) -> dict[str, Sequences]:
         classes = {name: c for c, name in enumerate(self.classes)}

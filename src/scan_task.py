@@ -1,51 +1,10 @@
-"""What SCAN measures, and greedy decoding.
-
-The metric is `exact_match`: the whole sequence of actions with EOS. It comes from one teacher-forced
-pass and still equals that of greedy decoding, since both read the same tokens up to the first error.
-"""
-
-from collections.abc import Callable, Sequence
+"""What SCAN measures beside the metrics of every task. `exact_match` is of all the actions with EOS."""
 
 import torch
 from torch import Tensor
 
 from data.sequences import IGNORE
 from pattern_search_task import PatternSearchTask, Scores
-
-
-@torch.no_grad()
-def greedy_decode(
-    model: Callable[[Tensor], Tensor], prompts: Sequence[Sequence[int]], output_tokens: Sequence[int], max_len: int
-) -> list[list[int]]:
-    """Write the most likely class after each prompt until it is one that ends the output.
-
-    Args:
-        model: token ids (B, T) -> logits (B, T, C), causal.
-        prompts: B token sequences, of any lengths up to max_len.
-        output_tokens: the token by which each class is read; the classes beyond them (EOS) end an output.
-        max_len: longest input of the model, in tokens; an output ends there at the latest.
-
-    Returns:
-        B class sequences, with the class that ended them if one did.
-    """
-    tokens = torch.zeros(len(prompts), max_len, dtype=torch.long)  # filled up with a token that causality hides
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(prompt)
-    ends = [len(prompt) for prompt in prompts]
-    outputs: list[list[int]] = [[] for _ in prompts]
-    writing = list(range(len(prompts)))
-    while writing:
-        logits = model(tokens[writing, : max(ends[row] for row in writing)])  # (B, T, C)
-        last = [ends[row] - 1 for row in writing]
-        for row, c in zip(writing, logits[range(len(writing)), last].argmax(-1).tolist(), strict=True):
-            outputs[row].append(c)
-            if c < len(output_tokens) and ends[row] < max_len:
-                tokens[row, ends[row]] = output_tokens[c]
-                ends[row] += 1
-            else:
-                ends[row] = 0  # done
-        writing = [row for row in writing if ends[row]]
-    return outputs
 
 
 class ScanScores(Scores):

@@ -143,6 +143,9 @@ class StateTrackingDataModule(SequenceDataModule):
         """The state after each element: (N, n) element indices -> (N, n)."""
         return self.group.prefix_products(1 - strings if self.counts_zeros else strings)
 
+    def n_outputs(self, prompt_length: int) -> int:
+        return prompt_length if self.format == "tag" else max(1, prompt_length - 1)
+
     def make_splits(self) -> dict[str, Sequences]:
         sizes = {"train": self.n_samples, "val": -1, "test": -1}
         strings = split_strings(len(self.group), self.length, sizes, self.seed)

@@ -8,11 +8,12 @@ from collections import Counter
 import pytest
 import torch
 
+from data.decoding import greedy_decode
 from data.scan_grammar import ACTIONS, WORDS, sentences
 from data.sequences import IGNORE
 from pattern_search_task import masked_loss
 from scan_data import RULE_SPLITS, ScanDataModule, corpus, interpret, read_file, split_by_rule
-from scan_task import ScanScores, greedy_decode
+from scan_task import ScanScores
 from transformer import DecoderOnlyTransformer
 
 DIGEST = "6be4b39bc8bf3a20be810b6991250d0493e608560609db6765dd679e1ed1c98e"  # of the sorted lines of tasks.txt
@@ -326,7 +327,8 @@ def test_teacher_forced_exact_match_is_that_of_greedy_decoding(steps, expected):
             logits = model(x)
         forced = ((logits.argmax(-1) == y) | (y == IGNORE)).all(1)
         prompts = [datamodule.prompt(command) for command, _ in datamodule.examples[side]]
-        outputs = greedy_decode(model, prompts, datamodule.output_tokens, datamodule.max_len)
+        limits = [datamodule.n_outputs(len(prompt)) for prompt in prompts]
+        outputs = greedy_decode(model, prompts, datamodule.output_tokens, limits)
         names = [[datamodule.classes[c] for c in output] for output in outputs]
         greedy = [
             name == [*actions, "EOS"] for name, (_, actions) in zip(names, datamodule.examples[side], strict=True)
@@ -342,20 +344,13 @@ def test_teacher_forced_exact_match_is_that_of_greedy_decoding(steps, expected):
 def test_greedy_decoding_does_not_depend_on_the_other_prompts():
     datamodule, model = module(split="scan_s", batch_size=8), trained_model(60)
     prompts = [datamodule.prompt(c) for c in ("walk", "jump around left thrice", "turn opposite right twice", "run")]
-    together = greedy_decode(model, prompts, datamodule.output_tokens, datamodule.max_len)
-    alone = [greedy_decode(model, [p], datamodule.output_tokens, datamodule.max_len)[0] for p in prompts]
+    limits = [datamodule.n_outputs(len(prompt)) for prompt in prompts]
+    together = greedy_decode(model, prompts, datamodule.output_tokens, limits)
+    alone = [
+        greedy_decode(model, [prompt], datamodule.output_tokens, [limit])[0]
+        for prompt, limit in zip(prompts, limits, strict=True)
+    ]
     assert together == alone
-
-
-def test_greedy_decoding_works_for_any_model_and_ends_at_max_len():
-    def walker(tokens):  # always class 0, never EOS
-        return torch.eye(7)[0].expand(*tokens.shape, 7)
-
-    def ender(tokens):
-        return torch.eye(7)[6].expand(*tokens.shape, 7)
-
-    assert greedy_decode(walker, [[1, 2], [3]], list(range(6)), max_len=5) == [[0] * 4, [0] * 5]
-    assert greedy_decode(ender, [[1, 2], [3]], list(range(6)), max_len=5) == [[6], [6]]
 
 
 def test_metrics():

@@ -10,13 +10,14 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.errors import HydraException
 from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from config.compose import leaves, shown
 from config.did_you_mean import unknown
 from config.draft import Draft
+from config.refusal import reason
 from data.sequences import SequenceDataModule
 from pattern_search_task import PatternSearchTask
 from run import wandb_account
@@ -48,6 +49,8 @@ def check_builds(draft: Draft) -> None:
         build(draft, [f"callbacks.{name}"], partial(instantiate, cfg.callbacks[name]))
         for name in (draft.get("callbacks") or {})
     ]
+    if "_target_" in (draft.get("logger") or {}):
+        build(draft, ["logger"], lambda: logger_of(cfg))
     usable = [callback for callback in callbacks if callback is not None]
     trainer = build(draft, ["trainer"], lambda: instantiate(cfg.trainer, logger=False, callbacks=usable))
     if task is not None:
@@ -66,10 +69,7 @@ def build(draft: Draft, nodes: list[str], make: Callable[[], Any]) -> Any:
             warnings.simplefilter("ignore")  # what Lightning says about a trainer is said once it is used
             return make()
     except Exception as error:  # whatever a constructor refuses, the user gets the reason and not a traceback
-        cause: BaseException = error
-        while cause.__cause__ is not None and isinstance(cause, HydraException):  # Hydra wraps what was raised
-            cause = cause.__cause__
-        draft.note(*attribute(draft, nodes, " ".join(str(cause).split())[:400] or type(cause).__name__))
+        draft.note(*attribute(draft, nodes, reason(error)))
         return None
 
 
@@ -135,6 +135,16 @@ def task_of(cfg: DictConfig, model: torch.nn.Module) -> PatternSearchTask:
     return task
 
 
+def logger_of(cfg: DictConfig) -> Logger:
+    """The logger, which writes nothing yet."""
+    mode = os.environ.get("WANDB_MODE", "")
+    logger = instantiate(cfg.logger)
+    os.environ["WANDB_MODE"] = mode  # WandbLogger(offline=True) sets it for the whole process
+    if not mode:
+        del os.environ["WANDB_MODE"]
+    return logger
+
+
 def check_machine(draft: Draft) -> None:
     """What the config asks of the machine and cannot get."""
     accelerator, upload = draft.get("trainer.accelerator"), draft.get("logger.offline") is False
@@ -189,10 +199,12 @@ def check_monitors(draft: Draft, data: SequenceDataModule, task: PatternSearchTa
     scores.update(torch.zeros(*y.shape, data.n_classes), y)
     known = [f"val/{name}" for name in scores.compute()] + ["train/loss", "evaluations", "seconds", "epoch", "step"]
     optimizer = task.configure_optimizers()
-    if isinstance(optimizer, LossOnlyOptimizer):
+    if searches := isinstance(optimizer, LossOnlyOptimizer):
         known += [f"train/{name}" for name in optimizer.metrics()]
     for callback, options in draft.values["callbacks"].items():
         key = f"callbacks.{callback}"
+        if searches and options.get("_target_", "").endswith(".LearningRateMonitor"):
+            draft.note(key, f"{key}: a search has no learning rate to log; leave it out")
         if not draft.sound(key) or options.get("monitor") is None:
             continue
         monitor, mode = options["monitor"], options.get("mode", "min")

@@ -52,7 +52,10 @@ class Draft:
         """Whether there is no problem below the nodes, nor with a key that they take a value from."""
         text = json.dumps([dig(self.raw, node) for node in nodes], default=str)
         below = tuple(f"{node}." for node in nodes)
-        return not any(f"{key}.".startswith(below) or f"${{{key}}}" in text for key in self.problems)
+        taken = [re.escape(key) for key in self.problems]
+        return not any(f"{key}.".startswith(below) for key in self.problems) and not (
+            taken and re.search(rf"\$\{{({'|'.join(taken)})[.}}]", text)
+        )
 
     def _resolve(self, node: DictConfig, path: str) -> Iterator[tuple[str, Any]]:
         for name in node:

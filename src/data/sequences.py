@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from config.did_you_mean import one_of
+
 IGNORE = -100  # the target of a position that is not scored; the default ignore_index of torch's cross_entropy
 MAX_LENGTH = 4096  # elements or symbols of a sequence: attention needs memory for the square of it
 MAX_ENUMERATED = 2**16  # spaces up to this size are enumerated, shuffled and cut; larger ones are split by hash
@@ -23,10 +25,15 @@ MAX_ENUMERATED = 2**16  # spaces up to this size are enumerated, shuffled and cu
 
 @dataclass(frozen=True)
 class Sequences:
-    """Sequences laid out for a decoder: `x` (N, T) token ids, `y` (N, T) classes or IGNORE."""
+    """Sequences laid out for a decoder: `x` (N, T) token ids, `y` (N, T) classes or IGNORE.
+
+    `output_tokens` holds the token by which each class is read once it is written, for the first classes; the others
+    end an output. None if all of x is given, so that nothing that is written is read.
+    """
 
     x: Tensor
     y: Tensor
+    output_tokens: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -35,6 +42,13 @@ class Sequences:
     def scored(self) -> Tensor:
         """(N, T) bool: the positions that count in the loss and in the metrics."""
         return self.y != IGNORE
+
+    @property
+    def prompt_lengths(self) -> Tensor:
+        """(N,) tokens that each row reads before it writes: up to the first scored position, or all that are given."""
+        if self.output_tokens is not None:
+            return self.scored.int().argmax(1) + 1
+        return self.x.shape[1] - self.scored.flip(1).int().argmax(1)
 
 
 def lay_out(
@@ -62,7 +76,7 @@ def lay_out(
         x[row, : len(prompt)] = prompt
         x[row, len(prompt) : end] = [output_tokens[c] for c in output[:-1]]
         y[row, len(prompt) - 1 : end] = output
-    return Sequences(torch.from_numpy(x), torch.from_numpy(y))
+    return Sequences(torch.from_numpy(x), torch.from_numpy(y), tuple(output_tokens))
 
 
 def hash_rows(rows: np.ndarray, seed: int) -> np.ndarray:
@@ -133,7 +147,7 @@ def split_strings(n_symbols: int, length: int, sizes: dict[str, int], seed: int)
         smaller = f"try n_samples={min(most, max(1, space * 3 // 4))} or " if most >= 1 else "use "
         raise ValueError(
             f"datamodule.n_samples={sizes['train']} is too large: there are only {space:,} strings of length "
-            f"{length}, and validation and test need some; {smaller}a larger length or group"
+            f"{length}, and validation and test need some; {smaller}longer strings, or more symbols"
         )
     sizes = {name: n if n != -1 else left // len(open_splits) for name, n in sizes.items()}
     codes = np.random.default_rng(seed).permutation(space)
@@ -253,6 +267,57 @@ class SequenceDataModule(L.LightningDataModule, ABC):
         """Cross-entropy, in nats a scored token, of a uniform guess over the classes."""
         return math.log(self.n_classes)
 
+    # --- inputs of one's own: `data/decoding.py` ---
+
+    @cached_property
+    def separator(self) -> int | None:
+        """The token with which every prompt ends; None if they end with different ones, or all of x is given."""
+        train = self.splits["train"]
+        last = train.x.gather(1, train.prompt_lengths[:, None] - 1).unique().tolist()
+        return last[0] if train.output_tokens is not None and len(last) == 1 else None
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of an input in names, such as "0 1 1"; the separator at its end may be left out.
+
+        Raises:
+            ValueError: a name that no token has, or no name at all.
+        """
+        words = text.split()
+        for word in words:
+            one_of("token", word, self.tokens)
+        if not words:
+            raise ValueError(f"an empty input; give tokens with spaces between them: {' '.join(self.tokens)}")
+        ids = [self.tokens.index(word) for word in words]
+        return ids if self.separator in (None, ids[-1]) else [*ids, self.separator]
+
+    def n_outputs(self, prompt_length: int) -> int:
+        """How many classes belong to a prompt of so many tokens; the most of them if a class ends an output.
+
+        Here the data say it, where they have a prompt of this length, or outputs of one length for prompts of several.
+        A task in which it is a rule overrides this.
+
+        Raises:
+            ValueError: the data do not say it.
+        """
+        if 0 < len(self.splits["train"].output_tokens or ()) < self.n_classes:
+            return max(1, self.max_len - prompt_length + 1)
+        here = {n for length, n in self._lengths if length == prompt_length}
+        everywhere = {n for _, n in self._lengths}
+        if len(here) != 1 and (len(everywhere) != 1 or len(self._lengths) == 1):
+            lengths = ", ".join(str(length) for length, _ in sorted(self._lengths))
+            raise ValueError(
+                f"an input of {prompt_length} tokens: the length of its output is known for {lengths} only"
+            )
+        return min(here or everywhere)
+
+    @cached_property
+    def _lengths(self) -> set[tuple[int, int]]:
+        """The lengths of a prompt and of its output that occur."""
+        pairs = (zip(s.prompt_lengths.tolist(), s.scored.sum(1).tolist(), strict=True) for s in self.splits.values())
+        return {pair for of_split in pairs for pair in of_split}
+
+    # --- loaders ---
+
     def train_dataloader(self) -> SequenceLoader:
         return SequenceLoader(self.splits["train"], self.batch_size, shuffle_seed=self.seed)
 
@@ -261,6 +326,9 @@ class SequenceDataModule(L.LightningDataModule, ABC):
 
     def test_dataloader(self) -> list[SequenceLoader]:
         return [SequenceLoader(self.splits[name], 1000) for name in self.test_names]
+
+    def predict_dataloader(self) -> list[SequenceLoader]:
+        return self.test_dataloader()
 
     @property
     def test_names(self) -> list[str]:

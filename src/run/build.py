@@ -1,14 +1,22 @@
 """From a composed config to objects: the data, the model that fits them, the task around both."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import lightning as L
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from lightning.pytorch.utilities.seed import isolate_rng
+from omegaconf import DictConfig, OmegaConf
 
+from config.draft import Draft
+from config.nodes import check_node, check_target
+from config.refusal import reason
 from data.sequences import SequenceDataModule
 from pattern_search_task import PatternSearchTask
-from results.runs import Run, RunError, read_run
-from run.checkpoints import RESUMABLE, read_checkpoint
+from results.runs import RunError
+from run.checkpoints import read_checkpoint
+from run.stored import find_weights, with_other_data
 from transformer import DecoderOnlyTransformer
 
 
@@ -49,40 +57,103 @@ def build_task(cfg: DictConfig, datamodule: SequenceDataModule) -> PatternSearch
     return instantiate(cfg.task, model=build_model(cfg, datamodule), optimizer=instantiate(cfg.optimizer))
 
 
-def load_run(run_dir: str | Path) -> tuple[PatternSearchTask, SequenceDataModule, DictConfig]:
-    """A run's task with the weights that were tested, its data, and its config.
+def load_run(path: str | Path, changes: Sequence[str] = ()) -> tuple[PatternSearchTask, SequenceDataModule, DictConfig]:
+    """A run's task with the weights that were tested, in eval mode, its data, and its config.
 
-    Of a run that was not tested the newest weights are taken.
+    Of a run that was not tested the newest weights are taken. Two lines use a trained model:
+
+        task, data, cfg = load_run("runs/2026-11-26_00-33-10-441156")
+        predict(task, data, ["0 1 1 0 1 0 0 1"])  # of data/decoding.py
 
     Args:
-        run_dir: the directory that the run printed, with config.yaml and checkpoints/.
+        path: the directory that the run printed, with config.yaml and checkpoints/; or a checkpoint in it.
+        changes: other options of the data, such as "datamodule.test_lengths=[16,32]". The model keeps the sizes that it
+            was trained with; one without a table of positions reads longer inputs too.
 
     Raises:
-        RunError: the directory holds no run, or none with a checkpoint that can be read.
+        RunError: no run is there, none with a checkpoint that can be read, or one that these data do not fit.
     """
-    run = read_run(run_dir)
+    run, checkpoint = find_weights(path)
+    changed = with_other_data(run.config, changes)
+    config_file = run.directory / "config.yaml"
     try:
-        checkpoint = read_checkpoint(tested_checkpoint(run))
+        content = read_checkpoint(checkpoint)
     except (OSError, ValueError) as error:
-        raise RunError(str(error)) from error
-    datamodule = build_datamodule(run.config)
-    task = build_task(run.config, datamodule)
-    task.load_state_dict(checkpoint["state_dict"])
-    return task, datamodule, run.config
+        raise RunError(reason(error)) from error
+    with told(f"{config_file} does not build any more"):
+        trained = data_of_run(run.config)
+    data = other_data(changed, trained, changes) if changes else trained
+    with told(f"{config_file} does not build any more"):
+        check_nodes(changed, "model", "task")
+        task = build_task(changed, trained)
+    with told(f"{checkpoint} does not fit the model of {config_file}"):
+        weights = content["state_dict"]
+        task.to(next(w.dtype for w in weights.values() if w.is_floating_point()))  # 64 bits if trained with so many
+        task.load_state_dict(weights)
+    return task.eval(), data, changed
 
 
-def tested_checkpoint(run: Run) -> Path:
-    """The checkpoint that a run was tested with, where it lies now; the newest one of a run that was not tested.
+def data_of_run(cfg: DictConfig) -> SequenceDataModule:
+    """The data as a run of this config makes them, whatever generator they are drawn from.
 
     Raises:
-        RunError: there is none.
+        ValueError: the data module refuses its options.
     """
-    kept = [run.directory / "checkpoints" / name for name in RESUMABLE]
-    if tested := (run.summary or {}).get("checkpoint"):
-        old = run.config.get("output_dir", "")
-        moved = run.directory / Path(tested).relative_to(old) if Path(tested).is_relative_to(old) else Path(tested)
-        kept = [moved]
-    found = next((path for path in kept if path.exists()), None)
-    if found is None:
-        raise RunError(f"{run.directory} has no checkpoint ({', '.join(path.name for path in kept)})")
-    return found
+    check_nodes(cfg, "datamodule")
+    with isolate_rng():
+        L.seed_everything(cfg.seed, verbose=False)
+        return build_datamodule(cfg)
+
+
+def check_nodes(cfg: DictConfig, *nodes: str) -> None:
+    """Check keys and types as before a run.
+
+    Raises:
+        RunError: a key is not known any more, or a value has the wrong type.
+    """
+    draft = Draft(cfg)
+    for name in nodes:
+        check_target(draft, name)
+        if draft.sound(name):
+            check_node(draft, name, draft.get(name))
+    if draft.problems:
+        raise RunError("; ".join(draft.problems.values()))
+
+
+def other_data(cfg: DictConfig, trained: SequenceDataModule, changes: Sequence[str]) -> SequenceDataModule:
+    """The data of a changed config for a model that was trained on others; `cfg.model.max_len` becomes what it needs.
+
+    Raises:
+        RunError: a change has no effect, or the model does not read or write such data.
+    """
+    with told("these data cannot be made"):
+        data = data_of_run(cfg)
+    for name in data.unread:
+        if any(change.startswith(f"datamodule.{name}=") for change in changes):
+            raise RunError(f"datamodule.{name} has no effect: the other options of the data leave it out")
+    for what, old, new in (("read", trained.tokens, data.tokens), ("write", trained.classes, data.classes)):
+        if more := [name for name in new if name not in old]:
+            raise RunError(f"{' '.join(changes)}: the model does not {what} {', '.join(more)}")
+        if old != new:
+            raise RunError(f"{' '.join(changes)}: the model numbers what it {what}s otherwise: it is {', '.join(old)}")
+    positions = OmegaConf.select(cfg, "model.max_len") or trained.max_len
+    if data.max_len > positions and OmegaConf.select(cfg, "model.positions") == "learned":
+        raise RunError(
+            f"{' '.join(changes)}: an input of {data.max_len} tokens is longer than the {positions} positions that "
+            "this model has; train with model.positions=rotary, sinusoidal or none for inputs of any length"
+        )
+    OmegaConf.update(cfg, "model.max_len", max(positions, data.max_len), force_add=True)
+    return data
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Tell what cannot be done, and why, in one line.
+
+    Raises:
+        RunError: whatever was raised.
+    """
+    try:
+        yield
+    except Exception as error:  # a class of someone's own may raise anything
+        raise RunError(f"{what}: {reason(error)}") from error

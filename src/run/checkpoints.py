@@ -20,12 +20,10 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from run.files import replacing, sync_directory
+from run.files import RESUMABLE, replacing, sync_directory
 from run.interrupts import Interrupts
 from run.metrics_table import MetricsTable
 from search.base import LossOnlyOptimizer
-
-RESUMABLE = ("last.ckpt", "previous.ckpt")  # in checkpoints/, newest first
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+RESUMABLE = ("last.ckpt", "previous.ckpt")  # what a run goes on from, in checkpoints/, newest first
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:

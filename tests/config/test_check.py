@@ -1,5 +1,6 @@
 """Every option of every group composes and passes the check; what is wrong is named, with what to do."""
 
+import os
 import shutil
 
 import pytest
@@ -242,3 +243,17 @@ def test_flags_may_stand_between_overrides():
         "seed=0,1",
         "~callbacks.progress",
     ]
+
+
+def test_a_logger_is_built_by_the_check_and_leaves_the_environment_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    (problem,) = problems("+logger.log_model=true")
+    assert "log_model=True and offline=True is an invalid configuration" in problem
+    assert problems() == []
+    assert os.environ["WANDB_MODE"] == "dryrun"
+
+
+def test_a_search_has_no_learning_rate_to_log():
+    monitor = "+callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor"
+    assert problems(monitor) == ["callbacks.lr: a search has no learning rate to log; leave it out"]
+    assert problems(monitor, "optimizer=adam") == []

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -96,7 +96,6 @@ def test_a_poll_is_exact(kind, layout, scale):
         torch.testing.assert_close(losses, exact, rtol=0, atol=1e-5)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     sizes=st.fixed_dictionaries(
         {

@@ -3,15 +3,16 @@
 import shlex
 
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import open_dict, read_write
 
 from commands import run, run_alone
 from config import builds
-from config.compose import compose_config, job_config
+from config.compose import CONFIGS, compose_config, job_config
 from config.refusal import ConfigError
-from run.start import Start
+from run.start import Start, jobs
 from run.training import job
 from state_tracking_data import StateTrackingDataModule
 
@@ -110,3 +111,14 @@ def test_a_job_that_a_sweeper_chose_is_refused_by_itself(tmp_path):
         job(cfg)
     assert list(tmp_path.iterdir()) == []
     HydraConfig.instance().cfg = None
+
+
+def test_the_sweep_that_an_experiment_names_has_all_variants_and_the_command_line_wins():
+    with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name="train"):
+        sweep = compose("pattern_search_train", ["experiment=ablation_z5", "seed=7"], return_hydra_config=True)
+        found = [compose("pattern_search_train", overrides) for overrides in jobs(sweep)]
+        variants = sorted(path.stem for path in (CONFIGS / "variant").glob("*.yaml"))
+        assert sorted(overrides[0].partition("=")[2] for overrides in jobs(sweep)) == variants
+    assert {(cfg.seed, cfg.datamodule.group, cfg.optimizer.max_evaluations) for cfg in found} == {(7, "Z5", 135_000)}
+    searches = {str(dict(cfg.optimizer) | {"max_seconds": None}) for cfg in found}
+    assert len(searches) == len(variants)  # no two are the same search

@@ -1,0 +1,139 @@
+"""Greedy decoding ends where the task says, and inputs of one's own are read like those of the data."""
+
+import pytest
+import torch
+
+from data.decoding import decode, decode_rows, greedy_decode, label, predict, wrong_rows
+from data.sequences import SequenceDataModule, lay_out
+from membership_data import MembershipDataModule
+from scan_data import ScanDataModule
+from state_tracking_data import StateTrackingDataModule
+
+
+class Copying(SequenceDataModule):
+    """A task of one's own, as docs/extending.md has it: nothing but tokens, classes and splits."""
+
+    tokens, classes = ("a", "b", "SEP"), ("a", "b")
+
+    def __init__(self, n_read=3, n_written=3):
+        super().__init__(batch_size=2, n_samples=4, seed=0)
+        self.n_read, self.n_written = n_read, n_written
+
+    def make_splits(self):
+        rows = [[i % 2, *[0] * (self.n_read - 1)] for i in range(4)]
+        split = lay_out([[*row, 2] for row in rows], [row[: self.n_written] for row in rows], (0, 1))
+        return {"train": split, "val": split, "test": split}
+
+
+class Constant(torch.nn.Module):
+    """Always the same class."""
+
+    def __init__(self, c, n_classes):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.eye(n_classes)[c])
+
+    def forward(self, tokens):
+        return self.logits.expand(*tokens.shape, -1)
+
+
+class Oracle(torch.nn.Module):
+    """The right class behind every prefix of a split, and class 0 behind any other."""
+
+    def __init__(self, data, split):
+        super().__init__()
+        self.n_classes = data.n_classes
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        sequences, self.known = data.splits[split], {}
+        for x, y in zip(sequences.x.tolist(), sequences.y.tolist(), strict=True):
+            self.known |= {tuple(x[: t + 1]): c for t, c in enumerate(y) if c >= 0}
+
+    def forward(self, tokens):
+        classes = [[self.known.get(tuple(row[: t + 1]), 0) for t in range(len(row))] for row in tokens.tolist()]
+        return torch.nn.functional.one_hot(torch.tensor(classes), self.n_classes).float()
+
+
+DATA = {
+    "seq": lambda: StateTrackingDataModule(group="S3", length=3, n_samples=50, test_lengths=[5]),
+    "tag": lambda: StateTrackingDataModule(group="Z3", length=4, n_samples=50, format="tag", test_lengths=[2]),
+    "sets": lambda: MembershipDataModule(universe=6, set_size=2, n_samples=20, batch_size=8, test_set_sizes=[3]),
+    "strings": lambda: MembershipDataModule(language="dyck1", length=8, n_samples=50, test_lengths=[12]),
+    "scan": lambda: ScanDataModule(split="scan_s", batch_size=8),
+    "own": Copying,
+}
+
+
+@pytest.fixture(params=DATA)
+def data(request):
+    made = DATA[request.param]()
+    made.setup()
+    return made
+
+
+def test_the_right_outputs_are_decoded_from_prompts_alone(data):
+    for split in data.test_names:
+        rows = range(min(30, len(data.splits[split])))
+        model = Oracle(data, split)
+        predictions = decode_rows(model, data, split, rows)
+        assert all(prediction.right for prediction in predictions)
+        assert wrong_rows(model, data.splits[split]) == []
+        texts = [" ".join(prediction.input) for prediction in predictions]
+        assert predict(model, data, texts) == [" ".join(prediction.truth) for prediction in predictions]
+
+
+def test_an_output_is_as_long_as_the_task_says(data):
+    """Whatever the model writes; where a class ends the output, as long as there is room."""
+    for split in data.test_names:
+        sequences = data.splits[split]
+        predictions = decode_rows(Constant(0, data.n_classes), data, split, range(len(sequences)))
+        wrong = [row for row, prediction in enumerate(predictions) if not prediction.right]
+        assert wrong == wrong_rows(Constant(0, data.n_classes), sequences, batch_size=7)
+        for prediction in predictions:
+            if "EOS" in data.classes:
+                assert len(prediction.input) + len(prediction.output) - 1 == data.max_len
+            else:
+                assert len(prediction.output) == len(prediction.truth)
+
+
+def test_a_class_that_is_never_read_ends_an_output():
+    assert greedy_decode(Constant(0, 7), [[1, 2], [3]], range(6), [4, 5]) == [[0] * 4, [0] * 5]
+    assert greedy_decode(Constant(6, 7), [[1, 2], [3]], range(6), [4, 5]) == [[6], [6]]
+    assert greedy_decode(Constant(0, 7), [], range(6), []) == label(Constant(0, 7), [], []) == []
+
+
+def test_inputs_that_are_given_as_a_whole_are_labelled_at_their_end():
+    def repeat(tokens):
+        return torch.nn.functional.one_hot(tokens, 7)
+
+    assert label(repeat, [[4, 5, 6], [1]], [2, 1]) == [[5, 6], [1]]
+
+
+def test_a_parity_of_five_digits_has_five_states():
+    parity = StateTrackingDataModule()
+    parity.setup()
+    for text in ("0 1 1 0 1", "0 1 1 0 1 SEP"):
+        assert predict(Constant(1, 2), parity, [text]) == ["1 1 1 1 1"]
+
+
+def test_the_separator_may_be_left_out_where_all_prompts_end_with_it():
+    separators = {}
+    for name, make in DATA.items():
+        made = make()
+        separators[name] = made.separator if made.separator is None else made.tokens[made.separator]
+    assert separators == {"seq": "SEP", "tag": None, "sets": None, "strings": "SEP", "scan": "SEP", "own": "SEP"}
+    data = DATA["strings"]()
+    assert data.prompt("( )") == data.prompt("( ) SEP")
+    assert len(DATA["sets"]().prompt("3 5 SEP 5")) == 4
+
+
+def test_inputs_that_cannot_be_read_are_refused():
+    parity = StateTrackingDataModule()
+    with pytest.raises(ValueError, match=r"token=2 is not known\. Known: 0, 1, SEP"):
+        predict(Constant(1, 2), parity, ["0 2"])
+    with pytest.raises(ValueError, match="an empty input; give tokens with spaces between them: 0 1 SEP"):
+        predict(Constant(1, 2), parity, [" "])
+
+
+def test_a_task_that_says_nothing_knows_the_lengths_of_its_data():
+    assert len(decode(Constant(1, 2), Copying(), [[0, 1, 0, 2]])[0]) == 3
+    with pytest.raises(ValueError, match="an input of 2 tokens: the length of its output is known for 4 only"):
+        decode(Constant(1, 2), Copying(), [[0, 2]])
