@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import fuzz_config
 from config import compose
@@ -13,7 +14,6 @@ from config.compose import CONFIGS, flags_first
 from config.refusal import ConfigError, refuse
 from run import wandb_account
 
-PRIMARIES = ["pattern_search_train", "train"]
 OPTIONS = sorted(
     (group.name, option.stem) for group in CONFIGS.iterdir() if group.is_dir() for option in group.glob("*.yaml")
 )
@@ -28,15 +28,31 @@ def problems(*overrides, config_name="pattern_search_train"):
     return []
 
 
-@pytest.mark.parametrize("primary", PRIMARIES)
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_every_option_of_every_group_composes_and_passes(primary, group, option):
-    of_a_search = group == "variant" or option.startswith("ablation")
-    found = problems(f"{group}={option}", *["optimizer=pattern_search"] * of_a_search, config_name=primary)
+def test_every_option_of_every_group_composes_and_passes(group, option):
+    found = problems(*chosen(group, option))
     if option == "gpu" and not torch.cuda.is_available():
         assert found == ["trainer.accelerator=gpu: this machine has no CUDA GPU; use trainer.accelerator=cpu"]
     else:
         assert found == []
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_with_the_primary_of_gradients_every_option_is_the_same_but_for_the_optimizer(group, option):
+    search, gradients = (
+        OmegaConf.to_container(compose.job_config(compose.compose_config(chosen(group, option), primary), "out"))
+        for primary in ("pattern_search_train", "train")
+    )
+    assert {key for key in search if search[key] != gradients[key]} <= {"optimizer", "choices"}
+    if search["optimizer"] != gradients["optimizer"]:
+        assert gradients["optimizer"]["_target_"] == "torch.optim.Adam"
+        assert search["choices"] | {"optimizer": "adam"} == gradients["choices"]
+
+
+def chosen(group, option):
+    """The overrides that choose an option, with the optimizer that it is meant for."""
+    of_a_search = group == "variant" or option.startswith("ablation")
+    return [f"{group}={option}", *["optimizer=pattern_search"] * of_a_search]
 
 
 def test_every_value_has_a_comment_with_its_meaning():
