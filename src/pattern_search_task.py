@@ -26,6 +26,10 @@ from search.closure import Candidates, forward_only
 Batch = dict[str, Tensor]
 
 
+class CountsLostError(ValueError):
+    """An optimizer does not count on from where its checkpoint was written."""
+
+
 def masked_loss(logits: Tensor, y: Tensor) -> Tensor:
     """Mean cross-entropy, in nats, over the scored positions: logits (B, T, C), y (B, T) -> scalar."""
     return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE)
@@ -196,7 +200,7 @@ class PatternSearchTask(L.LightningModule):
 
     def on_train_start(self) -> None:
         if self.evaluations < self._evaluations_saved:  # a budget would be spent twice
-            raise ValueError(
+            raise CountsLostError(
                 f"the optimizer counts {self.evaluations} evaluations where its checkpoint has "
                 f"{self._evaluations_saved}: keep what it counts and remembers in `saved`, see docs/extending.md"
             )

@@ -7,9 +7,11 @@ python src/report.py diagnosis model=tiny    train, and look at every step of th
 python src/report.py figures --help          the options of one of them
 """
 
+import argparse
 import importlib
 import sys
 
+from config.refusal import ConfigError, refuse
 from results.runs import RunError
 from run.files import print_any_character
 
@@ -25,7 +27,13 @@ def main(arguments: list[str]) -> None:
     try:
         if name not in COMMANDS:
             raise RunError(f"not known. Known: {', '.join(COMMANDS)}")
-        importlib.import_module(f"results.{name}").main(rest)  # only what is asked for is imported
+        module = importlib.import_module(f"results.{name}")  # only what is asked for is imported
+        look = argparse.RawDescriptionHelpFormatter
+        module.main(
+            argparse.ArgumentParser(f"report.py {name}", description=module.__doc__, formatter_class=look), rest
+        )
+    except ConfigError as error:
+        refuse(error.problems)
     except RunError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,8 +7,8 @@ python src/report.py ablation runs/sweep_C --by model.embedding_std    the same 
 A run that ended without solving its task is censored: it would have needed more than it had.
 """
 
-import argparse
-from dataclasses import asdict
+import math
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 from omegaconf import OmegaConf
 
-from results.runs import Run, RunError, find_runs, readable
+from results.runs import Run, RunError, read_all
+from results.tables import markdown
 
 LOOKS: dict[bool, dict[str, Any]] = {  # of a run that solved its task, and of one that did not
     True: dict(marker="o", markersize=6, alpha=0.8),
@@ -39,28 +40,28 @@ def read_costs(*paths: str | Path, by: str = VARIANT) -> pd.DataFrame:
     Raises:
         RunError: no finished run lies below the paths, or the config of one has no such key or leaves it null.
     """
-    found = find_runs(*paths, finished_only=True)
-    if lacking := [run for run in found if OmegaConf.select(run.config, by) is None]:
-        raise RunError(f"{lacking[0].directory} has no {by}; give directories of sweeps over it only")
 
     def costs(run: Run) -> dict[str, Any]:
-        row = asdict(run.description) | run.of_summary(*COSTS, "stopped_by")
-        row["task"] = row["task"].removeprefix("ablation_")
-        value = OmegaConf.select(run.config, by)
-        row["label"] = value if isinstance(value, int | float) else str(value)
-        return row | {"solved": row["stopped_by"] == "solved"}
+        own = {"directory": run.directory, "label": OmegaConf.select(run.config, by)}
+        return own | run.description | run.of_summary(*COSTS, "stopped_by")
 
-    if not (rows := readable(found, costs)):
-        raise RunError(f"no run with a whole summary lies below {', '.join(map(str, paths))}")
-    runs = pd.DataFrame(rows).sort_values("seed")
-    runs["rank"] = [
-        (label != "full", isinstance(label, str), label) for label in runs.label
-    ]  # the whole search first, numbers by size
-    runs = runs.sort_values(["task", "rank"], kind="stable").reset_index(drop=True)
+    rows = read_all(*paths, read=costs, finished_only=True)
+    for row in rows:
+        if row["label"] is None:
+            raise RunError(f"{row['directory']} has no {by}; give directories of sweeps over it only")
+    rows.sort(key=lambda row: (row["task"], *rank(row["label"]), row["seed"]))
+    runs = pd.DataFrame(rows)
+    runs["task"] = runs.task.str.removeprefix("ablation_")
+    runs["solved"] = runs.stopped_by == "solved"
     runs["label"] = runs.label.astype(str)
     if by != VARIANT and runs.optimizer.nunique() > 1:  # a variant says which optimizer it is of
         runs["label"] += " · " + runs.optimizer
     return runs
+
+
+def rank(label: Any) -> tuple[bool, float, str]:
+    """A key that sorts the whole search first, numbers by size, and words behind them."""
+    return label != "full", label if isinstance(label, int | float) else math.inf, str(label)
 
 
 def median(runs: pd.DataFrame, cost: str) -> str:
@@ -74,14 +75,13 @@ def median(runs: pd.DataFrame, cost: str) -> str:
 
 def ablation_table(runs: pd.DataFrame, by: str = VARIANT) -> str:
     """A row for each task and label, as a Markdown table."""
-    lines = [
-        f"| task | {by.removeprefix('choices.')} | solved / seeds | evaluations: median | seconds: median |",
-        "|---|---|---|---|---|",
-    ]
-    for (task, label), of in runs.groupby(["task", "label"], sort=False):
-        cells = [task, label, f"{of.solved.sum()} / {len(of)}", *(median(of, cost) for cost in COSTS)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown(
+        [
+            {"task": task, by.removeprefix("choices."): label, "solved / seeds": f"{of.solved.sum()} / {len(of)}"}
+            | {f"{cost}: median": median(of, cost) for cost in COSTS}
+            for (task, label), of in runs.groupby(["task", "label"], sort=False)
+        ]
+    )
 
 
 def draw_ablation(runs: pd.DataFrame, by: str = VARIANT) -> Figure:
@@ -99,11 +99,11 @@ def draw_ablation(runs: pd.DataFrame, by: str = VARIANT) -> Figure:
             for solved, look in LOOKS.items():
                 chosen = of_task.solved == solved
                 panel.plot(of_task[cost][chosen], height[chosen], color=colour, linestyle="", **look)
-            if of_task[cost].max() > 10 * of_task[cost].min():
+            spread = of_task[cost].max() / of_task[cost].min()
+            if spread > 10:
                 panel.set_xscale("log")
+                panel.xaxis.set_minor_locator(LogLocator(subs=(3,) if spread > 100 else (2, 5)))  # labels need room
                 panel.xaxis.set_major_formatter("{x:,g}")
-                wide = of_task[cost].max() > 100 * of_task[cost].min()  # then more labels would run into each other
-                panel.xaxis.set_minor_locator(LogLocator(subs=(3,) if wide else (2, 5)))
                 panel.xaxis.set_minor_formatter("{x:,g}")
             else:
                 panel.margins(x=0.08)  # room for half an arrow
@@ -116,9 +116,7 @@ def draw_ablation(runs: pd.DataFrame, by: str = VARIANT) -> Figure:
     return figure
 
 
-def main(arguments: list[str]) -> None:
-    look = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("report.py ablation", description=__doc__, formatter_class=look)
+def main(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("paths", nargs="+", type=Path, help="directories of sweeps")
     parser.add_argument("--by", default=VARIANT, metavar="KEY", help="the key that was swept")
     parser.add_argument("--output", type=Path, help="the picture to write (default: ablation.png in the first path)")

@@ -8,11 +8,12 @@ and for polls of nodes the cosine of the slopes that they sample with the gradie
 Gradients appear here and nowhere else beside a search: its slopes and moves are compared with them.
 """
 
-import argparse
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from argparse import ArgumentParser
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ import torch
 from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
 from config.check import checked_config
-from config.refusal import ConfigError, refuse
+from config.refusal import ConfigError
 from data.sequences import SequenceDataModule
 from optimizer import PatternSearch
 from pattern_search_task import PatternSearchTask, masked_loss, optimizer_class
@@ -46,8 +48,8 @@ POLLS = 96  # candidates of a part whose polls are timed
 class Before:
     """What a step begins with."""
 
-    weights: list[Tensor]
-    gradient: tuple[Tensor, ...]  # of the loss of the training set
+    weights: Tensor  # (P,) all that the search moves
+    gradient: Tensor  # (P,) of the loss of the training set
     loss: float  # of the training set
 
 
@@ -77,38 +79,43 @@ class Diagnosis(L.Callback):
         return self.task.search
 
     @property
-    def parts(self) -> list[str]:
-        """The part of the model that each parameter of the search belongs to."""
+    def parts(self) -> dict[str, Tensor]:
+        """The coordinates of each part of the model."""
         names = {id(p): name for name, p in self.task.model.named_parameters()}
-        return [part_of(names[id(p)]) for p in self.search.coordinates.parameters]
+        numbers, owned = torch.arange(len(self.search.coordinates)), defaultdict(list)
+        parameters = self.search.coordinates.parameters
+        for p, own in zip(parameters, numbers.split([p.numel() for p in parameters]), strict=True):
+            owned[part_of(names[id(p)])].append(own)
+        return {part: torch.cat(own) for part, own in owned.items()}
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        """(P,) of the loss, by coordinate."""
+        return parameters_to_vector(torch.autograd.grad(loss, self.search.coordinates.parameters))
 
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):  # nothing is saved, so a signal need not wait for the step's end
             signal.signal(number, signal.SIG_DFL)
 
     def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        parameters = self.search.coordinates.parameters
         with torch.enable_grad():  # the one gradient, and the search never sees it
             loss = self._training_loss()
-            gradient = torch.autograd.grad(loss, parameters)
-        self._before = Before([p.detach().clone() for p in parameters], gradient, float(loss.detach()))
-        slopes = self.search.slopes
-        if slopes is not None:
-            self._compare_slopes(slopes.state, trainer.global_step, torch.cat([g.flatten() for g in gradient]))
+            gradient = self.gradient(loss)
+        self._before = Before(self._weights(), gradient, float(loss.detach()))
+        if self.search.slopes is not None:
+            self._compare_slopes(self.search.slopes.state, trainer.global_step, gradient)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         before, report = self._before, self.search.report
         assert before is not None
         with torch.no_grad():
             losses = dict(train_before=before.loss, train_after=float(self._training_loss()))
-        gains = dict.fromkeys(self.parts, 0.0)
-        moved = zip(self.parts, self.search.coordinates.parameters, before.weights, before.gradient, strict=True)
-        for part, p, old, slope in moved:
-            gains[part] -= float(((p.detach() - old) * slope).sum())
         losses |= dict(batch_before=report.loss_before, batch_after=report.loss_after)
-        self.steps.append({**losses, "search_accepted": report.search_accepted, **gains})
+        gains = -(self._weights() - before.weights) * before.gradient
+        gains_of_parts = {part: float(gains[own].sum()) for part, own in self.parts.items()}
+        self.steps.append({**losses, "search_accepted": report.search_accepted, **gains_of_parts})
+
+    def _weights(self) -> Tensor:
+        return parameters_to_vector(self.search.coordinates.parameters).detach()
 
     def _training_loss(self) -> Tensor:
         return masked_loss(self.task.model(self.split.x[:SEQUENCES]), self.split.y[:SEQUENCES])
@@ -133,18 +140,14 @@ def part_of(parameter: str) -> str:
 
 
 def diagnose(overrides: list[str]) -> tuple[Diagnosis, pd.DataFrame]:
-    """Run the search of a command; what was seen, and the table of the model's parts.
-
-    Raises:
-        ValueError: the config cannot run, or the optimizer is no pattern search.
-    """
+    """What was seen of the search of a command, and the table of the model's parts; ConfigError if it cannot run."""
     cfg = checked_config(overrides)
     prepare_machine()
     L.seed_everything(cfg.seed, verbose=False)
     datamodule = build_datamodule(cfg)
     task = build_task(cfg, datamodule)
     if not issubclass(optimizer_class(task.make_optimizer)[0], PatternSearch):
-        raise ValueError("only a pattern search can be looked at: optimizer=pattern_search or pattern_search_nodes")
+        raise ConfigError(["only a pattern search can be looked at: optimizer=pattern_search or pattern_search_nodes"])
     diagnosis, wanted = Diagnosis(task, datamodule), ("early_stopping", "progress")
     callbacks = [instantiate(cfg.callbacks[name]) for name in wanted if name in cfg.callbacks]
     quiet = dict(logger=False, enable_checkpointing=False)
@@ -153,36 +156,31 @@ def diagnose(overrides: list[str]) -> tuple[Diagnosis, pd.DataFrame]:
     batch = next(iter(datamodule.train_dataloader()))
     with forward_only(task.model):
         closure = task.make_closure(batch)
-        table = table_of_parts(diagnosis, poll_rates(closure, diagnosis))
+        table = table_of_parts(diagnosis, poll_rates(closure, diagnosis.parts))
         if isinstance(closure, AnswersNodes) and diagnosis.search.needs_nodes:
             with torch.enable_grad():
-                gradient = torch.autograd.grad(task.loss(batch), diagnosis.search.coordinates.parameters)
+                gradient = diagnosis.gradient(task.loss(batch))
             table["cosine of samples"] = sample_cosines(closure, diagnosis, gradient)
     return diagnosis, table
 
 
-def sample_cosines(closure: AnswersNodes, diagnosis: Diagnosis, gradient: Sequence[Tensor]) -> dict[str, float]:
-    """Of the slopes that one evaluation per node gives to each part, with the gradient of the same batch."""
+def sample_cosines(closure: AnswersNodes, diagnosis: Diagnosis, gradient: Tensor) -> dict[str, float]:
+    """Of the slopes that one evaluation per node gives to each part, with the gradient (P,) of the same batch."""
     steps = torch.full((closure.n_nodes,), diagnosis.search.param_groups[0]["radius"])
     where, found = closure.nodes(torch.arange(closure.n_nodes), steps, seeded(0, 0))
-    slopes = torch.zeros(len(diagnosis.search.coordinates), dtype=torch.float64).index_put_((where,), found)
-    by_part: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    pieces = zip(diagnosis.parts, slopes.split([g.numel() for g in gradient]), gradient, strict=True)
-    for part, sample, true in pieces:
-        by_part.setdefault(part, []).append((sample, true.flatten().double()))
-    joined = {part: [torch.cat(side) for side in zip(*pairs, strict=True)] for part, pairs in by_part.items()}
-    return {part: float(torch.cosine_similarity(sample, true, dim=0)) for part, (sample, true) in joined.items()}
+    slopes = torch.zeros(len(gradient), dtype=torch.float64).index_put_((where,), found)
+    return {
+        part: float(torch.cosine_similarity(slopes[own], gradient[own].double(), dim=0))
+        for part, own in diagnosis.parts.items()
+    }
 
 
-def poll_rates(closure: Callable[[], Tensor], diagnosis: Diagnosis) -> dict[str, float]:
+def poll_rates(closure: Callable[[], Tensor], parts: dict[str, Tensor]) -> dict[str, float]:
     """Candidates per second of polls of each part alone; the median of 5."""
-    coordinates, parts = diagnosis.search.coordinates, diagnosis.parts
     if not isinstance(closure, Candidates):
         return dict.fromkeys(parts, math.nan)
     rates = {}
-    for part in dict.fromkeys(parts):
-        parameters = zip(parts, coordinates.parameters, coordinates.ends, strict=True)
-        own = torch.cat([torch.arange(end - p.numel(), end) for owner, p, end in parameters if owner == part])
+    for part, own in parts.items():
         chosen, steps = own[torch.randint(len(own), (POLLS,))], torch.full((POLLS,), 0.05, dtype=torch.float64)
         times = []
         for _ in range(6):
@@ -199,20 +197,19 @@ def table_of_parts(diagnosis: Diagnosis, rates: dict[str, float]) -> pd.DataFram
     `gain a second` is the second share over the first: 1 is what uniform polls get on the whole model.
     """
     steps = pd.DataFrame(diagnosis.steps)
-    table = pd.DataFrame({"polls per second": rates})
-    sizes = pd.Series([p.numel() for p in diagnosis.search.coordinates.parameters]).groupby(diagnosis.parts).sum()
-    table.insert(0, "weights", sizes[table.index])
+    sizes = {part: len(own) for part, own in diagnosis.parts.items()}
+    table = pd.DataFrame({"weights": sizes, "polls per second": rates})
     cost, gain = table.weights / table["polls per second"], steps[list(table.index)].sum()
     table["share of time"], table["share of decrease"] = cost / cost.sum(), gain / gain.sum()
     table["gain a second"] = table["share of decrease"] / table["share of time"]
     return table
 
 
-def draw_diagnosis(diagnosis: Diagnosis, table: pd.DataFrame, title: str) -> Figure:
+def draw_diagnosis(diagnosis: Diagnosis, table: pd.DataFrame, command: str) -> Figure:
     """Losses by step, decrease on the batch against decrease on all, age of slopes, and parts by time and cost."""
     sns.set_theme(style="whitegrid", context="notebook")
     figure = Figure(figsize=(13, 9), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(command)
     (losses, decreases), (ages, parts) = figure.subplots(2, 2)
     steps = pd.DataFrame(diagnosis.steps)
     colours = sns.color_palette()
@@ -220,9 +217,8 @@ def draw_diagnosis(diagnosis: Diagnosis, table: pd.DataFrame, title: str) -> Fig
     losses.plot(steps.batch_before, color=colours[0], alpha=0.35, linewidth=0.8, label="batch at hand")
     losses.plot(steps.train_before, color=colours[1], label="all training strings")
     fell = (steps.train_after < steps.train_before)[steps.batch_after < steps.batch_before].mean()
-    losses.set(xlabel="step", ylabel="loss before the step, nats a token", ylim=0)
-    losses.set_title(f"{fell:.0%} of the accepted steps lowered the loss of all strings")
-    losses.legend()
+    title = f"{fell:.0%} of the accepted steps lowered the loss of all strings"
+    losses.set(xlabel="step", ylabel="loss before the step, nats a token", ylim=0, title=title)
 
     window = min(max(10, len(steps) // 30), len(steps))
     batch, train = (steps[f"{of}_before"] - steps[f"{of}_after"] for of in ("batch", "train"))
@@ -232,7 +228,6 @@ def draw_diagnosis(diagnosis: Diagnosis, table: pd.DataFrame, title: str) -> Fig
     decreases.set(xlabel="step", ylabel=f"decrease of the loss a step, mean of {window}")
     if steps.search_accepted.notna().any():
         decreases.set_title(f"the search step wins in {steps.search_accepted.mean():.0%} of the steps")
-    decreases.legend()
 
     seen = diagnosis.agreement[:, 0].numpy() > 0
     middle = (AGES[:-1] * (AGES[1:] - 1).clamp_min(1)).double().sqrt().numpy()[seen]
@@ -242,7 +237,9 @@ def draw_diagnosis(diagnosis: Diagnosis, table: pd.DataFrame, title: str) -> Fig
     ages.axhline(0.5, color="0.4", linestyle="--", linewidth=1)
     ages.set(xlabel="age of a remembered slope, steps", ylabel="share that points downhill", xscale="log")
     ages.set_title("against the gradient of all training strings")
-    ages.legend()
+
+    for panel in (losses, decreases, ages):
+        panel.legend()
 
     shares = steps[list(table.index)].rolling(window).sum().iloc[window - 1 :]
     shares = shares.clip(lower=0).div(shares.clip(lower=0).sum(axis=1), axis=0)
@@ -255,19 +252,12 @@ def draw_diagnosis(diagnosis: Diagnosis, table: pd.DataFrame, title: str) -> Fig
     return figure
 
 
-def main(arguments: list[str]) -> None:
-    look = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("report.py diagnosis", description=__doc__, formatter_class=look)
+def main(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", help="as those of src/train.py")
     parser.add_argument("--output", type=Path, default=Path("diagnosis.png"), help="the picture to write")
     args = parser.parse_args(arguments)
     silence_libraries()
-    try:
-        diagnosis, table = diagnose(args.overrides)
-    except ConfigError as error:
-        refuse(error.problems)
-    except ValueError as problem:
-        refuse([str(problem)])
+    diagnosis, table = diagnose(args.overrides)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     draw_diagnosis(diagnosis, table, " ".join(["python src/train.py", *args.overrides])).savefig(args.output, dpi=100)
     formats = ["{:,.0f}".format] * 2 + ["{:.1%}".format] * 2 + ["{:.2f}".format] * (len(table.columns) - 4)

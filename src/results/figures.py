@@ -5,9 +5,10 @@ python src/report.py figures runs/A runs/B --output ab.png
 python src/report.py figures --wandb my_team/my_project    runs on W&B, from anywhere
 """
 
-import argparse
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from argparse import ArgumentParser
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,7 @@ def draw_runs(table: pd.DataFrame) -> Figure:
     not share a panel: one row of four for each, with its chance loss; a single task gets two rows of two.
 
     Args:
-        table: as `results.runs.read_runs` returns it.
-
-    Raises:
-        RunError: there is nothing to draw yet.
+        table: as `results.runs.read_runs` returns it; RunError if there is nothing to draw yet.
     """
     split = table.metric.map(lambda name: name.partition("/")[0])
     panel = table.metric.map(lambda name: name.partition("/")[2])
@@ -52,7 +50,10 @@ def draw_runs(table: pd.DataFrame) -> Figure:
         raise RunError("no metrics yet in these runs")
     table = table.assign(label=label_runs(table, LABELS) if table[LABELS].nunique().max() > 1 else table.split)
     sns.set_theme(style="whitegrid", context="notebook")
-    looks, tasks = distinct_looks(list(dict.fromkeys(table.label))), list(dict.fromkeys(table.task))
+    styles = itertools.product(STYLES, sns.color_palette())  # they begin anew only when all have been taken
+    pairs = zip(table.label.unique(), itertools.cycle(styles))
+    looks = {label: dict(linestyle=line, color=colour) for label, (line, colour) in pairs}
+    tasks = table.task.unique()
     shape = (2, 2) if len(tasks) == 1 else (len(tasks), 4)
     width = 5.5 if shape[1] == 2 else 4  # four stand beside each other on a page: narrower, or their letters get small
     figure = Figure(figsize=(width * shape[1], 3.2 * shape[0] + 0.8), layout="constrained")
@@ -60,8 +61,7 @@ def draw_runs(table: pd.DataFrame) -> Figure:
     for row, task in zip(panels, tasks, strict=True):
         row[2].sharex(row[0])
         row[3].sharex(row[1])
-        columns = [(panel, axis) for panel in PANELS for axis in AXES]
-        for place, (panel, axis) in zip(row, columns, strict=True):
+        for place, (panel, axis) in zip(row, itertools.product(PANELS, AXES), strict=True):
             draw_panel(place, table[(table.task == task) & (table.panel == panel)], axis, looks)
             place.set(xlabel=AXES[axis], ylabel=PANELS[panel], title=task if len(tasks) > 1 else "")
             if panel == "exact_match":
@@ -74,15 +74,6 @@ def label_runs(table: pd.DataFrame, columns: list[str]) -> pd.Series:
     """For each row, those of the columns that differ between the runs, joined; the optimizer if none does."""
     differing = [column for column in columns if table[column].nunique() > 1] or ["optimizer"]
     return table[differing].agg(lambda names: " · ".join(filter(None, names)), axis=1)
-
-
-def distinct_looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A colour and a line style for each label; the same pair comes again only when all have been taken."""
-    colours = sns.color_palette()
-    return {
-        label: dict(color=colours[i % len(colours)], linestyle=STYLES[i // len(colours) % len(STYLES)])
-        for i, label in enumerate(labels)
-    }
 
 
 def draw_panel(place: Axes, rows: pd.DataFrame, axis: str, looks: Mapping[str, dict]) -> None:
@@ -107,14 +98,12 @@ def is_wide(values: pd.Series) -> bool:
 
 def add_legend(figure: Figure, table: pd.DataFrame, looks: Mapping[str, dict]) -> None:
     """The splits, chance where it is known, and the labels with their numbers of runs."""
-    by_split = set(looks) <= set(SPLITS)
-    names = {"train": "training batch", "val": "validation"}
-    lines = {
-        names[split]: Line2D([], [], **(looks.get(split) or {"color": "0.4"}), **look) for split, look in SPLITS.items()
-    }
+    lines = {}
+    for name, (split, look) in zip(("training batch", "validation"), SPLITS.items(), strict=True):
+        lines[name] = Line2D([], [], **(looks.get(split) or {"color": "0.4"}), **look)
     if table.chance_loss.notna().any():
         lines["chance"] = Line2D([], [], color="0.4", linestyle="--", linewidth=1)
-    if not by_split:
+    if not looks.keys() <= SPLITS.keys():
         runs = table.groupby("label").run.nunique()
         for label, look in looks.items():
             lines[f"{label} ({runs[label]} run{'s' if runs[label] > 1 else ''})"] = Line2D([], [], **look)
@@ -142,11 +131,7 @@ def draw_progress(run_dir: str | Path) -> Path:
 
 
 def draw_accuracy(table: pd.DataFrame) -> Figure:
-    """Held-out test metrics: exact match and token accuracy, a point per run, a row for the runs of a kind.
-
-    Raises:
-        RunError: no run has been tested yet.
-    """
+    """Held-out exact match and token accuracy, a point per run, a row per kind; RunError if none was tested yet."""
     metrics = {"test/exact_match": "exact match", "test/token_accuracy": "token accuracy"}
     rows = table[table.metric.isin(metrics)].assign(metric=lambda t: t.metric.map(metrics))
     if rows.empty:
@@ -161,9 +146,7 @@ def draw_accuracy(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def main(arguments: list[str]) -> None:
-    look = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("report.py figures", description=__doc__, formatter_class=look)
+def main(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("paths", nargs="*", type=Path, help="run directories, or directories of runs")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="read the runs of a W&B project instead")
     parser.add_argument("--output", type=Path, help="the picture to write (default: runs.png in the first path)")

@@ -12,8 +12,8 @@ import math
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,23 +31,11 @@ SETTINGS = ("datamodule.", "model.", "task.", "optimizer.", "trainer.")  # nodes
 OF_THE_TASK = ("datamodule.", "trainer.max_", "trainer.limit_")  # and those that hold for other kinds as well
 PER_RUN = ("seed", "_target_", "task.pattern_search_radius")  # no settings: the last stands at the optimizer too
 
-A = TypeVar("A")
-B = TypeVar("B")
+T = TypeVar("T")
 
 
 class RunError(ValueError):
     """A run, or what is asked of it, is not there or cannot be read; the message is one line with the place and why."""
-
-
-@dataclass(frozen=True)
-class Description:
-    """What figures and tables compare."""
-
-    task: str  # the experiment if there is one, else the family with its group, language or split
-    model: str
-    optimizer: str
-    variant: str  # of the optimizer, see configs/variant; "" for none
-    seed: int
 
 
 @dataclass
@@ -56,15 +44,11 @@ class Run:
 
     directory: Path
     config: DictConfig
-    description: Description
+    description: dict[str, Any]  # see `describe`
 
     @cached_property
     def summary(self) -> dict[str, Any] | None:
-        """The content of summary.json; None for a run that has not ended.
-
-        Raises:
-            RunError: it is damaged.
-        """
+        """The content of summary.json; None for a run that has not ended; RunError if it is damaged."""
         path = self.directory / "summary.json"
         try:
             summary = json.loads(path.read_text())
@@ -90,89 +74,63 @@ class Run:
         return "/".join(parts[-2:])
 
     def of_summary(self, *names: str) -> dict[str, Any]:
-        """Values of the summary.
-
-        Raises:
-            RunError: the run has not ended, or its summary lacks one of them.
-        """
+        """Values of the summary; RunError if the run has not ended, or its summary lacks one of them."""
         summary = self.summary or {}
         if missing := [name for name in names if name not in summary]:
             raise RunError(f"{self.directory / 'summary.json'} has no {', '.join(missing)}")
         return {name: summary[name] for name in names}
 
     def metrics(self) -> pd.DataFrame:
-        """The metrics table, columns COLUMNS; without a last row that is being written.
-
-        Raises:
-            RunError: there is none, or it is damaged.
-        """
+        """The metrics table, columns COLUMNS, without a last row that is being written; RunError if it is damaged."""
         import pandas as pd
 
         path = self.directory / "metrics.csv"
         try:
             text = path.read_text()
             table = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1]))
-            table = table[COLUMNS].astype({name: float for name in COLUMNS if name != "metric"})
-        except FileNotFoundError as error:
-            raise RunError(f"{self.directory} has no metrics.csv") from error
+            return table[COLUMNS].astype({name: float for name in COLUMNS if name != "metric"})
         except (OSError, ValueError, KeyError) as error:
-            raise RunError(f"{path} is empty or damaged: {error}".splitlines()[0]) from error
-        return table
+            raise RunError(f"{path} is missing, empty or damaged: {error}".splitlines()[0]) from error
 
 
 def read_run(directory: str | Path) -> Run:
-    """The run in a directory.
-
-    Raises:
-        RunError: no run is there, or its config.yaml is damaged.
-    """
+    """The run in a directory; RunError if none is there, or its config.yaml is damaged."""
     directory = Path(directory)
     path = directory / "config.yaml"
     try:
         config = OmegaConf.load(path)
-        if isinstance(config, DictConfig):
-            return Run(directory, config, describe(config))
+        if not isinstance(config, DictConfig):
+            raise TypeError("it is a list")
+        return Run(directory, config, describe(config))
     except FileNotFoundError as error:
         raise RunError(f"{directory} holds no run: it has no config.yaml") from error
     except (OSError, ValueError, YAMLError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"{path} is not the config of a run: {error}".splitlines()[0]) from error
-    raise RunError(f"{path} is not the config of a run")
 
 
-def find_runs(*paths: str | Path, finished_only: bool = False) -> list[Run]:
-    """All runs at or below the paths that have begun, by directory; damaged ones are named on stderr and left out.
+def read_all(*paths: str | Path, read: Callable[[Run], T], finished_only: bool = False) -> list[T]:
+    """What `read` makes of each run at or below the paths that has begun, by directory.
+
+    A run that is damaged, or of which `read` raises a RunError, is named on stderr and left out.
 
     Raises:
-        RunError: none that can be read lies there.
+        RunError: none is left.
     """
     found = {file.parent for path in paths for file in Path(path).rglob("summary.json")}
     tables = {file.parent for path in paths for file in Path(path).rglob("metrics.csv")}
     found |= {directory for directory in tables if (directory / "config.yaml").exists()}  # not those of CSVLogger
-
-    def read(directory: Path) -> tuple[Run, bool]:
-        run = read_run(directory)
-        return run, run.finished  # looks at the summary
-
-    runs = [run for run, finished in readable(sorted(found, key=natural), read) if finished or not finished_only]
-    if not runs:
-        kind = "finished run" if finished_only else "run"
-        raise RunError(f"no {kind} lies below {', '.join(map(str, paths))}")
-    return runs
-
-
-def natural(path: Path) -> list[str | int]:
-    """A key that sorts job 2 before job 10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
-
-
-def readable(items: Iterable[A], read: Callable[[A], B]) -> list[B]:
-    """What `read` makes of each item; those of which it raises a RunError are named on stderr and left out."""
     results = []
-    for item in items:
+    # by number: job 2 comes before job 10
+    for directory in sorted(found, key=lambda path: re.sub(r"\d+", lambda digits: digits[0].zfill(20), str(path))):
         try:
-            results.append(read(item))
+            run = read_run(directory)
+            if run.finished or not finished_only:
+                results.append(read(run))
         except RunError as error:
             print(f"Left out: {error}", file=sys.stderr, flush=True)
+    if not results:
+        kind = "finished run" if finished_only else "run"
+        raise RunError(f"no {kind} that can be read lies below {', '.join(map(str, paths))}")
     return results
 
 
@@ -182,23 +140,16 @@ def readable(items: Iterable[A], read: Callable[[A], B]) -> list[B]:
 def read_runs(*paths: str | Path) -> pd.DataFrame:
     """The metrics tables of all runs below the paths as one, with columns that say of which run a row is.
 
-    They are run, chance_loss (NaN for a run that has not ended yet), those of `Description`, and settings, as
-    `name_settings` gives them.
-
-    Raises:
-        RunError: no run that can be read lies below the paths.
+    They are run, chance_loss (NaN for a run that has not ended yet), those of `describe`, and settings, as
+    `name_settings` gives them. RunError if no run that can be read lies there.
     """
-    found = readable(find_runs(*paths), lambda run: (run, run.metrics()))
-    if not found:
-        raise RunError(f"no run with a metrics table lies below {', '.join(map(str, paths))}")
-    names = Counter(run.name for run, _ in found)
-    tables = [
-        table.assign(
-            run=run.name if names[run.name] == 1 else str(run.directory),
-            chance_loss=(run.summary or {}).get("chance_loss", math.nan),
-        )
-        for run, table in found
-    ]
+
+    def table_of(run: Run) -> pd.DataFrame:
+        return run.metrics().assign(chance_loss=(run.summary or {}).get("chance_loss", math.nan))
+
+    found = read_all(*paths, read=lambda run: (run, table_of(run)))
+    times = Counter(run.name for run, _ in found)
+    tables = [table.assign(run=run.name if times[run.name] == 1 else str(run.directory)) for run, table in found]
     return joined(tables, [run.config for run, _ in found])
 
 
@@ -211,19 +162,15 @@ def read_wandb(entity: str | None, project: str) -> pd.DataFrame:
     for run in wandb.Api().runs(f"{entity}/{project}" if entity else project):
         history = pd.DataFrame(run.scan_history())
         step = "trainer/global_step" if "trainer/global_step" in history else "global_step"  # renamed in newer releases
-        tables.append(tidy(history.rename(columns={step: "step"})).assign(run=run.name, chance_loss=math.nan))
+        history = history.rename(columns={step: "step"}).sort_values("step", kind="stable")
+        history[AXES] = history[AXES].ffill()  # rows without axes take the last known ones
+        metrics = [name for name in history if name.startswith(("train/", "val/", "test/"))]
+        table = history.melt(AXES, metrics, var_name="metric").dropna(subset="value")  # a row per value
+        tables.append(table.assign(run=run.name, chance_loss=math.nan))
         configs.append(run.config)
     if not tables:
         raise RunError(f"the W&B project {project} has no runs")
     return joined(tables, configs)
-
-
-def tidy(history: pd.DataFrame) -> pd.DataFrame:
-    """A wide history, one column per metric, as one row per value; rows without axes take the last known ones."""
-    history = history.sort_values("step", kind="stable")
-    history[AXES] = history[AXES].ffill()
-    metrics = [name for name in history if name.startswith(("train/", "val/", "test/"))]
-    return history.melt(AXES, metrics, var_name="metric").dropna(subset="value").reset_index(drop=True)
 
 
 def joined(tables: Sequence[pd.DataFrame], configs: Sequence[Mapping]) -> pd.DataFrame:
@@ -231,28 +178,24 @@ def joined(tables: Sequence[pd.DataFrame], configs: Sequence[Mapping]) -> pd.Dat
     import pandas as pd
 
     found = zip(tables, configs, name_settings(configs), strict=True)
-    described = [table.assign(**asdict(describe(config)), settings=own) for table, config, own in found]
+    described = [table.assign(**describe(config), settings=own) for table, config, own in found]
     return pd.concat(described, ignore_index=True)
 
 
 # --- what a run was, from its config ---
 
 
-def describe(config: Mapping) -> Description:
-    """What a run was.
-
-    Raises:
-        LookupError, TypeError, AttributeError: it is not the config of a run.
-    """
+def describe(config: Mapping) -> dict[str, Any]:
+    """What figures and tables compare: KIND and the seed; any of several errors if it is not the config of a run."""
     data, choices = config["datamodule"], config["choices"]
     kind = next((data[key] for key in ("group", "language", "split") if key in data), "")
-    return Description(
-        task=choices.get("experiment") or f"{choices['task']} {kind}".strip(),
-        model=choices["model"],
-        optimizer=choices["optimizer"],
-        variant=choices.get("variant") or "",
-        seed=config["seed"],
-    )
+    return {
+        "task": choices.get("experiment") or f"{choices['task']} {kind}".strip(),
+        "model": choices["model"],
+        "optimizer": choices["optimizer"],
+        "variant": choices.get("variant") or "",  # of the optimizer, see configs/variant
+        "seed": config["seed"],
+    }
 
 
 def name_settings(configs: Sequence[Mapping]) -> list[str]:
@@ -261,19 +204,18 @@ def name_settings(configs: Sequence[Mapping]) -> list[str]:
     Settings of the task's data, and limits, also tell it from runs of the same task with another model or optimizer.
     """
     settings = [settings_of(config) for config in configs]
-    alike: defaultdict[tuple, list[int]] = defaultdict(list)  # the runs of each task, and of each kind
+    groups: defaultdict[tuple, list[int]] = defaultdict(list)  # the runs of each task, and of each kind
     for i, run in enumerate(map(describe, configs)):
-        alike[run.task,].append(i)
-        alike[run.task, run.model, run.optimizer, run.variant].append(i)
+        groups[OF_THE_TASK, run["task"]].append(i)
+        groups[SETTINGS, *(run[name] for name in KIND)].append(i)
     telling: list[set[str]] = [set() for _ in configs]
-    for group, members in alike.items():
-        keys = differing([settings[i] for i in members])
-        if len(group) == 1:
-            keys = {key for key in keys if key.startswith(OF_THE_TASK)}
-        for i in members:
-            telling[i] |= keys & settings[i].keys()
+    for (prefixes, *_), members in groups.items():
+        for key in {key for i in members for key in settings[i] if key.startswith(prefixes)}:
+            if len({str(settings[i].get(key)) for i in members}) > 1:
+                for i in members:
+                    telling[i].add(key)
     return [
-        ", ".join(f"{key.rpartition('.')[2]}={own[key]}" for key in sorted(keys))
+        ", ".join(f"{key.rpartition('.')[2]}={own[key]}" for key in sorted(keys & own.keys()))
         for own, keys in zip(settings, telling, strict=True)
     ]
 
@@ -287,12 +229,6 @@ def settings_of(config: Mapping) -> dict[str, Any]:
         and not key.endswith(PER_RUN)
         and not (key.rpartition(".")[2].startswith("max_") and value in (None, -1))
     }
-
-
-def differing(settings: Sequence[Mapping[str, Any]]) -> set[str]:
-    """The keys whose values are not the same in all of them."""
-    keys = {key for of_run in settings for key in of_run}
-    return {key for key in keys if len({str(of_run.get(key)) for of_run in settings}) > 1}
 
 
 def flat(config: Mapping, prefix: str = "") -> dict[str, Any]:

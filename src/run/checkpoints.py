@@ -6,6 +6,7 @@ file, so the continued run takes the same decisions; `run/resume.py` chooses the
 """
 
 import io
+import math
 import os
 import random
 import time
@@ -21,28 +22,22 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from run.files import RESUMABLE, replacing, sync_directory
-from run.interrupts import Interrupts
+from run.interrupts import Interrupted, Interrupts
 from run.metrics_table import MetricsTable
 from search.base import LossOnlyOptimizer
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint, verified against its own checksums; tensors are on the CPU.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is cut off or damaged.
-    """
+    """The content of a checkpoint, with tensors on the CPU; ValueError if its own checksums or its end are wrong."""
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch itself does not look at the checksums
-        if damaged is None:
-            return torch.load(path, weights_only=True, map_location="cpu")
+            if damaged := archive.testzip():  # torch itself does not look at the checksums
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        return torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise
     except Exception as error:  # of many kinds, according to where the file is cut
         raise ValueError(f"{path} is damaged: {error}") from error
-    raise ValueError(f"{path} is damaged: the checksum of {damaged} is wrong")
 
 
 def selected_weights(trainer: L.Trainer) -> str | None:
@@ -85,7 +80,8 @@ class Checkpoints(Checkpoint):
         every_steps: int | None = None,
     ):
         self.run_dir, self.limits, self.interrupts = Path(run_dir), limits, interrupts
-        self.every_seconds, self.every_steps = every_seconds, every_steps
+        self.every_seconds = math.inf if every_seconds is None else every_seconds
+        self.every_steps = math.inf if every_steps is None else every_steps
         self._saved_at, self._saved_step = time.monotonic(), 0
         self._to_add: dict[str, Any] | None = None  # to the checkpoint that is being written
         self._restored: dict[str, Any] | None = None  # until the first step that follows
@@ -107,20 +103,16 @@ class Checkpoints(Checkpoint):
         if self._restored is not None:
             restore(trainer, self._restored)
             self._restored = None
-        accumulating = batch_idx % trainer.accumulate_grad_batches != 0  # gradients that no checkpoint holds
-        if not accumulating and (self.interrupts.received or self._due(trainer.global_step)):
+        if batch_idx % trainer.accumulate_grad_batches != 0:  # there are gradients that no checkpoint holds
+            return
+        seconds, steps = time.monotonic() - self._saved_at, trainer.global_step - self._saved_step
+        if self.interrupts.received or seconds >= self.every_seconds or steps >= self.every_steps:
             self._save(trainer, trainer.fit_loop.state_dict())
-        if not accumulating:
-            self.interrupts.raise_if_received()
+        if self.interrupts.received:
+            raise Interrupted
 
     def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         self._save(trainer, as_before_next_step(trainer), ended=self.limits)
-
-    def _due(self, step: int) -> bool:
-        seconds, steps = time.monotonic() - self._saved_at, step - self._saved_step
-        return (self.every_seconds is not None and seconds >= self.every_seconds) or (
-            self.every_steps is not None and steps >= self.every_steps
-        )
 
     # --- saving ---
 
@@ -189,20 +181,14 @@ def as_before_next_step(trainer: L.Trainer) -> dict[str, Any]:
     else:  # it goes on with the one that the end cut short, which was counted as done
         begun, done, loader_epochs = 0, -1, 0
     for count in (epochs["total"], epochs["current"]):
-        add(count, begun, done)
+        for name, more in dict(ready=begun, started=begun, processed=done, completed=done).items():
+            count[name] += more
     for count in (batches["total"], batches["current"]):
         count["ready"] += 1
     batches["is_last_batch"] = batches["current"]["ready"] == trainer.num_training_batches
     for loader in state["state_dict"].get("combined_loader", []):
         loader["epoch"] += loader_epochs
     return state
-
-
-def add(count: dict[str, int], begun: int, done: int) -> None:
-    for name in ("ready", "started"):
-        count[name] += begun
-    for name in ("processed", "completed"):
-        count[name] += done
 
 
 def as_lightning_restarts(fit_loop: dict[str, Any]) -> dict[str, Any]:
@@ -231,16 +217,14 @@ def generator_states() -> dict[str, Any]:
     kind, keys, *rest = state
     return {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),  # an array would not load with weights_only
+        "numpy": (kind, keys.tolist(), *rest),  # an array would not load with weights_only
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all(),  # empty without CUDA
     }
 
 
 def set_generator_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
+    torch.cuda.set_rng_state_all(states["cuda"])

@@ -4,7 +4,6 @@ Called once at the start of a program; nobody has to set an environment variable
 """
 
 import ctypes
-import sys
 
 import torch
 
@@ -23,18 +22,13 @@ def prepare_machine() -> None:
     torch.set_num_threads(1)
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next allocation instead of returning it to the system.
 
     With glibc's defaults every large activation is mapped anew and zeroed page by page by the kernel,
-    which halves the speed of batched forwards. Returns whether the C library took the settings; other
-    C libraries have none of them and are left alone.
+    which halves the speed of batched forwards. Other C libraries have no such settings and are left alone.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
     settings = {M_MMAP_THRESHOLD: 1024 * MIB, M_TRIM_THRESHOLD: 1024 * MIB, M_TOP_PAD: 64 * MIB}
-    taken = [mallopt(name, size) for name, size in settings.items()]
-    return taken == [1, 1, 1]
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        for name, size in settings.items():
+            mallopt(name, size)

@@ -28,49 +28,43 @@ class RunDirectoryError(ValueError):
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Own the directory; the kernel frees it when the process dies, however that happens.
-
-    Raises:
-        RunDirectoryError: another process owns it.
-    """
+    """Own the directory until the end, even that of a killed process; RunDirectoryError if another process owns it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run_dir / ".lock", timeout=0):
             yield
     except Timeout:
-        raise RunDirectoryError(
-            f"{run_dir} is in use by process {_last_pid(run_dir)}; wait for it, or end it"
-        ) from None
+        raise RunDirectoryError(in_use(run_dir)) from None
 
 
-def owner(run_dir: Path) -> int | str | None:
-    """The process that runs in a directory, if one does."""
-    if not (run_dir / ".lock").exists():
-        return None
-    try:
-        with FileLock(run_dir / ".lock", timeout=0):
-            return None
-    except Timeout:
-        return _last_pid(run_dir)
-    except OSError:  # not ours to lock; `unusable` says why
-        return None
+def in_use(run_dir: Path) -> str:
+    record = starts(run_dir)
+    return f"{run_dir} is in use by process {record[-1]['pid'] if record else 'unknown'}; wait for it, or end it"
 
 
 def unusable(run_dir: Path) -> str | None:
-    """Why nothing can be written in a directory, that need not exist yet."""
+    """Why no run can start in a directory, that need not exist yet."""
     existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     if not existing.is_dir():
         return f"the run's directory {run_dir} cannot be made: {existing} is a file; choose another directory"
     if not os.access(existing, os.W_OK | os.X_OK):
         return f"the run's directory {run_dir} cannot be written: no permission for {existing}; choose another one"
+    if (run_dir / ".lock").exists():
+        try:
+            with FileLock(run_dir / ".lock", timeout=0):
+                return None
+        except Timeout:
+            return in_use(run_dir)
+        except OSError as error:
+            return f"the run's directory {run_dir} cannot be locked: {error}; choose another one"
     return None
 
 
 def record_start(run_dir: Path) -> None:
     """Append what this process runs with to environment.json, a list with one entry for every start of the run."""
     earlier = starts(run_dir)
-    wandb_id = earlier[0].get("wandb_id") if earlier else None
-    record = environment() | {"wandb_id": wandb_id or secrets.token_hex(4)}  # of the one W&B run of all starts
+    wandb_id = earlier[0]["wandb_id"] if earlier else secrets.token_hex(4)  # of the one W&B run of all starts
+    record = environment() | {"wandb_id": wandb_id}
     write(run_dir / "environment.json", json.dumps([*earlier, record], indent=2) + "\n")
 
 
@@ -80,11 +74,6 @@ def starts(run_dir: Path) -> list[dict[str, Any]]:
         return json.loads((run_dir / "environment.json").read_text())
     except (OSError, ValueError):
         return []
-
-
-def _last_pid(run_dir: Path) -> int | str:
-    record = starts(run_dir)
-    return record[-1]["pid"] if record else "unknown"
 
 
 def environment() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +14,7 @@ RESUMABLE = ("last.ckpt", "previous.ckpt")  # what a run goes on from, in checkp
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when it is complete: whatever happens, one of the two is there.
-
-    Raises:
-        OSError: it cannot be written; `path` is as it was.
-    """
+    """A file to write that takes the place of `path` when it is complete; after an OSError `path` is as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")  # the same name each time: a kill leaves no litter
@@ -43,18 +40,22 @@ def write(path: str | Path, text: str) -> None:
 
 def sync_directory(directory: Path) -> None:
     """Have the names of the files in it survive a crash of the machine too."""
-    if hasattr(os, "O_DIRECTORY"):  # not on Windows
-        descriptor = os.open(directory, os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(directory, os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def typed(path: str | Path) -> str:
     """A path as short as it can be typed from here."""
     path = Path(path)
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def quoted(value: str) -> str:
+    """A value as Hydra's grammar reads it back."""
+    return value if re.fullmatch(r"[\w./:@%+-]+", value) else "'" + value.replace("'", r"\'") + "'"
 
 
 def print_any_character() -> None:

@@ -4,8 +4,9 @@
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -15,8 +16,7 @@ AT_CHANCE = 0.97  # a training loss above this share of chance has learned nothi
 LEARNED = 0.1  # below this share of chance the task is almost solved, and fewer moves are accepted
 
 
-def of_window() -> deque:
-    return deque(maxlen=WINDOW)
+of_window: Callable[[], deque] = partial(deque, maxlen=WINDOW)
 
 
 @dataclass
@@ -63,15 +63,10 @@ def hints(recent: Recent) -> Iterator[tuple[str, str]]:
             f"the training loss {loss:.3f} is still at chance ({recent.chance_loss:.3f}) after "
             f"{recent.evaluations:,} evaluations; try another task.pattern_search_radius, model.embedding_std or seed",
         )
-    if recent.val_losses and overfits(loss, recent.val_losses):
+    best = min(recent.val_losses, default=0.0)
+    if loss < 0.5 * best and min(recent.val_losses[-3:]) > 1.2 * best:  # for three validations
         yield (
             "overfitting",
-            f"the training loss is {loss:.3f}, but validation has risen from {min(recent.val_losses):.3f} to "
+            f"the training loss is {loss:.3f}, but validation has risen from {best:.3f} to "
             f"{recent.val_losses[-1]:.3f}: it learns by heart; try a larger datamodule.n_samples or batch_size",
         )
-
-
-def overfits(train_loss: float, val_losses: Sequence[float]) -> bool:
-    """Validation is far above training, and the last three validations are all well above the best."""
-    best = min(val_losses)
-    return train_loss < 0.5 * best and min(val_losses[-3:]) > 1.2 * best

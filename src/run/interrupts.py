@@ -38,11 +38,6 @@ class Interrupts:
         # print is not safe within a handler: the signal may have come in the middle of one
         os.write(2, b"\nFinishing the step, then saving; Ctrl-C again stops at once.\n")
 
-    def raise_if_received(self) -> None:
-        """Raises Interrupted if a signal came."""
-        if self.received:
-            raise Interrupted
-
 
 @contextmanager
 def undisguised(trainer: L.Trainer) -> Iterator[None]:

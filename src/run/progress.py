@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from statistics import correlation, linear_regression
 from typing import Any
 
@@ -20,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from pattern_search_task import PatternSearchTask
 from run.hints import Recent, hints
+from search.budget import StepReport
 
 log = logging.getLogger("progress")
 TREND = 12  # validations that the time to the target is estimated from
@@ -67,17 +69,14 @@ class SearchProgress(Callback):
             log.info("hint: %s", text)
             self.console.print(f"hint: {text}", soft_wrap=True, highlight=False, markup=False)
 
-    def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        self._close()
-
-    def on_exception(self, trainer: L.Trainer, task: L.LightningModule, exception: BaseException) -> None:
-        self._close()
-
-    def _close(self) -> None:
+    def on_train_end(self, *_: Any) -> None:
         if self._thread is not None:
             self._ended.set()
             self._thread.join()
             self._thread = None
+
+    def on_exception(self, *_: Any) -> None:
+        self.on_train_end()
 
     def _show(self, status: "Status") -> None:
         live, width = self.console.is_terminal, 16 if self.console.width >= 120 else 8
@@ -87,16 +86,17 @@ class SearchProgress(Callback):
         with bar:
             row = bar.add_task("starting", total=None, step="0")
             while not self._ended.wait(self.refresh_seconds):
-                (done, total), step, parts = status.steps(), status.step(), status.parts()
-                description = fitting(parts, self.console.width - width - len(f"step {step}  "))
-                bar.update(row, completed=done, total=total, step=step, description=description, refresh=True)
+                total = None if math.isinf(status.total) else status.total
+                description = fitting(status.parts(), self.console.width - width - len(f"step {status.step()}  "))
+                looks: dict[str, Any] = dict(completed=status.steps(), total=total, description=description)
+                bar.update(row, **looks, step=status.step(), refresh=True)
                 if time.monotonic() >= next_line:
                     next_line += self.log_every_seconds
-                    self._log(step, parts, show=not live)
-        self._log(status.step(), status.parts(), show=True)
+                    self._log(status, show=not live)
+        self._log(status, show=True)
 
-    def _log(self, step: str, parts: Sequence[str], show: bool) -> None:
-        line = f"step {step} {' · '.join(parts)}"
+    def _log(self, status: "Status", show: bool) -> None:
+        line = f"step {status.step()} {' · '.join(status.parts())}"
         log.info(line)
         if show:
             print(line, flush=True)
@@ -114,9 +114,7 @@ class Status:
 
     def __init__(self, trainer: L.Trainer, task: PatternSearchTask, restored: dict[str, Any]):
         self.trainer, self.task, self.search = trainer, task, task.search
-        self.started = time.monotonic()
-        self.first_step, self.first_evaluations = trainer.global_step, task.evaluations  # not 0 in a run that goes on
-        self.first_seconds = self.search.saved["seconds"] if self.search is not None else 0.0
+        self.total = trainer.estimated_stepping_batches  # steps; inf without a limit
         self.monitor, self.target = target_of(trainer, task)
         self.trend: deque[tuple[float, float]] = deque(maxlen=TREND)  # seconds since the start, loss with a target
         self.loss: float | None = None
@@ -126,6 +124,7 @@ class Status:
         self.next_hint: dict[str, int] = dict(restored.get("next_hint", {}))  # evaluations before which it is not said
         self.recent = Recent(trainer.datamodule.chance_loss)  # type: ignore[attr-defined]
         self.recent.load_state_dict(restored.get("recent", {}))
+        self.started, self.spent_before = time.monotonic(), self.spent()  # not 0 in a run that goes on
 
     def state_dict(self) -> dict[str, Any]:
         return {"recent": self.recent.state_dict(), "next_hint": self.next_hint, "accepted": self.accepted}
@@ -157,35 +156,33 @@ class Status:
         self.recent.evaluations = self.task.evaluations
         return due(self.recent, self.next_hint)
 
-    def steps(self) -> tuple[float, int | None]:
-        """Steps done, with the share of the current one, and steps in all, None without a limit."""
-        total, done = self.trainer.estimated_stepping_batches, float(self.trainer.global_step)
-        if self.search is not None and (report := self.search.report).done < report.planned:  # within a step
-            done += report.done / report.planned
-        return done, None if math.isinf(total) else int(total)
+    def steps(self) -> float:
+        """Steps done, with the share of the one that runs."""
+        report = self.search.report if self.search is not None else StepReport()
+        return self.trainer.global_step + (report.done / report.planned if report.done < report.planned else 0)
 
     def step(self) -> str:
-        done, total = self.steps()
-        return f"{int(done)}/{'?' if total is None else total}"
+        return f"{int(self.steps())}/{'?' if math.isinf(self.total) else int(self.total)}"
+
+    def spent(self) -> dict[str, float]:
+        """What the run has taken so far, by the limit that it counts for."""
+        seconds = 0.0 if self.search is None else self.search.saved["seconds"]
+        return {"max_steps": self.steps(), "max_evaluations": self.task.evaluations, "max_seconds": seconds}
 
     def seconds_left(self) -> float:
         """Seconds until the first limit ends the run, at the speed so far; inf while nothing is known."""
-        elapsed, (done, total) = time.monotonic() - self.started, self.steps()
-        left = [time_left(self.trainer)]
-        if total is not None and done > self.first_step:
-            left.append(elapsed * (total - done) / (done - self.first_step))
-        if self.search is not None:
-            limits, spent = self.search.limits, self.search.saved["seconds"] - self.first_seconds
-            evaluations = self.search.evaluations - self.first_evaluations
-            if limits.max_evaluations is not None and evaluations > 0:
-                left.append(elapsed * (limits.max_evaluations - self.search.evaluations) / evaluations)
-            if limits.max_seconds is not None and spent > 0:
-                left.append(elapsed * (limits.max_seconds - self.search.saved["seconds"]) / spent)
+        elapsed, left = time.monotonic() - self.started, [time_left(self.trainer)]
+        limits = {"max_steps": self.total} | ({} if self.search is None else vars(self.search.limits))
+        for name, spent in self.spent().items():
+            limit, spent_here = limits.get(name), spent - self.spent_before[name]
+            if limit is not None and spent_here > 0:
+                left.append(elapsed * (limit - spent) / spent_here)
         return max(min(left), 0.0)
 
     def parts(self) -> list[str]:
         """What to say, the most important first."""
         elapsed, left = max(time.monotonic() - self.started, 1e-9), self.seconds_left()
+        per_second = {name: (spent - self.spent_before[name]) / elapsed for name, spent in self.spent().items()}
         loss, accepted = self.loss, self.accepted
         if self.search is not None and (report := self.search.report).done < report.planned:  # within a step
             loss, accepted = report.loss_after, accepted + report.accepted
@@ -195,13 +192,12 @@ class Status:
         if self.target is not None:
             near = self.seconds_to_target is not None and self.seconds_to_target <= left
             parts.append(f"target in about {clock(self.seconds_to_target or 0)}" if near else "target not in sight")
-        rate = (self.task.evaluations - self.first_evaluations) / elapsed
-        parts.append(f"evaluations {self.task.evaluations:,} ({rate:,.0f}/s)")
+        parts.append(f"evaluations {self.task.evaluations:,} ({per_second['max_evaluations']:,.0f}/s)")
         if self.exact_match is not None:
             parts.append(f"val exact match {self.exact_match:.3f}")
         if self.search is not None:
-            polling = (self.search.saved["seconds"] - self.first_seconds) / elapsed
-            parts += [f"accepted {accepted:,}", f"polls {min(polling, 1):.0%} of time", *self.search.status()]
+            polling = f"polls {min(per_second['max_seconds'], 1):.0%} of time"
+            parts += [f"accepted {accepted:,}", polling, *self.search.status()]
         return parts
 
 
@@ -252,6 +248,4 @@ def time_to(target: float, seconds: Sequence[float], losses: Sequence[float]) ->
 
 def clock(seconds: float) -> str:
     """Seconds as 1:02:03, or 2:03 below an hour."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    return str(timedelta(seconds=round(seconds))).removeprefix("0:").removeprefix("0")

@@ -5,12 +5,12 @@
 
 import logging
 import os
-import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from config.compose import DEFAULT_CONFIG, given
+from config.refusal import refuse
 from results.runs import Run, RunError, flat, read_run
-from run.checkpoints import RESUMABLE, read_checkpoint
-from run.directory import RunDirectoryError, owner, unusable
-from run.files import typed
+from run.checkpoints import read_checkpoint
+from run.directory import RunDirectoryError, unusable
+from run.files import RESUMABLE, quoted, typed
 from run.interrupts import Interrupts
 
 # where a run ends, not where it goes: may be changed when it goes on
@@ -35,81 +37,83 @@ LIMITS = (
     "optimizer.target_loss",
     "callbacks.early_stopping.stopping_threshold",
 )
-# no step depends on these, alone or with all that lies below
+# no step depends on these, nor on what lies below them
 FREE = (
-    "resume",
-    "output_dir",
-    "checkpoint",
-    "choices",
-    "logger",
-    "wandb",
-    "allowed_packages",
-    "callbacks.progress",
-    "trainer.enable_progress_bar",
-    "trainer.enable_model_summary",
+    "resume.",
+    "output_dir.",
+    "checkpoint.",
+    "choices.",
+    "logger.",
+    "wandb.",
+    "allowed_packages.",
+    "callbacks.progress.",
+    "trainer.enable_progress_bar.",
+    "trainer.enable_model_summary.",
 )
 
 
-def plan(cfgs: Sequence[DictConfig], overrides: Sequence[str], multirun: bool) -> tuple[list[Path], list[str]]:
-    """The directories in which the jobs of a command will run, and what speaks against it.
+def plan(cfgs: Sequence[DictConfig], overrides: Sequence[str], multirun: bool) -> list[Path]:
+    """The directories in which the jobs of a command will run; refuses what speaks against it.
 
     Args:
         cfgs: of the jobs; `output_dir` is where a job would run if it did not resume.
         overrides: of the command.
         multirun: whether the command is a sweep, whose jobs stay in their own directories.
     """
-    if multirun and (problems := list(_sweep_problems(cfgs, overrides))):
-        return [], problems
-    planned = [_plan_job(cfg, overrides, multirun) for cfg in cfgs]
-    return [run_dir for run_dir, _ in planned], list(dict.fromkeys(p for _, found in planned for p in found))
+    key = "hydra.sweep.dir=" if multirun else "hydra.run.dir="
+    directory_given = any(override.startswith(key) for override in overrides)
+    if multirun and (problems := list(_sweep_problems(cfgs, directory_given))):
+        refuse(problems)
+    run_dirs, found = [], list[str]()
+    for cfg in cfgs:
+        try:
+            run_dirs.append(_run_directory(cfg, multirun or directory_given))
+            found += _problems(cfg, run_dirs[-1])
+        except RunDirectoryError as error:
+            found.append(str(error))
+    if found:
+        refuse(found)
+    return run_dirs
 
 
-def _sweep_problems(cfgs: Sequence[DictConfig], overrides: Sequence[str]) -> Iterator[str]:
-    resume, own = cfgs[0].resume, any(o.startswith("hydra.sweep.dir=") for o in overrides)
-    if resume is not None and not (resume == "auto" and own):
+def _sweep_problems(cfgs: Sequence[DictConfig], directory_given: bool) -> Iterator[str]:
+    resume = cfgs[0].resume
+    if resume is not None and not (resume == "auto" and directory_given):
         yield f"resume={resume}: a sweep resumes with resume=auto hydra.sweep.dir=<its own>"
     for run_dir, jobs in Counter(cfg.output_dir for cfg in cfgs).items():
         if jobs > 1:
-            yield (
-                f"{jobs} jobs would write to {typed(run_dir)}; leave output_dir and hydra.sweep.subdir out, and each "
-                "has its own directory"
-            )
-
-
-def _plan_job(cfg: DictConfig, overrides: Sequence[str], multirun: bool) -> tuple[Path, list[str]]:
-    try:
-        run_dir = _run_directory(cfg, multirun or any(o.startswith("hydra.run.dir=") for o in overrides))
-    except RunDirectoryError as error:
-        return Path(cfg.output_dir), [str(error)]
-    problems = [problem] if (problem := unusable(run_dir)) else []
-    if pid := owner(run_dir):
-        problems.append(f"{typed(run_dir)} is in use by process {pid}; wait for it, or end it")
-    elif holds_run(run_dir):
-        problems += _misfits(cfg, run_dir)
-    return run_dir, problems
+            advice = "leave output_dir and hydra.sweep.subdir out, and each has its own directory"
+            yield f"{jobs} jobs would write to {typed(run_dir)}; {advice}"
 
 
 def _run_directory(cfg: DictConfig, directory_given: bool) -> Path:
     run_dir = Path(cfg.output_dir)
     if cfg.resume in (None, "auto"):
-        searched = cfg.resume == "auto" and not directory_given and not holds_run(run_dir)
+        searched = cfg.resume == "auto" and not directory_given and not run_in(run_dir)
         return (newest_unfinished(cfg) if searched else None) or run_dir
     path = Path(cfg.resume).absolute()
     found = path.parents[1] if path.is_file() else path
-    if not holds_run(found):
+    if not run_in(found):
         raise RunDirectoryError(f"resume={cfg.resume}: no run is there; give the directory that holds its config.yaml")
     return found
+
+
+def _problems(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
+    """What speaks against a run in a directory."""
+    if problem := unusable(run_dir):
+        yield problem
+    elif run := run_in(run_dir):
+        yield from _misfits(cfg, run)
 
 
 def newest_unfinished(cfg: DictConfig) -> Path | None:
     """The newest unfinished run below runs/ that takes the same way as `cfg`."""
     runs = Path(os.environ["PATTERN_SEARCH_ROOT"]) / "runs"
     candidates = [*runs.glob("*/config.yaml"), *runs.glob("*/[!.]*/config.yaml")]  # runs, and the jobs of sweeps
-    candidates.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    for run_dir in (path.parent for path in candidates):
-        run = run_in(run_dir)
-        if run is not None and saved_summary(run) is None and not differences(run.config, cfg):
-            return run_dir
+    for path in sorted(candidates, key=lambda path: path.stat().st_mtime, reverse=True):
+        run = run_in(path.parent)
+        if run and not saved_summary(run) and not differences(run.config, cfg):
+            return run.directory
     return None
 
 
@@ -119,10 +123,6 @@ def run_in(run_dir: Path) -> Run | None:
         run = read_run(run_dir)
         return run if "output_dir" in run.config else None
     return None
-
-
-def holds_run(run_dir: Path) -> bool:
-    return run_in(run_dir) is not None
 
 
 def saved_summary(run: Run) -> dict[str, Any] | None:
@@ -146,31 +146,27 @@ def limits(cfg: DictConfig) -> dict[str, Any]:
 
 def differences(old: DictConfig, new: DictConfig) -> dict[str, tuple[Any, Any]]:
     """The keys by which two configs lead to different weights, each with both values."""
-    before, after = (_leaves(OmegaConf.to_container(cfg, resolve=True), cfg.output_dir) for cfg in (old, new))
-    keys = [key for key in before | after if key not in LIMITS and not _is_free(key)]
-    missing = "(missing)"
-    pairs = {key: (before.get(key, missing), after.get(key, missing)) for key in keys}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    before, after = (_values(OmegaConf.to_container(cfg, resolve=True), cfg.output_dir) for cfg in (old, new))
+    pairs = {key: (before.get(key, "(missing)"), after.get(key, "(missing)")) for key in before | after}
+    counting = {key: pair for key, pair in pairs.items() if key not in LIMITS and not f"{key}.".startswith(FREE)}
+    return {key: pair for key, pair in counting.items() if pair[0] != pair[1]}
 
 
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
-
-
-def _leaves(config: Any, run_dir: str) -> dict[str, Any]:
+def _values(config: Any, run_dir: str) -> dict[str, Any]:
     """Every dotted key with its value; a path in the run's directory counts the same wherever that is."""
     return {key: value.replace(run_dir, "") if isinstance(value, str) else value for key, value in flat(config).items()}
 
 
-def _misfits(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
-    """What speaks against going on with the run in a directory."""
-    where = typed(run_dir)
+def _misfits(cfg: DictConfig, run: Run) -> Iterator[str]:
+    """What speaks against going on with a run."""
+    where = typed(run.directory)
     if cfg.resume is None:
         yield f"{where} holds a run already; resume=auto goes on with it, or choose another directory"
         return
-    found, given = differences(read_run(run_dir).config, cfg), _leaves(OmegaConf.to_container(cfg), cfg.output_dir)
+    container: Any = OmegaConf.to_container(cfg)
+    found, written = differences(run.config, cfg), flat(container)
     for key, (old, new) in found.items():
-        if any(given.get(key) == f"${{{other}}}" for other in found):
+        if any(written.get(key) == f"${{{other}}}" for other in found):
             continue  # it follows from the other one
         old, new = ("null" if value is None else value for value in (old, new))
         yield f"{key} is {new} here and was {old} in {where}; a run goes on only as it began"
@@ -180,55 +176,51 @@ def _misfits(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
 
 
 def begin(cfg: DictConfig, console: Console) -> Path | None:
-    """Make the run's directory ready, say in one line where the run goes on, and return its checkpoint.
+    """Make the run's directory ready, and say in one line where the run goes on; returns its checkpoint.
 
-    None if there is nothing to go on from; then the directory is as good as empty.
-
-    Raises:
-        RunDirectoryError: the directory holds a run that `cfg` does not go on with, or no checkpoint of it can be read.
+    None if there is nothing to go on from; then the directory is as good as empty. RunDirectoryError if it holds a run
+    that `cfg` does not go on with, or no checkpoint of it can be read.
     """
     run_dir = Path(cfg.output_dir)
-    if not holds_run(run_dir):
+    say = partial(console.print, soft_wrap=True, highlight=False)
+    if not (run := run_in(run_dir)):
         if cfg.resume:
-            console.print("No unfinished run of this config, so it starts anew.", highlight=False)
+            say("No unfinished run of this config, so it starts anew.")
         return None
-    if problems := list(_misfits(cfg, run_dir)):
+    if problems := list(_misfits(cfg, run)):
         raise RunDirectoryError("; ".join(problems))
-    checkpoint, content = _newest_readable(cfg, run_dir, console)
+    chosen = Path(cfg.resume).absolute()
+    paths = [chosen] if chosen.is_file() else [run_dir / "checkpoints" / name for name in RESUMABLE]
+    checkpoint, content = _newest_readable(paths, say)
     epochs = OmegaConf.select(cfg, "trainer.max_epochs")
-    if checkpoint is not None and epochs is not None and -1 < epochs < content["epoch"]:
+    if checkpoint and epochs is not None and -1 < epochs < content["epoch"]:
         raise RunDirectoryError(f"trainer.max_epochs={epochs}: {content['epoch']} epochs are done already")
-    for newer in RESUMABLE[: RESUMABLE.index(checkpoint.name)] if checkpoint else ():  # damaged, or not wanted:
-        (run_dir / "checkpoints" / newer).unlink(missing_ok=True)  # it must not become the spare
     (run_dir / "summary.json").unlink(missing_ok=True)
     if checkpoint is None:
         (run_dir / "metrics.csv").unlink(missing_ok=True)
-        console.print(f"{typed(run_dir)} has no checkpoint yet, so it starts anew.", highlight=False)
-    else:
-        line = f"Goes on from step {content['global_step']:,}, {typed(checkpoint)}"
-        console.print(line, soft_wrap=True, highlight=False)
-        logging.getLogger(__name__).info(line)  # in train.log
+        say(f"{typed(run_dir)} has no checkpoint yet, so it starts anew.")
+        return None
+    for newer in RESUMABLE[: RESUMABLE.index(checkpoint.name)]:  # damaged, or not wanted:
+        (run_dir / "checkpoints" / newer).unlink(missing_ok=True)  # it must not become the spare
+    line = f"Goes on from step {content['global_step']:,}, {typed(checkpoint)}"
+    say(line)
+    logging.getLogger(__name__).info(line)  # in train.log
     return checkpoint
 
 
-def _newest_readable(cfg: DictConfig, run_dir: Path, console: Console) -> tuple[Path | None, dict[str, Any]]:
-    paths = [run_dir / "checkpoints" / name for name in RESUMABLE]
-    if Path(cfg.resume).is_file():
-        paths = [Path(cfg.resume).absolute()]
+def _newest_readable(paths: Sequence[Path], say: Callable[[str], None]) -> tuple[Path | None, dict[str, Any]]:
     damaged = []
-    for path in paths:
+    for path in filter(Path.exists, paths):
         try:
             content = read_checkpoint(path)
-        except FileNotFoundError:
-            continue
         except ValueError as error:
             damaged.append(str(error))
             continue
         for line in damaged:
-            console.print(f"{line}; the one before is taken.", soft_wrap=True, highlight=False)
+            say(f"{line}; the one before is taken.")
         return path, content
     if damaged:
-        raise RunDirectoryError("; ".join([*damaged, f"nothing of {typed(run_dir)} can go on: begin a new run"]))
+        raise RunDirectoryError("; ".join([*damaged, "nothing of this run can go on: begin a new run"]))
     return None, {}
 
 
@@ -259,15 +251,9 @@ def in_sweep() -> bool:
 def resume_command(run_dir: Path) -> str:
     """What to type to go on with a run of this process."""
     words = ["python", typed(Path(__file__).parents[1] / "train.py")]
-    hydra = HydraConfig.get() if HydraConfig.initialized() else None
-    if hydra and hydra.job.config_name != "pattern_search_train":
-        words.append(f"--config-name={hydra.job.config_name}")
-    if hydra:
-        given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # as it was typed
-        words += [o for o in given if not o.startswith("resume=")]
+    if HydraConfig.initialized():
+        hydra = HydraConfig.get()
+        if hydra.job.config_name != DEFAULT_CONFIG:
+            words.append(f"--config-name={hydra.job.config_name}")
+        words += [override for override in given(hydra) if not override.startswith("resume=")]
     return shlex.join([*words, f"resume={quoted(typed(run_dir))}"])
-
-
-def quoted(value: str) -> str:
-    """A value as Hydra's grammar reads it back."""
-    return value if re.fullmatch(r"[\w./:@%+-]+", value) else "'" + value.replace("'", r"\'") + "'"

@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
@@ -34,7 +35,7 @@ class Start(Callback):
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         with told():
             draft = check(job_config(config, config.hydra.run.dir), config.hydra)
-            run_dir = self._planned([draft], config, multirun=False)[0]
+            run_dir = run_directories([draft], config, multirun=False)[0]
             if draft.cfg.resume:
                 with read_write(config.hydra):
                     config.hydra.run.dir = str(run_dir)
@@ -53,16 +54,15 @@ class Start(Callback):
                     job.hydra.job.num = job.hydra.job.id = number
                 run_dir = os.path.join(sweep_dir, job.hydra.sweep.subdir)
                 drafts.append(check(job_config(job, run_dir), job.hydra, alike))
-            self._planned(drafts, config, multirun=True)
+            run_directories(drafts, config, multirun=True)
 
-    def _planned(self, drafts: list[Draft], config: DictConfig, multirun: bool) -> list[Any]:
-        if problems := problems_of(drafts):
-            refuse(problems)
-        overrides = [*config.hydra.overrides.hydra, *given(config.hydra)]
-        run_dirs, problems = plan([draft.cfg for draft in drafts], overrides, multirun)
-        if problems:
-            refuse(problems)
-        return run_dirs
+
+def run_directories(drafts: list[Draft], config: DictConfig, multirun: bool) -> list[Path]:
+    """Where the jobs of a command will run; what cannot run is refused."""
+    if problems := problems_of(drafts):
+        refuse(problems)
+    overrides = [*config.hydra.overrides.hydra, *given(config.hydra)]
+    return plan([draft.cfg for draft in drafts], overrides, multirun)
 
 
 def jobs(config: DictConfig) -> list[list[str]]:

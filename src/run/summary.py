@@ -1,4 +1,4 @@
-"""What a run says about itself: the header, the summary table, summary.json."""
+"""What a run says about itself: the header, why it ended, the picture, the summary table."""
 
 import logging
 from pathlib import Path
@@ -39,35 +39,12 @@ def print_header(console: Console, cfg: DictConfig, task: PatternSearchTask, dat
     console.print(f"Run directory: {typed(cfg.output_dir)}{threads}", soft_wrap=True, highlight=False)
 
 
-def summarise(
-    cfg: DictConfig,
-    trainer: L.Trainer,
-    task: PatternSearchTask,
-    datamodule: SequenceDataModule,
-    metrics: dict[str, float],
-    checkpoint: str | None,
-) -> dict[str, Any]:
-    """The content of summary.json."""
-    return {
-        "test": metrics,
-        "chance_loss": datamodule.chance_loss,
-        "evaluations": int(task.evaluations),
-        "seconds": round(task.seconds, 3),
-        "steps": trainer.global_step,
-        "stopped_by": stopped_by(trainer, task),
-        "checkpoint": checkpoint,
-        "config": str(Path(cfg.output_dir) / "config.yaml"),
-    }
-
-
 def stopped_by(trainer: L.Trainer, task: PatternSearchTask) -> str:
     """Why training ended.
 
-    The key of a limit (max_steps, max_seconds, ...), a value of EARLY, "interrupted", or "callback" for one that asked
-    to stop and gave no reason.
+    The key of a limit (max_steps, max_seconds, ...), a value of EARLY, or "callback" for one that asked to stop and
+    gave no reason.
     """
-    if trainer.interrupted:
-        return "interrupted"
     if task.search is not None and task.search.stopped_by is not None:
         return task.search.stopped_by
     for early in trainer.early_stopping_callbacks:
@@ -90,7 +67,7 @@ def leave_picture(run_dir: str | Path) -> None:
         logging.getLogger(__name__).warning("progress.png was not drawn: %s: %s", type(error).__name__, error)
 
 
-def print_summary(console: Console, cfg: DictConfig, summary: dict[str, Any], datamodule: SequenceDataModule) -> None:
+def print_summary(console: Console, cfg: DictConfig, summary: dict[str, Any]) -> None:
     """A short table, and what to type next."""
     title = f"{cfg.choices.optimizer} · {cfg.choices.task} · {cfg.choices.model} · seed {cfg.seed}"
     table = Table(title=title, min_width=len(title) + 2)
@@ -99,26 +76,22 @@ def print_summary(console: Console, cfg: DictConfig, summary: dict[str, Any], da
     for name, value in summary["test"].items():
         if not name.rpartition("/")[2].startswith("accuracy_at_"):  # by position: for figures, too many for a table
             table.add_row(name, f"{value:.4f}")
-    table.add_row("chance loss", f"{datamodule.chance_loss:.4f}", end_section=True)
+    table.add_row("chance loss", f"{summary['chance_loss']:.4f}", end_section=True)
     table.add_row("stopped by", summary["stopped_by"])
     table.add_row("steps", f"{summary['steps']:,}")
     table.add_row("function evaluations", f"{summary['evaluations']:,}")
     table.add_row("training time", f"{clock(summary['seconds'])} ({summary['seconds']:.1f} s)")
     console.print(table)
-    run_dir = typed(cfg.output_dir)
-    lines = []
+    run_dir = Path(cfg.output_dir)
+    here, beside, script = typed(run_dir), typed(run_dir.parent), typed(Path(__file__).parents[1] / "report.py")
+    lines = [f"Run:  {here}"]
     if summary["stopped_by"] == "interrupted":
-        lines.append(f"Interrupted, so not tested. The newest weights: {typed(summary['checkpoint'] or 'none yet')}")
-    lines.append(f"Run:  {run_dir}")
-    if (Path(cfg.output_dir) / "progress.png").exists():
-        script, beside = typed(Path(__file__).parents[1] / "report.py"), typed(Path(cfg.output_dir).parent)
-        lines.append(f"Plot: {run_dir}/progress.png; all runs beside it: python {script} figures {beside}")
-    if (Path(cfg.output_dir) / "wandb").exists():
-        offline = cfg.logger.get("offline")
-        lines.append(
-            f"W&B:  offline, nothing was uploaded; upload with: wandb sync {run_dir}/wandb/offline-run-*"
-            if offline
-            else f"W&B:  online; should it fail to take everything: wandb sync {run_dir}/wandb/run-*"
-        )
+        lines.insert(0, f"Interrupted, so not tested. The newest weights: {typed(summary['checkpoint'] or 'none yet')}")
+    if (run_dir / "progress.png").exists():
+        lines.append(f"Plot: {here}/progress.png; all runs beside it: python {script} figures {beside}")
+    if (run_dir / "wandb").exists() and cfg.logger.get("offline"):
+        lines.append(f"W&B:  offline, nothing was uploaded; upload with: wandb sync {here}/wandb/offline-run-*")
+    elif (run_dir / "wandb").exists():
+        lines.append(f"W&B:  online; should it fail to take everything: wandb sync {here}/wandb/run-*")
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False)

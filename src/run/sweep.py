@@ -26,10 +26,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from results.runs import Run, RunError, read_run
-from run.files import typed, write
+from config.compose import given
+from results.runs import RunError, read_run
+from run.files import quoted, typed, write
 
 REPORT = Path(__file__).parents[1] / "report.py"  # what shows a sweep
+ENDED = ("done", "kept")
 STYLES = {"failed": "red", "interrupted": "yellow"}
 BEGUN = ".jobs"  # in the directory of the sweep: a file per job that has begun, wherever its own directory lies
 
@@ -51,7 +53,7 @@ class Sweep(Callback):
         directory = Path(config.hydra.runtime.output_dir)
         (directory / "error.txt").unlink(missing_ok=True)
         if config.hydra.mode == RunMode.MULTIRUN:
-            begun = {"directory": str(directory), "override": given(config)["task"], "at": time.time()}
+            begun = {"directory": str(directory), "override": given(config.hydra), "at": time.time()}
             write(Path(config.hydra.sweep.dir, BEGUN, f"{config.hydra.job.num}.json"), json.dumps(begun))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
@@ -74,7 +76,7 @@ class Sweep(Callback):
         except Exception:  # Hydra would make a warning of it, and end with exit code 0
             traceback.print_exc()
             sys.exit(1)
-        if any(job["status"] not in ("done", "kept") for job in jobs):
+        if any(job["status"] not in ENDED for job in jobs):
             sys.exit(1)
 
     def sum_up(self, config: DictConfig, ended: bool = False) -> list[dict[str, Any]]:
@@ -86,9 +88,7 @@ class Sweep(Callback):
         title = f"sweep of {len(jobs)} jobs" if ended else "stopped sweep: the jobs begun"
         console.print(jobs_table(jobs, self.metric, title))
         text = io.StringIO()
-        table = csv.DictWriter(text, list(jobs[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(jobs)
+        csv.writer(text, lineterminator="\n").writerows([jobs[0], *(job.values() for job in jobs)])
         write(directory / "sweep.csv", text.getvalue())
         for line in closing_lines(directory, jobs, config, ended):
             console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -114,29 +114,21 @@ def read_jobs(directory: Path, metric: str) -> list[dict[str, Any]]:
     for file in sorted((directory / BEGUN).glob("*.json"), key=lambda file: int(file.stem)):
         begun = json.loads(file.read_text())
         place = Path(begun["directory"])
-        name = place.relative_to(directory) if place.is_relative_to(directory) else place
         job = dict.fromkeys(["job", "override", "status", metric, "seconds", "error"])
-        job |= {"job": str(name), "override": " ".join(begun["override"]), "status": "interrupted"}
-        if (place / "error.txt").exists():
-            error = (place / "error.txt").read_text().strip().splitlines()[-1]
-            job |= {"status": "failed", "error": error}
-        else:
-            with suppress(RunError):  # it was stopped before it had one
-                job |= results(read_run(place), begun["at"], metric)
+        job["job"] = str(place.relative_to(directory) if place.is_relative_to(directory) else place)
+        job |= {"override": " ".join(begun["override"]), "status": "interrupted"}
+        error, summary = place / "error.txt", place / "summary.json"
+        if error.exists():
+            job |= {"status": "failed", "error": error.read_text().strip().splitlines()[-1]}
+        elif summary.exists():
+            with suppress(RunError):  # it was stopped while it wrote
+                run = read_run(place)
+                values = run.of_summary("test", "seconds")
+                job |= {metric: values["test"].get(metric), "seconds": values["seconds"]}
+                if run.finished:
+                    job["status"] = "kept" if summary.stat().st_mtime < begun["at"] else "done"
         jobs.append(job)
     return jobs
-
-
-def results(run: Run, begun_at: float, metric: str) -> dict[str, Any]:
-    """What came of a job, as far as it came."""
-    found: dict[str, Any] = {}
-    if run.finished:
-        kept = (run.directory / "summary.json").stat().st_mtime < begun_at
-        found["status"] = "kept" if kept else "done"
-    if run.summary is not None:
-        values = run.of_summary("test", "seconds")
-        found |= {metric: values["test"].get(metric), "seconds": values["seconds"]}
-    return found
 
 
 def jobs_table(jobs: list[dict[str, Any]], metric: str, title: str) -> Table:
@@ -158,29 +150,16 @@ def closing_lines(directory: Path, jobs: list[dict[str, Any]], config: DictConfi
     """What to type next."""
     here, report = (shlex.quote(typed(path)) for path in (directory, REPORT))
     lines = [f"Sweep: {here} (sweep.csv holds the table)"]
-    if any(job["status"] in ("done", "kept") for job in jobs):
+    if any(job["status"] in ENDED for job in jobs):
         lines += [f"Table: python {report} tables {here}", f"Plot:  python {report} figures {here}"]
     failed = sum(job["status"] == "failed" for job in jobs)
     if failed:
         lines.append(f"{failed} of {len(jobs)} jobs failed; the reasons are in {here}/<job>/error.txt")
     if failed or not ended:
-        lines.append(f"{'Again' if ended else 'Go on with'}: {command(config, directory)}")
+        given_words: Any = OmegaConf.to_container(config.hydra.overrides)  # without resolving what they quote
+        own = ("hydra.sweep.dir=", "hydra.mode=", "resume=")
+        words = [word for word in [*given_words["hydra"], *given_words["task"]] if not word.startswith(own)]
+        words += [f"hydra.sweep.dir={quoted(typed(directory))}", *(["resume=auto"] if "resume" in config else [])]
+        again = shlex.join(["python", sys.argv[0], "-m", f"--config-name={config.hydra.job.config_name}", *words])
+        lines.append(f"{'Again' if ended else 'Go on with'}: {again}")
     return lines
-
-
-def given(config: DictConfig) -> dict[str, list[str]]:
-    """The overrides of the command as they were typed: of Hydra (hydra), and all others (task)."""
-    overrides: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)
-    return {name: overrides[name] for name in ("hydra", "task")}
-
-
-def command(config: DictConfig, directory: Path) -> str:
-    """The command that runs what is missing of a sweep."""
-    from run.resume import quoted  # only here: it needs torch
-
-    own = ("hydra.sweep.dir=", "resume=")
-    overrides = [o for of in given(config).values() for o in of if not o.startswith(own) and o != "hydra.mode=MULTIRUN"]
-    name = [f"--config-name={config.hydra.job.config_name}"]
-    resume = ["resume=auto"] * ("resume" in config)
-    place = f"hydra.sweep.dir={quoted(typed(directory))}"
-    return shlex.join(["python", sys.argv[0], "-m", *name, *overrides, place, *resume])

@@ -44,7 +44,11 @@ def opened_loggers(cfg: DictConfig, interrupts: Interrupts) -> Iterator[list[Log
     loggers: list[Logger] = [MetricsTable(cfg.output_dir)]
     try:
         if "_target_" in cfg.logger:
-            loggers.append(instantiate(cfg.logger, **wandb_id(cfg)))
+            target, own = get_object(cfg.logger["_target_"]), {}
+            if isinstance(target, type) and issubclass(target, WandbLogger):
+                given = cfg.logger.get("id") or cfg.logger.get("version")
+                own["id"] = given or starts(Path(cfg.output_dir))[-1]["wandb_id"]
+            loggers.append(instantiate(cfg.logger, **own))
         for logger in loggers:
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
         yield loggers
@@ -56,15 +60,6 @@ def opened_loggers(cfg: DictConfig, interrupts: Interrupts) -> Iterator[list[Log
         os.environ.pop("WANDB_MODE", None)  # WandbLogger(offline=True) sets it for the whole process
         if mode is not None:
             os.environ["WANDB_MODE"] = mode
-
-
-def wandb_id(cfg: DictConfig) -> dict[str, str]:
-    """The id for a W&B logger whose config has none; nothing for other loggers."""
-    target = get_object(cfg.logger["_target_"])
-    given = cfg.logger.get("id") or cfg.logger.get("version")
-    if given or not (isinstance(target, type) and issubclass(target, WandbLogger)):
-        return {}
-    return {"id": starts(Path(cfg.output_dir))[-1]["wandb_id"]}
 
 
 def finish_wandb(loggers: Sequence[Logger], exit_code: int) -> None:
@@ -83,7 +78,6 @@ def finish_wandb(loggers: Sequence[Logger], exit_code: int) -> None:
 
 def say_lost(error: Exception) -> None:
     """Say that W&B is left behind."""
-    reason = f"{type(error).__name__}: {error}"
-    line = f"W&B failed ({reason}); the run does not need it: metrics.csv has everything"
+    line = f"W&B failed ({type(error).__name__}: {error}); the run does not need it: metrics.csv has everything"
     logging.getLogger(__name__).info(line)  # in train.log
     print(line, file=sys.stderr, flush=True)

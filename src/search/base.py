@@ -30,7 +30,7 @@ class LossOnlyOptimizer(torch.optim.Optimizer, ABC):
 
     Args:
         params: parameters or parameter groups.
-        defaults: options of a parameter group and their values, such as {"radius": 0.1}.
+        defaults: options of a parameter group and their values, such as {"radius": 0.1}; None for none.
         seed: of all random numbers.
         max_evaluations, max_seconds, target_loss: see `search.budget.Limits`.
 
@@ -46,7 +46,7 @@ class LossOnlyOptimizer(torch.optim.Optimizer, ABC):
     def __init__(
         self,
         params: Any,
-        defaults: dict[str, Any],
+        defaults: dict[str, Any] | None = None,
         seed: int = 0,
         max_evaluations: int | None = None,
         max_seconds: float | None = None,
@@ -54,7 +54,7 @@ class LossOnlyOptimizer(torch.optim.Optimizer, ABC):
     ):
         self.limits = Limits(max_evaluations, max_seconds, target_loss)
         self.seed, self.report = seed, StepReport()
-        super().__init__(params, defaults)
+        super().__init__(params, defaults or {})
         # torch saves and loads keys that are no parameters as they are
         self.state["search"] = {"evaluations": 0, "seconds": 0.0, "steps": 0, "stopped_by": None}  # type: ignore[index]
         self.number_weights()

@@ -5,7 +5,8 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
-from results.ablation import ablation_table, draw_ablation, main, read_costs
+import report
+from results.ablation import ablation_table, draw_ablation, read_costs
 from results.runs import RunError
 
 
@@ -51,7 +52,7 @@ def test_the_figure_has_a_dot_a_seed_and_an_arrow_a_censored_run(sweep):
 
 
 def test_the_figure_lies_beside_the_runs(sweep, capsys):
-    main([str(sweep)])
+    report.main(["ablation", str(sweep)])
     assert f"run(s): {sweep / 'ablation.png'}" in capsys.readouterr().out
     assert (sweep / "ablation.png").stat().st_size > 10_000
 

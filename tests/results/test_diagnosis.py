@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
+import report
 from results import diagnosis
 
 SHORT = ["experiment=parity_tiny", "optimizer.polls_per_step=96", "trainer.max_steps=12", "callbacks=none"]
@@ -82,6 +83,6 @@ def test_looking_does_not_change_the_search(seen):
 )
 def test_a_command_that_cannot_run_is_refused(mistake, reason, capsys):
     with pytest.raises(SystemExit) as stopped:
-        diagnosis.main([mistake])
+        report.main(["diagnosis", mistake])
     assert stopped.value.code == 2
     assert reason in capsys.readouterr().err

@@ -88,7 +88,7 @@ def test_any_optimizer_is_shown(parity, model, optimizer, capsys):
     said = capsys.readouterr()
     assert "step 8/8 loss" in said.out
     assert "Traceback" not in said.err  # of a thread that died
-    assert ("radius" in said.out) == (optimizer is PatternSearch)
+    assert ("radius" in said.out) == (optimizer in (PatternSearch, RandomSearch))
 
 
 def test_hints_are_printed(parity, model, monkeypatch, capsys):

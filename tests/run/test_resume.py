@@ -21,7 +21,7 @@ from config.compose import CONFIGS
 from conftest import ROOT
 from pattern_search_task import PatternSearchTask
 from run.checkpoints import RESUMABLE, Checkpoints, read_checkpoint
-from run.directory import RunDirectoryError, environment, locked, owner
+from run.directory import RunDirectoryError, environment, locked, unusable
 from run.files import replacing
 from run.progress import SearchProgress
 from run.start import Start
@@ -394,7 +394,7 @@ def test_a_directory_without_permission_is_refused(check, monkeypatch, tmp_path)
 def test_a_run_directory_has_one_owner_and_a_dead_one_is_none(check, short_run, tmp_path):
     cfg = short_run("a")
     train(cfg)
-    assert owner(tmp_path / "a") is None  # its lock file is still there
+    assert unusable(tmp_path / "a") is None  # its lock file is still there
     pid = json.loads((tmp_path / "a/environment.json").read_text())[-1]["pid"]
     with FileLock(tmp_path / "a/.lock"):
         assert f"a is in use by process {pid}" in check("resume=a")
