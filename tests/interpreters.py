@@ -78,12 +78,18 @@ class Interpreter:
 
 @functools.cache
 def server() -> socket.socket:
-    """The channel to the server of this process, which ends when the channel is closed."""
+    """The channel to the server of this process."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [sys.executable, __file__, str(there.fileno())]
-    subprocess.Popen(command, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     there.close()
+    atexit.register(stop, here, process)
     return here
+
+
+def stop(channel: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    channel.close()
+    process.wait()
 
 
 def serve(channel: socket.socket) -> dict[str, Any] | None:

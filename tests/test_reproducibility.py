@@ -36,6 +36,7 @@ def reference(request, tmp_path_factory):
     return request.param, metrics(home, train(home, f"optimizer={request.param}", "logger=none"))
 
 
+@pytest.mark.slow
 def test_surroundings_do_not_change_a_single_digit(reference, tmp_path):
     optimizer, expected = reference
     assert len(expected) > 40
@@ -58,12 +59,14 @@ def test_surroundings_do_not_change_a_single_digit(reference, tmp_path):
     pd.testing.assert_frame_equal(metrics(place, done), expected)
 
 
+@pytest.mark.slow
 def test_another_seed_changes_the_numbers(reference, tmp_path):
     optimizer, expected = reference
     other = metrics(tmp_path, train(tmp_path, f"optimizer={optimizer}", "logger=none", "seed=1"))
     assert not other.equals(expected)
 
 
+@pytest.mark.slow
 def test_a_key_is_written_nowhere_and_the_network_is_left_alone(tmp_path):
     """Offline is the default, so it must work without a network: all addresses lead to a closed port here."""
     closed = "http://127.0.0.1:9"
@@ -86,6 +89,7 @@ def test_a_key_is_written_nowhere_and_the_network_is_left_alone(tmp_path):
     assert [path for path in files if KEY.encode() in path.read_bytes()] == []
 
 
+@pytest.mark.slow
 def test_online_without_a_network_is_refused_at_once_with_what_to_do(tmp_path):
     done = train(tmp_path, "logger.offline=False", WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9")
     assert done.returncode == 2, done.stderr

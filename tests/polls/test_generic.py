@@ -114,6 +114,7 @@ def test_polls_and_trials_are_exact(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["mlp", "tied", "decoder"])
+@pytest.mark.slow
 def test_a_search_takes_the_same_decisions(name):
     ends = []
     for generic in (False, True):

@@ -126,6 +126,7 @@ def test_polls_and_trials_of_any_sizes_batches_and_coordinates_are_exact(sizes, 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.slow
 def test_polls_and_trials_are_exact_to_the_last_digits_in_float64(kind, layout):
     _, coordinates, closure, plain = setup(layout, dtype=torch.float64, **MODELS[kind] | dict(n_layers=3))
     chosen = some_of_every_tensor(coordinates)
@@ -145,6 +146,7 @@ def test_polls_and_trials_are_exact_to_the_last_digits_in_float64(kind, layout):
 
 
 @pytest.mark.parametrize(("poll", "positions"), [("opportunistic", "learned"), ("complete", "rotary")])
+@pytest.mark.slow
 def test_a_search_takes_the_same_decisions(poll, positions):
     ends = []
     for fast in (False, True):
@@ -308,6 +310,7 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_whatever_the_batch_and_the_block(monkeypatch):
     monkeypatch.setattr(structured, "CACHE_BYTES", 2**21)
     model = make_model()

@@ -29,6 +29,7 @@ def imported(done):
     return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
@@ -46,6 +47,7 @@ def test_help_and_refusals_of_hydra_import_nothing_heavy(arguments, code, tmp_pa
     assert imported(done) & {*HEAVY} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -71,6 +73,7 @@ def test_what_cannot_run_ends_with_code_2_and_leaves_nothing(arguments, message,
     assert not (tmp_path / "runs_go_here").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["--config-dir={}", "hydra.searchpath=[file://{}]"])
 def test_configs_of_ones_own_are_checked_like_ours(place, tmp_path):
     (tmp_path / "mine/experiment").mkdir(parents=True)

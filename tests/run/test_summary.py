@@ -53,6 +53,7 @@ def test_a_run_prolonged_after_an_early_stop_forgets_its_reason(compose_config):
     assert train(cfg)["stopped_by"] == "max_epochs"
 
 
+@pytest.mark.slow
 def test_a_run_and_its_tables_are_told_on_an_output_that_knows_ascii_only(tmp_path):
     command = "python src/train.py model=tiny logger=none trainer.max_epochs=1 trainer.limit_train_batches=2"
     done = run_alone(command, tmp_path, PYTHONIOENCODING="ascii")

@@ -34,6 +34,7 @@ def sweep(start, home, *options):
     return start(shlex.join(["python", "src/train.py", "-m", "model=tiny", *options]), home, PYTHONPATH=str(home))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_the_other_jobs_run_when_some_fail(launcher, tmp_path):
     deep = launcher == "basic"  # directories two levels deep, without Hydra's own files
@@ -60,6 +61,7 @@ def test_the_other_jobs_run_when_some_fail(launcher, tmp_path):
         assert out.count(f"candidates on {max(1, threads.available_cores() // 2)} thread(s)") == 4
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_whole_sweep_with_its_table_and_the_printed_command_goes_on(tmp_path):
     process = sweep(
         begin_alone, tmp_path, "logger=none", "trainer.max_steps=2,3000", "callbacks.progress.log_every_seconds=1"
