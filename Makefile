@@ -3,13 +3,19 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: train test lint types format clean
+.PHONY: train test test-fast lint types format clean
 
 train: .venv/installed
 	$(RUN) src/train.py --config-name=pattern_search_train $(ARGS)
 
+# a worker a core; tests that share what is costly to make (`xdist_group`) go to one of them
+TEST := $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadgroup
+
 test: .venv/installed
-	$(RUN) -m pytest $(ARGS)
+	$(TEST) $(ARGS)
+
+test-fast: .venv/installed
+	$(TEST) -m "not slow" $(ARGS)
 
 lint: types
 	$(RUN) -m ruff check .

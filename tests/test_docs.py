@@ -1,10 +1,10 @@
 """What the documents promise: every command runs, every example works, no link is dead, and they stay short."""
 
 import json
-import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 from itertools import cycle, islice
@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from commands import CODE, FILE, blocks, commands, files, run, run_dirs, short, words
+from commands import CODE, FILE, begin, blocks, commands, files, finish, run, run_dirs, short
 from conftest import ROOT
 
 README, LOG = ROOT / "README.md", ROOT / "report" / "log.md"
@@ -30,6 +30,7 @@ EXAMPLE_RUN = "runs/2026-11-26_00-33-10-441156"  # what the documents call a run
 TESTED_ELSEWHERE = {
     "make train": "tests/test_docs.py::test_make_does_what_the_documents_say",
     "make test": "tests/test_docs.py::test_make_does_what_the_documents_say",
+    "make test-fast": "tests/test_docs.py::test_make_does_what_the_documents_say",
     "make lint": "tests/test_docs.py::test_make_does_what_the_documents_say",
     "make types": "tests/test_docs.py::test_make_does_what_the_documents_say",
     "make format": "tests/test_docs.py::test_make_does_what_the_documents_say",
@@ -72,12 +73,13 @@ def test_the_readme_has_the_promised_commands():
 
 
 def test_make_does_what_the_documents_say():
-    targets = ["train", "test", "lint", "types", "format"]
+    targets = ["train", "test", "test-fast", "lint", "types", "format"]
     printed = subprocess.run(
         ["make", "-n", "-B", *targets], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     assert "src/train.py --config-name=pattern_search_train" in printed
-    assert "-m pytest" in printed
+    assert "-m pytest -n auto" in printed
+    assert '-m "not slow"' in printed
     assert "pip install --quiet --requirement requirements.txt" in printed
     assert all(part in printed for part in ("ruff check .", "ruff format .", "-m mypy"))
 
@@ -91,6 +93,7 @@ def test_every_command_of_the_documents_is_run_by_a_test():
         assert f"def {name}(" in (ROOT / file).read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", TRAIN)
 def test_every_training_command_runs(command, home):
     done = run(short(command), home)
@@ -98,6 +101,7 @@ def test_every_training_command_runs(command, home):
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", OWN_CONFIGS)
 def test_configs_may_lie_outside_the_repository(command, tmp_path):
     for path, text in files(ROOT / "docs" / "running.md").items():
@@ -108,6 +112,7 @@ def test_configs_may_lie_outside_the_repository(command, tmp_path):
     assert "trains tiny" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/show_data.py")])
 def test_every_data_command_shows_examples_and_chance(command, home):
     done = run(command, home)
@@ -115,6 +120,7 @@ def test_every_data_command_shows_examples_and_chance(command, home):
     assert all(word in done.stdout for word in ("train", "val", "test", "SEP", "chance"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/report.py figures")])
 def test_every_figure_command_draws(command, home, trained):
     done = run(from_anywhere(command), home, cwd=home)
@@ -122,6 +128,7 @@ def test_every_figure_command_draws(command, home, trained):
     assert re.search(r"Drew \d+ run", done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/report.py tables")])
 def test_every_table_command_prints_a_row_a_group(command, home, trained):
     done = run(from_anywhere(command), home, cwd=home)
@@ -129,6 +136,7 @@ def test_every_table_command_prints_a_row_a_group(command, home, trained):
     assert "| tiny | pattern_search |" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/report.py diagnosis")])
 def test_every_diagnosis_draws(command, tmp_path):
     done = run(f"{command} trainer.max_steps=5 callbacks=none --output {tmp_path}/seen.png", tmp_path)
@@ -137,6 +145,7 @@ def test_every_diagnosis_draws(command, tmp_path):
     assert (tmp_path / "seen.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", commands(LOG))
 def test_every_command_of_the_log_composes(command, compose_config):
     """Sweeps of hours: each value of each key is composed once."""
@@ -152,6 +161,7 @@ def test_every_command_of_the_log_composes(command, compose_config):
 REFUSALS = [code for doc in DOCUMENTS for code in blocks(doc, "") if code.startswith("$ python")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transcript", REFUSALS)
 def test_wrong_commands_are_refused_as_shown(transcript, tmp_path):
     command, expected = transcript.removeprefix("$ ").split("\n", 1)
@@ -163,6 +173,7 @@ def test_wrong_commands_are_refused_as_shown(transcript, tmp_path):
 # --- examples ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("document", "code"), [pytest.param(doc, code, id=doc.name) for doc, code in SCRIPTS])
 def test_every_script_of_the_documents_runs(document, code, home, trained):
     done = run("python -", home, cwd=home, code=code, PYTHONPATH=str(ROOT / "src"))
@@ -199,6 +210,7 @@ def test_the_examples_are_complete_and_their_values_have_comments():
     assert len(own.splitlines()) <= 24
 
 
+@pytest.mark.slow
 def test_the_task_of_the_documents_is_a_task(copy, tmp_path):
     shown = run("python src/show_data.py task=reversal", tmp_path, cwd=copy)
     assert "SEP" in shown.stdout, shown.stderr
@@ -207,6 +219,7 @@ def test_the_task_of_the_documents_is_a_task(copy, tmp_path):
     assert "tiny" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["pattern_search", "adam"])
 def test_the_model_of_the_documents_is_a_model(optimizer, copy, tmp_path):
     command = f"python src/train.py model=convolution optimizer={optimizer} logger=none trainer.max_steps=2"
@@ -216,6 +229,7 @@ def test_the_model_of_the_documents_is_a_model(optimizer, copy, tmp_path):
     assert "one by one" not in done.stderr  # vmap knows it
 
 
+@pytest.mark.slow
 def test_the_optimizer_of_the_documents_keeps_the_contract(copy, tmp_path):
     done = run(
         "python -m pytest -q -p no:cacheprovider tests/search/test_contract.py -k OnePlusOne", tmp_path, cwd=copy
@@ -239,18 +253,18 @@ def outcome(run_dir):
     return summary["stopped_by"], summary["evaluations"], summary["steps"], checkpoint["state_dict"], search
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_the_optimizer_of_the_documents_goes_on_as_if_it_had_not_been(copy, tmp_path):
     done = run(SEARCH, tmp_path / "alone", cwd=copy)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     (alone,) = run_dirs(tmp_path / "alone")
 
-    env = os.environ | {"PATTERN_SEARCH_ROOT": str(tmp_path / "killed")}
-    process = subprocess.Popen(words(SEARCH), cwd=copy, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = begin(SEARCH, tmp_path / "killed", cwd=copy)
     while process.poll() is None and steps_done(tmp_path / "killed") < 50:
         time.sleep(0.005)
-    process.kill()
-    assert process.wait(timeout=60) == -9, "it ended before it was killed"
+    process.send_signal(signal.SIGKILL)
+    assert finish(process).returncode == -signal.SIGKILL, "it ended before it was killed"
     (killed,) = run_dirs(tmp_path / "killed")
     assert not (killed / "summary.json").exists()
 
@@ -275,6 +289,7 @@ def steps_done(home):
     return sum(path.read_text().count("train/sigma") for path in home.rglob("metrics.csv"))
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_counts_elsewhere_is_refused_when_it_goes_on(copy, tmp_path):
     (copy / "src/search/own_count.py").write_text(
         "from search.one_plus_one import OnePlusOne\n"
@@ -315,6 +330,7 @@ def readme_copy(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_the_task_the_model_and_the_optimizer_of_the_readme_work_together(readme_copy, tmp_path):
     command = next(c for c in re.findall(r"`([^`]+)`", CODE.sub("", README.read_text())) if "task=copying" in c)
     done = run(f"{command} logger=none trainer.max_steps=3", tmp_path, cwd=readme_copy)
@@ -323,6 +339,7 @@ def test_the_task_the_model_and_the_optimizer_of_the_readme_work_together(readme
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_model_needs_no_more_than_the_readme_says(readme_copy, tmp_path):
     command = "python src/train.py model=running_sum model.width=8 logger=none trainer.max_steps=2"
     done = run(f"{command} optimizer.polls_per_step=20", tmp_path, cwd=readme_copy)

@@ -2,10 +2,12 @@
 
 import nbclient
 import nbformat
+import pytest
 
 from conftest import ROOT
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_shows_figures(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
     folder = ROOT / "report" / "plots"

@@ -1,26 +1,24 @@
 """The same command gives the same numbers, bit for bit, whatever surrounds it; and what a run must not touch."""
 
-import os
 import re
+import shlex
 import shutil
 import subprocess
-import sys
 
 import pandas as pd
 import pytest
 
+from commands import run, run_alone
 from conftest import ROOT
 
 KEY = "".join(f"{(7 * i) % 16:x}" for i in range(40))  # of the form of a W&B key
 SHORT = ["model=tiny", "trainer.max_steps=15", "trainer.check_val_every_n_epoch=1"]
 
 
-def train(home, *options, cwd=ROOT, **environment):
+def train(home, *options, start=run, cwd=ROOT, **environment):
     """Run train.py with its runs below `home`; returns the finished process."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")} | environment
-    env |= {"PATTERN_SEARCH_ROOT": str(home)}
-    command = [sys.executable, str(ROOT / "src" / "train.py"), *SHORT, *options]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = shlex.join(["python", str(ROOT / "src" / "train.py"), *SHORT, *options])
+    return start(command, home, cwd, **environment)
 
 
 def metrics(home, done):
@@ -38,6 +36,7 @@ def reference(request, tmp_path_factory):
     return request.param, metrics(home, train(home, f"optimizer={request.param}", "logger=none"))
 
 
+@pytest.mark.slow
 def test_surroundings_do_not_change_a_single_digit(reference, tmp_path):
     optimizer, expected = reference
     assert len(expected) > 40
@@ -50,6 +49,7 @@ def test_surroundings_do_not_change_a_single_digit(reference, tmp_path):
         place,
         f"optimizer={optimizer}",
         "logger=none",
+        start=run_alone,  # Python reads some of these at its own start
         cwd=place,
         LC_ALL=locale,
         TZ="Pacific/Kiritimati",
@@ -59,12 +59,14 @@ def test_surroundings_do_not_change_a_single_digit(reference, tmp_path):
     pd.testing.assert_frame_equal(metrics(place, done), expected)
 
 
+@pytest.mark.slow
 def test_another_seed_changes_the_numbers(reference, tmp_path):
     optimizer, expected = reference
     other = metrics(tmp_path, train(tmp_path, f"optimizer={optimizer}", "logger=none", "seed=1"))
     assert not other.equals(expected)
 
 
+@pytest.mark.slow
 def test_a_key_is_written_nowhere_and_the_network_is_left_alone(tmp_path):
     """Offline is the default, so it must work without a network: all addresses lead to a closed port here."""
     closed = "http://127.0.0.1:9"
@@ -87,6 +89,7 @@ def test_a_key_is_written_nowhere_and_the_network_is_left_alone(tmp_path):
     assert [path for path in files if KEY.encode() in path.read_bytes()] == []
 
 
+@pytest.mark.slow
 def test_online_without_a_network_is_refused_at_once_with_what_to_do(tmp_path):
     done = train(tmp_path, "logger.offline=False", WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9")
     assert done.returncode == 2, done.stderr

@@ -5,8 +5,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import demos
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from optimizer import PatternSearch
 from polls.generic import GenericPolls
@@ -54,16 +54,17 @@ class Recurrent(nn.Module):
         return self.head(self.rnn(self.embedding(x))[0])
 
 
-class Gpt2(nn.Module):
-    """A decoder built from a config of the transformers library; its token embedding is its head."""
+class Foreign(nn.Module):
+    """The encoder and decoder of Lightning's demos, written by others; its token embedding is its head here."""
 
     def __init__(self):
         super().__init__()
-        sizes = dict(vocab_size=5, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
-        self.model = GPT2LMHeadModel(GPT2Config(**sizes, attn_implementation="eager", use_cache=False))
+        self.model = demos.Transformer(vocab_size=5, ninp=8, nhead=2, nhid=16, nlayers=1)
+        self.model.decoder.weight = self.model.embedding.weight
 
     def forward(self, x):
-        return self.model(x).logits
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=self.model.decoder.weight.dtype)
+        return self.model(x, x, mask).view(*x.shape, -1)
 
 
 def mlp():
@@ -77,7 +78,7 @@ def cnn():
 
 
 MODULES = {"mlp": (mlp, (7, 6)), "cnn": (cnn, (7, 3, 6, 6)), "tied": (Tied, None), "decoder": (Decoder, None)}
-MODULES["gpt2"] = (Gpt2, None)
+MODULES["foreign"] = (Foreign, None)
 
 
 def setup(make, shape=None, dtype=torch.float32):
@@ -114,6 +115,7 @@ def test_polls_and_trials_are_exact(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["mlp", "tied", "decoder"])
+@pytest.mark.slow
 def test_a_search_takes_the_same_decisions(name):
     ends = []
     for generic in (False, True):

@@ -32,6 +32,7 @@ def cosine(a, b):
 
 
 @pytest.mark.parametrize(("layout", "positions"), [("seq", "learned"), ("ragged", "rotary"), ("one", "none")])
+@pytest.mark.slow
 def test_samples_of_every_node_average_to_the_gradient(layout, positions, monkeypatch):
     monkeypatch.setattr(node_kinds, "FAINT", 0.0)  # without bias: every tie counts
     model, coordinates, batch, closure = setup(layout, positions=positions, dtype=torch.float64)

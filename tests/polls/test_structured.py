@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -96,7 +96,6 @@ def test_a_poll_is_exact(kind, layout, scale):
         torch.testing.assert_close(losses, exact, rtol=0, atol=1e-5)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     sizes=st.fixed_dictionaries(
         {
@@ -127,6 +126,7 @@ def test_polls_and_trials_of_any_sizes_batches_and_coordinates_are_exact(sizes, 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.slow
 def test_polls_and_trials_are_exact_to_the_last_digits_in_float64(kind, layout):
     _, coordinates, closure, plain = setup(layout, dtype=torch.float64, **MODELS[kind] | dict(n_layers=3))
     chosen = some_of_every_tensor(coordinates)
@@ -146,6 +146,7 @@ def test_polls_and_trials_are_exact_to_the_last_digits_in_float64(kind, layout):
 
 
 @pytest.mark.parametrize(("poll", "positions"), [("opportunistic", "learned"), ("complete", "rotary")])
+@pytest.mark.slow
 def test_a_search_takes_the_same_decisions(poll, positions):
     ends = []
     for fast in (False, True):
@@ -309,6 +310,7 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_whatever_the_batch_and_the_block(monkeypatch):
     monkeypatch.setattr(structured, "CACHE_BYTES", 2**21)
     model = make_model()

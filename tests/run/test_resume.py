@@ -5,8 +5,6 @@ import json
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +15,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from commands import run
 from config.compose import CONFIGS
-from conftest import ROOT
 from pattern_search_task import PatternSearchTask
 from run.checkpoints import RESUMABLE, Checkpoints, read_checkpoint
 from run.directory import RunDirectoryError, environment, locked, unusable
@@ -82,9 +80,9 @@ def assert_same(cfg, expected):
     assert list(differences(expected, results(Path(cfg.output_dir)))) == []
 
 
-def test_killed_runs_end_as_their_twins_that_were_left_alone():
-    command = [sys.executable, "tests/soak_kill.py", "--kills", "12", "--seconds", "12"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.slow
+def test_killed_runs_end_as_their_twins_that_were_left_alone(tmp_path):
+    done = run("python tests/soak_kill.py --kills 12 --seconds 12", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 differences" in done.stdout
 
@@ -120,6 +118,7 @@ def test_ctrl_c_during_the_test_says_how_to_go_on(short_run, monkeypatch, capsys
     assert "resume=" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_checkpoint_cut_anywhere_falls_back_to_the_one_before_and_nothing_is_lost(stopped, tmp_path, capsys):
     cfg, expected = stopped
     whole = Path(cfg.output_dir)
@@ -251,6 +250,7 @@ def test_time_used_before_counts(short_run, monkeypatch, limit):
     assert summary["stopped_by"] == limit.split("=")[0].split(".")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "longer"),
     [

@@ -1,8 +1,6 @@
 """What happens before a command starts: refusals with exit code 2, light imports, data that are made once."""
 
-import os
-import subprocess
-import sys
+import shlex
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -10,10 +8,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import open_dict, read_write
 
+from commands import run, run_alone
 from config import builds
 from config.compose import CONFIGS, compose_config, job_config
 from config.refusal import ConfigError
-from conftest import ROOT
 from run.start import Start, jobs
 from run.training import job
 from state_tracking_data import StateTrackingDataModule
@@ -22,17 +20,16 @@ HEAVY = ("torch", "lightning", "pandas", "matplotlib")
 MINE = "# @package _global_\ndefaults:\n  - override /model: tiny\nseed: 7\nmodel:\n  n_layers: 2\n"
 
 
-def run(home, *arguments, python=()):
+def train(home, *arguments):
     """Run the training command with its runs below `home`; returns the finished process."""
-    env = os.environ | {"PATTERN_SEARCH_ROOT": str(home), "COLUMNS": "200"}
-    command = [sys.executable, *python, "src/train.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return run(shlex.join(["python", "src/train.py", *arguments]), home)
 
 
 def imported(done):
     return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
@@ -45,11 +42,12 @@ def imported(done):
     ],
 )
 def test_help_and_refusals_of_hydra_import_nothing_heavy(arguments, code, tmp_path):
-    done = run(tmp_path, *arguments, python=["-X", "importtime"])
+    done = run_alone(shlex.join(["python", "-X", "importtime", "src/train.py", *arguments]), tmp_path)
     assert done.returncode == code
     assert imported(done) & {*HEAVY} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -67,7 +65,7 @@ def test_help_and_refusals_of_hydra_import_nothing_heavy(arguments, code, tmp_pa
     ],
 )
 def test_what_cannot_run_ends_with_code_2_and_leaves_nothing(arguments, message, tmp_path):
-    done = run(tmp_path / "runs_go_here", *arguments)
+    done = train(tmp_path / "runs_go_here", *arguments)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("This cannot run:\n  - ")
     assert message in done.stderr
@@ -75,19 +73,20 @@ def test_what_cannot_run_ends_with_code_2_and_leaves_nothing(arguments, message,
     assert not (tmp_path / "runs_go_here").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["--config-dir={}", "hydra.searchpath=[file://{}]"])
 def test_configs_of_ones_own_are_checked_like_ours(place, tmp_path):
     (tmp_path / "mine/experiment").mkdir(parents=True)
     file = tmp_path / "mine/experiment/mine.yaml"
     file.write_text(MINE)
     options = [place.format(tmp_path / "mine"), "experiment=mine", "logger=csv", "+logger.version=${hydra:job.name}"]
-    done = run(tmp_path / "runs_go_here", *options, "trainer.max_steps=1", "trainer.limit_val_batches=1")
+    done = train(tmp_path / "runs_go_here", *options, "trainer.max_steps=1", "trainer.limit_val_batches=1")
     assert done.returncode == 0, done.stderr
     (run_dir,) = (tmp_path / "runs_go_here/runs").iterdir()
     assert "n_layers: 2" in (run_dir / "config.yaml").read_text()
     assert (run_dir / "csv/train").exists()
     file.write_text(MINE.replace("n_layers", "n_leyers"))
-    done = run(tmp_path / "nothing", *options)
+    done = train(tmp_path / "nothing", *options)
     assert done.returncode == 2
     assert "key model.n_leyers is not known; did you mean model.n_layers?" in done.stderr
     assert not (tmp_path / "nothing").exists()

@@ -1,15 +1,12 @@
 """Why a run ended is told truly, whatever ended it; and a run is told on any output."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
 import pytest
 
-from conftest import ROOT
+from commands import run_alone
 from train import train
 
 SHORT = ["model=tiny", "logger=none", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1"]
@@ -56,11 +53,10 @@ def test_a_run_prolonged_after_an_early_stop_forgets_its_reason(compose_config):
     assert train(cfg)["stopped_by"] == "max_epochs"
 
 
+@pytest.mark.slow
 def test_a_run_and_its_tables_are_told_on_an_output_that_knows_ascii_only(tmp_path):
-    env = os.environ | {"PATTERN_SEARCH_ROOT": str(tmp_path), "PYTHONIOENCODING": "ascii"}
-    end = ["trainer.max_epochs=1", "trainer.limit_train_batches=2"]
-    command = [sys.executable, "src/train.py", "model=tiny", "logger=none", *end]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    command = "python src/train.py model=tiny logger=none trainer.max_epochs=1 trainer.limit_train_batches=2"
+    done = run_alone(command, tmp_path, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert "held-out test" in done.stdout
     assert done.stdout.isascii()

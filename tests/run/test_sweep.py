@@ -5,15 +5,13 @@ import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import time
 
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from conftest import ROOT
+from commands import begin_alone, run, run_alone
 from polls import threads
 from run.sweep import BEGUN, read_jobs
 
@@ -30,63 +28,63 @@ class Failing(L.Callback):
 """
 
 
-def start(home, *options, **more):
-    """Start a sweep of small jobs with its runs below `home`."""
+def sweep(start, home, *options):
+    """`start` a sweep of small jobs with its runs below `home`."""
     (home / "failing.py").write_text(FAILING)
-    env = os.environ | {"PATTERN_SEARCH_ROOT": str(home), "PYTHONPATH": str(home), "COLUMNS": "200"}
-    command = [sys.executable, "src/train.py", "-m", "model=tiny", *options]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more
-    )
+    return start(shlex.join(["python", "src/train.py", "-m", "model=tiny", *options]), home, PYTHONPATH=str(home))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_the_other_jobs_run_when_some_fail(launcher, tmp_path):
     deep = launcher == "basic"  # directories two levels deep, without Hydra's own files
     options = ["hydra.sweep.subdir=a/${hydra.job.num}", "hydra.output_subdir=null"] if deep else []
     options += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
     options += ["allowed_packages=[failing]", "+callbacks.mine._target_=failing.Failing"]
-    process = start(tmp_path, *options, "+callbacks.mine.fails=true,false", "trainer.max_steps=2", "seed=0,1")
-    out, _ = process.communicate()
-    assert process.returncode == 1, out
-    (sweep,) = (tmp_path / "runs").iterdir()
-    jobs = pd.read_csv(sweep / "sweep.csv")
+    options += ["+callbacks.mine.fails=true,false", "trainer.max_steps=2", "seed=0,1"]
+    done = sweep(run_alone if launcher == "joblib" else run, tmp_path, *options)
+    out = done.stdout + done.stderr
+    assert done.returncode == 1, out
+    (directory,) = (tmp_path / "runs").iterdir()
+    jobs = pd.read_csv(directory / "sweep.csv")
     assert jobs["status"].tolist() == ["failed", "failed", "done", "done"]
     assert jobs["seconds"].notna().tolist() == jobs["test/exact_match"].notna().tolist() == [False, False, True, True]
     assert jobs["error"].tolist()[:2] == ["RuntimeError: as it was told"] * 2
     for job in ("a/0", "a/1") if deep else ("0", "1"):
-        assert "Traceback" in (sweep / job / "error.txt").read_text()
-        assert not (sweep / job / "summary.json").exists()
+        assert "Traceback" in (directory / job / "error.txt").read_text()
+        assert not (directory / job / "summary.json").exists()
     assert "2 of 4 jobs failed; the reasons are in" in out
-    assert f"hydra.sweep.dir={sweep}" in out
-    assert f"report.py tables {sweep}" in out
+    assert f"hydra.sweep.dir={directory}" in out
+    assert f"report.py tables {directory}" in out
     assert "Traceback" not in out
     if launcher == "joblib":
         assert out.count(f"candidates on {max(1, threads.available_cores() // 2)} thread(s)") == 4
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_whole_sweep_with_its_table_and_the_printed_command_goes_on(tmp_path):
-    process = start(tmp_path, "logger=none", "trainer.max_steps=2,3000", "callbacks.progress.log_every_seconds=1")
+    process = sweep(
+        begin_alone, tmp_path, "logger=none", "trainer.max_steps=2,3000", "callbacks.progress.log_every_seconds=1"
+    )
     for line in process.stdout:
         if re.match(r"step \d+/1200 ", line):  # in the second job
             break
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out = "".join(process.communicate(timeout=60))
     assert process.returncode == 130, out
     assert "Traceback" not in out
-    (sweep,) = (tmp_path / "runs").iterdir()
-    assert pd.read_csv(sweep / "sweep.csv")["status"].tolist() == ["done", "interrupted"]
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert pd.read_csv(directory / "sweep.csv")["status"].tolist() == ["done", "interrupted"]
     assert "stopped sweep: the jobs begun" in out
     assert out.count("Go on with: ") == 1
     start_of_command = "Go on with: python src/train.py -m --config-name=pattern_search_train model=tiny "
     printed = next(line for line in out.splitlines() if line.startswith(start_of_command))
 
     shorter = printed.removeprefix(start_of_command).replace("=2,3000", "=2,3")
-    process = start(tmp_path, *shlex.split(shorter))
-    out, _ = process.communicate()
-    assert process.returncode == 0, out
-    assert pd.read_csv(sweep / "sweep.csv")["status"].tolist() == ["kept", "done"]
-    assert "sweep of 2 jobs" in out
+    done = sweep(run, tmp_path, *shlex.split(shorter))
+    assert done.returncode == 0, done.stderr
+    assert pd.read_csv(directory / "sweep.csv")["status"].tolist() == ["kept", "done"]
+    assert "sweep of 2 jobs" in done.stdout
 
 
 def test_jobs_are_found_wherever_they_lie_and_those_finished_before_count_as_kept(tmp_path):

@@ -8,14 +8,13 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from optimizer import PatternSearch
 from search.closure import OneByOne
 
-drawn = settings(max_examples=100, deadline=None, derandomize=True)
 SHAPES = [(), (1,), (0,), (3,), (2, 2), (3, 0), (2, 3)]
 LOSSES = st.one_of(
     st.floats(-3, 3, width=32),
@@ -144,7 +143,6 @@ def assert_moves_improve(report, landscape, before):
         assert same(report.loss_after, report.loss_before)
 
 
-@drawn
 @given(searches(), st.lists(LOSSES, max_size=7))
 def test_a_step_never_worsens_counts_exactly_and_stops_at_its_limits(drawn_search, losses):
     groups, options = drawn_search
@@ -173,7 +171,6 @@ def test_a_step_never_worsens_counts_exactly_and_stops_at_its_limits(drawn_searc
             return
 
 
-@drawn
 @given(searches(), st.lists(LOSSES, max_size=7), st.sets(st.integers(1, 50), min_size=1, max_size=3))
 def test_a_closure_that_raises_leaves_the_last_incumbent_and_the_search_goes_on(drawn_search, losses, raising):
     groups, options = drawn_search
@@ -194,7 +191,6 @@ def test_a_closure_that_raises_leaves_the_last_incumbent_and_the_search_goes_on(
             assert_moves_improve(search.report, landscape, before)
 
 
-@drawn
 @given(searches(), st.lists(LOSSES, max_size=7), st.integers(0, 5))
 def test_a_saved_search_goes_on_as_if_it_had_not_been(drawn_search, losses, steps_before):
     groups, options = drawn_search
@@ -221,7 +217,6 @@ def test_a_saved_search_goes_on_as_if_it_had_not_been(drawn_search, losses, step
             assert radii[0] == radii[1]
 
 
-@drawn
 @given(searches(max_evaluations=None), st.lists(LOSSES, max_size=7), st.integers(2, 40))
 def test_answers_in_blocks_lead_to_the_same_weights(drawn_search, losses, block):
     groups, options = drawn_search
@@ -235,7 +230,6 @@ def test_answers_in_blocks_lead_to_the_same_weights(drawn_search, losses, block)
     assert ends[0] == ends[1]
 
 
-@drawn
 @given(searches(target_loss=None, min_radius=0.0), st.lists(LOSSES, max_size=7), st.integers(1, 20), st.integers(1, 9))
 def test_the_budget_of_evaluations_is_used_to_the_last_one_and_never_exceeded(drawn_search, losses, budget, block):
     groups, options = drawn_search
@@ -248,7 +242,6 @@ def test_the_budget_of_evaluations_is_used_to_the_last_one_and_never_exceeded(dr
     assert search.stopped_by == "max_evaluations"
 
 
-@drawn
 @given(
     searches(target_loss=None, min_radius=0.0, max_evaluations=None), st.lists(LOSSES, max_size=7), st.integers(1, 9)
 )
