@@ -116,13 +116,12 @@ def test_processes_share_the_cores(processes, cores, monkeypatch):
     assert threads.available_cores() == cores
 
 
+@pytest.mark.slow
 def test_a_sweep_stops_at_the_first_failure_if_asked(tmp_path):
     options = ["allowed_packages=[failing]", "+callbacks.mine._target_=failing.Failing", "trainer.max_steps=2"]
-    process = start(
-        tmp_path, *options, "+callbacks.mine.fails=false,true,false", "hydra.callbacks.sweep.stop_at_failure=true"
-    )
-    out, _ = process.communicate()
-    assert process.returncode == 1, out
-    (sweep,) = (tmp_path / "runs").iterdir()
-    assert pd.read_csv(sweep / "sweep.csv")["status"].tolist() == ["done", "failed"]
-    assert "Go on with: " in out
+    options += ["+callbacks.mine.fails=false,true,false", "hydra.callbacks.sweep.stop_at_failure=true"]
+    done = sweep(run, tmp_path, *options)
+    assert done.returncode == 1, done.stdout
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert pd.read_csv(directory / "sweep.csv")["status"].tolist() == ["done", "failed"]
+    assert "Go on with: " in done.stdout
