@@ -85,12 +85,21 @@ def test_make_does_what_the_documents_say():
 
 
 def test_every_command_of_the_documents_is_run_by_a_test():
-    scripts = ("train.py", "show_data.py", "report.py figures", "report.py tables", "report.py diagnosis")
+    reports = (f"report.py {name}" for name in ("figures", "tables", "diagnosis"))
+    scripts = ["train.py", "evaluate.py", "show_data.py", *reports]
     here = tuple(f"python src/{name}" for name in scripts)
     assert [c for c in COMMANDS if not c.startswith(here) and c not in TESTED_ELSEWHERE] == []
     for test in TESTED_ELSEWHERE.values():
         file, name = test.split("::")
         assert f"def {name}(" in (ROOT / file).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/evaluate.py")])
+def test_every_evaluation_command_shows_the_test_metrics(command, trained, home):
+    done = run(from_anywhere(command), home, cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert "test/exact_match" in done.stdout
 
 
 @pytest.mark.slow
@@ -232,7 +241,10 @@ def test_the_model_of_the_documents_is_a_model(optimizer, copy, tmp_path):
 @pytest.mark.slow
 def test_the_optimizer_of_the_documents_keeps_the_contract(copy, tmp_path):
     done = run(
-        "python -m pytest -q -p no:cacheprovider tests/search/test_contract.py -k OnePlusOne", tmp_path, cwd=copy
+        "python -m pytest -q -W ignore::pytest.PytestAssertRewriteWarning -p no:cacheprovider "
+        "tests/search/test_contract.py -k OnePlusOne",
+        tmp_path,
+        cwd=copy,
     )
     assert done.returncode == 0, done.stdout
     assert re.search(r"^[2-9]\d passed", done.stdout, flags=re.MULTILINE)

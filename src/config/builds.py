@@ -203,9 +203,11 @@ def check_monitors(draft: Draft, data: SequenceDataModule, task: PatternSearchTa
         known += [f"train/{name}" for name in optimizer.metrics()]
     for callback, options in draft.values["callbacks"].items():
         key = f"callbacks.{callback}"
-        if searches and options.get("_target_", "").endswith(".LearningRateMonitor"):
+        if not draft.sound(key):
+            continue
+        if searches and options["_target_"].endswith(".LearningRateMonitor"):
             draft.note(key, f"{key}: a search has no learning rate to log; leave it out")
-        if not draft.sound(key) or options.get("monitor") is None:
+        if options.get("monitor") is None:
             continue
         monitor, mode = options["monitor"], options.get("mode", "min")
         if monitor not in known:

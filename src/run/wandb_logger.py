@@ -6,10 +6,12 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
@@ -25,6 +27,13 @@ class WandbRun(WandbLogger):
     """Lightning's logger; if W&B fails on the way, training goes on."""
 
     lost = False  # whether W&B failed on the way
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The run of wandb; the first look at it begins it."""
+        self._wandb_init.pop("anonymous", None)  # Lightning passes it, and wandb warns of it
+        return super().experiment
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if self.lost:
@@ -51,6 +60,7 @@ def opened_loggers(cfg: DictConfig, interrupts: Interrupts) -> Iterator[list[Log
             if of_wandb:
                 own["id"] = chosen.get("id") or chosen.get("version") or starts(Path(cfg.output_dir))[-1]["wandb_id"]
                 own["group"] = chosen.get("group") or sweep_name()
+                own["tags"] = chosen.get("tags") or [cfg.choices[axis] for axis in ("task", "model", "optimizer")]
             if not (of_wandb and mode == "disabled"):  # which WandbLogger(offline=True) would overrule
                 loggers.append(instantiate(cfg.logger, **own))
         for logger in loggers:
