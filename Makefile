@@ -8,8 +8,8 @@ RUN := .venv/bin/python
 train: .venv/installed
 	$(RUN) src/train.py --config-name=pattern_search_train $(ARGS)
 
-# a worker a core; tests that share what is costly to make (`xdist_group`) go to one of them
-TEST := $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadgroup
+# a process per core; each begins with its share of the tests in order, so that what a file shares is made once
+TEST := $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test: .venv/installed
 	$(TEST) $(ARGS)

@@ -81,7 +81,9 @@ def server() -> socket.socket:
     """The channel to the server of this process."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [sys.executable, __file__, str(there.fileno())]
-    process = subprocess.Popen(command, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    quiet = os.environ | {"WANDB_SILENT": "true"}  # as train.py sets it before W&B, which reads it when imported
+    nothing = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, pass_fds=[there.fileno()], env=quiet, **nothing)
     there.close()
     atexit.register(stop, here, process)
     return here

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from commands import CODE, FILE, begin, blocks, commands, files, finish, run, run_dirs, short
+from commands import CODE, FILE, begin, blocks, commands, files, finish, run, run_alone, run_dirs, short
 from conftest import ROOT
 
 README, LOG = ROOT / "README.md", ROOT / "report" / "log.md"
@@ -85,8 +85,14 @@ def test_make_does_what_the_documents_say():
 
 
 def test_every_command_of_the_documents_is_run_by_a_test():
-    reports = (f"report.py {name}" for name in ("figures", "tables", "diagnosis"))
-    scripts = ["train.py", "evaluate.py", "show_data.py", *reports]
+    scripts = (
+        "train.py",
+        "evaluate.py",
+        "show_data.py",
+        "report.py figures",
+        "report.py tables",
+        "report.py diagnosis",
+    )
     here = tuple(f"python src/{name}" for name in scripts)
     assert [c for c in COMMANDS if not c.startswith(here) and c not in TESTED_ELSEWHERE] == []
     for test in TESTED_ELSEWHERE.values():
@@ -143,6 +149,14 @@ def test_every_table_command_prints_a_row_a_group(command, home, trained):
     done = run(from_anywhere(command), home, cwd=home)
     assert done.returncode == 0, done.stderr
     assert "| tiny | pattern_search |" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/evaluate.py")])
+def test_every_evaluation_runs(command, home, trained):
+    done = run(from_anywhere(command), home, cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert "test/exact_match" in done.stdout
 
 
 @pytest.mark.slow
@@ -240,11 +254,8 @@ def test_the_model_of_the_documents_is_a_model(optimizer, copy, tmp_path):
 
 @pytest.mark.slow
 def test_the_optimizer_of_the_documents_keeps_the_contract(copy, tmp_path):
-    done = run(
-        "python -m pytest -q -W ignore::pytest.PytestAssertRewriteWarning -p no:cacheprovider "
-        "tests/search/test_contract.py -k OnePlusOne",
-        tmp_path,
-        cwd=copy,
+    done = run_alone(
+        "python -m pytest -q -p no:cacheprovider tests/search/test_contract.py -k OnePlusOne", tmp_path, cwd=copy
     )
     assert done.returncode == 0, done.stdout
     assert re.search(r"^[2-9]\d passed", done.stdout, flags=re.MULTILINE)

@@ -21,6 +21,7 @@ from run.build import data_of_run, load_run
 from state_tracking_data import StateTrackingDataModule
 from train import train
 
+pytestmark = pytest.mark.slow
 RUNS = {
     "parity": ["optimizer=adam", "trainer.max_epochs=11"],
     "search": ["trainer.max_epochs=1", "callbacks.best.filename='e{epoch}'", "trainer.precision=64-true"],

@@ -208,6 +208,7 @@ def test_languages_have_the_right_labels_and_share_no_string(language):
     assert datamodule.max_len == 13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", ONE_MEMBER_A_LENGTH)
 @pytest.mark.parametrize("length", [9, 12, 16])
 def test_languages_with_one_member_a_length_are_tested_on_unseen_lengths(language, length):

@@ -62,6 +62,7 @@ def test_sphere_is_solved_within_a_known_number_of_evaluations(poll):
     assert search.evaluations < 700
 
 
+@pytest.mark.slow
 def test_rosenbrock_is_solved_within_a_known_number_of_evaluations(poll):
     w = nn.Parameter(torch.tensor([-1.2, 1.0], dtype=torch.float64))
     search = PatternSearch([w], radius=0.5, min_radius=1e-9, expansion=2.0, poll=poll, target_loss=1e-4)
@@ -163,6 +164,7 @@ def test_an_accepted_direction_saves_the_way_back():
     assert search.report.done == search.report.planned == 2
 
 
+@pytest.mark.slow
 def test_the_incumbent_never_gets_worse_on_a_fixed_batch(variant):
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)), torch.randn(16, 4)
@@ -336,6 +338,7 @@ class ManyAtOnce(OneByOne):
         return self.closure()
 
 
+@pytest.mark.slow
 def test_polls_of_many_candidates_take_the_same_decisions(variant):
     def trajectory(wrap):
         torch.manual_seed(1)
@@ -350,6 +353,7 @@ def test_polls_of_many_candidates_take_the_same_decisions(variant):
     assert trajectory(lambda f, search: ManyAtOnce(f, search.coordinates)) == trajectory(lambda f, search: f)
 
 
+@pytest.mark.slow
 def test_a_search_step_follows_the_slopes_of_all_coordinates_at_once():
     w = nn.Parameter(torch.full((100,), 5.0, dtype=torch.float64))
     search = PatternSearch([w], radius=0.1, **VARIANTS["fading"])

@@ -49,6 +49,7 @@ def test_a_search_never_runs_backward_and_allocates_no_gradient(
     assert all(p.grad is None for p in task.model.parameters())
 
 
+@pytest.mark.slow
 def test_a_search_with_fast_polls_takes_the_decisions_of_the_plain_closure(compose_config, parity):
     def decisions(plain):
         torch.manual_seed(0)
@@ -87,7 +88,8 @@ def test_dropout_is_off_in_polls(parity):
             return nn.functional.dropout(self.w.expand(*x.shape, 2) + 1, 0.5, self.training)
 
     task = PatternSearchTask(Dropping(), partial(PatternSearch, polls_per_step=None, radius=0.5))
-    fit(task, parity, limit_val_batches=0)
+    with pytest.warns(UserWarning, match="Dropping with this loss has no structured polls"):
+        fit(task, parity, limit_val_batches=0)
     assert task.search.report.loss_after <= task.search.report.loss_before
 
 
@@ -153,6 +155,7 @@ def test_only_every_nth_step_is_logged_if_asked(model, parity, tmp_path):
     assert trainer.callback_metrics["train/loss"] == pytest.approx(task.search.report.loss_before)
 
 
+@pytest.mark.slow
 def test_the_last_block_gets_its_share_of_the_polls(compose_config, parity):
     task = build_task(compose_config("model=small", "optimizer.polls_per_step=40"), parity)
     before, last = (group["params"] for group in task.configure_optimizers().param_groups)

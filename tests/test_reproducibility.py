@@ -75,7 +75,7 @@ def test_a_key_is_written_nowhere_and_the_network_is_left_alone(tmp_path):
     done = train(
         tmp_path / "runs_go_here",
         "optimizer=adam",
-        start=run_alone,  # W&B reads its settings when it is imported
+        start=run_alone,  # W&B looks at its environment when it is imported
         WANDB_API_KEY=KEY,
         WANDB_BASE_URL=closed,
         HOME=str(tmp_path / "home"),

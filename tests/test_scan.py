@@ -318,6 +318,7 @@ def trained_model(steps):
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "expected"), [(0, (0, 0)), (60, (0.02, 0.98)), (250, (0.8, 1))])
 def test_teacher_forced_exact_match_is_that_of_greedy_decoding(steps, expected):
     datamodule, model = module(split="scan_s", batch_size=8), trained_model(steps)

@@ -233,6 +233,7 @@ def test_packages_can_be_allowed(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Lightning has one for many a mistake
 def test_random_mistakes_run_or_are_refused_by_name(monkeypatch):
     """A few cases of tests/fuzz_config.py, which runs any number of them."""
     monkeypatch.setattr(compose, "CONFIGS", CONFIGS)

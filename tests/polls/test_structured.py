@@ -78,6 +78,7 @@ def setup(layout="seq", n_rows=9, **model_options):
     return model, coordinates, closure, OneByOne(closure.generic.plain, coordinates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("scale", [1.0, 2.5])

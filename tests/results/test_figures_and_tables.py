@@ -109,6 +109,7 @@ def test_figures_show_every_run_on_both_axes(tmp_path):
     assert sum(len(c.get_offsets()) for c in draw_accuracy(table).axes[0].collections) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [3, 21, 45])
 def test_any_number_of_kinds_is_drawn_with_looks_of_their_own(tmp_path, count):
     for i in range(count):

@@ -46,6 +46,7 @@ DAMAGE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["figures", "tables", "ablation"])
 @pytest.mark.parametrize(("name", "content"), DAMAGE)
 def test_a_damaged_run_is_named_in_one_line_and_the_others_are_shown(runs, command, name, content, capsys):

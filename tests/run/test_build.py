@@ -22,6 +22,7 @@ def metrics_of(run_dir):
     return metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["callbacks.best.filename='e{epoch}'"], ["~callbacks.best"]])
 def test_a_loaded_run_has_the_metrics_that_it_reported_wherever_it_lies(options, compose_config, tmp_path):
     cfg = compose_config(*SHORT, *options)
