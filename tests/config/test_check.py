@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import warnings
 
 import pytest
 import torch
@@ -237,7 +236,6 @@ def test_packages_can_be_allowed(tmp_path, monkeypatch):
 def test_random_mistakes_run_or_are_refused_by_name(monkeypatch):
     """A few cases of tests/fuzz_config.py, which runs any number of them."""
     monkeypatch.setattr(compose, "CONFIGS", CONFIGS)
-    warnings.simplefilter("ignore")  # as the script does; pytest puts the filters back
     counts = fuzz_config.run(range(25), seed=7)
     assert counts["refused"] + counts["ran"] == 25
     assert counts["refused"] > 5
