@@ -80,15 +80,23 @@ def watch(parity, model, optimizer, **options):
     return looks.seen
 
 
-@pytest.mark.parametrize("optimizer", [Plain, RandomSearch, PatternSearch, partial(torch.optim.Adam, lr=0.01)])
-def test_any_optimizer_is_shown(parity, model, optimizer, capsys):
+@pytest.mark.parametrize(
+    ("optimizer", "has_radius"),
+    [
+        (Plain, False),
+        (RandomSearch, True),
+        (partial(PatternSearch, polls_per_step=16), True),
+        (partial(torch.optim.Adam, lr=0.01), False),
+    ],
+)
+def test_any_optimizer_is_shown(parity, model, optimizer, has_radius, capsys):
     seen = watch(parity, model, optimizer)
     assert len(seen) == 8
     assert all("loss" in line and "evaluations" in line for _, line in seen)
     said = capsys.readouterr()
     assert "step 8/8 loss" in said.out
     assert "Traceback" not in said.err  # of a thread that died
-    assert ("radius" in said.out) == (optimizer in (PatternSearch, RandomSearch))
+    assert ("radius" in said.out) == has_radius
 
 
 def test_hints_are_printed(parity, model, monkeypatch, capsys):
