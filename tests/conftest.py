@@ -5,6 +5,8 @@ Nothing heavy is imported before a fixture needs it: the process that only hands
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,13 +33,20 @@ def machine() -> None:
     prepare_machine()
 
 
+@functools.cache
+def composed(overrides: tuple[str, ...], config_name: str) -> DictConfig:
+    from config.compose import compose_config
+
+    return compose_config(overrides, config_name)
+
+
 @pytest.fixture
 def compose_config(tmp_path):
     """Compose a config as the command line would, with its output in the test's own directory."""
-    from config.compose import compose_config, job_config
+    from config.compose import job_config
 
     def compose(*overrides: str, config_name: str = "pattern_search_train") -> DictConfig:
-        return job_config(compose_config(overrides, config_name), tmp_path)
+        return job_config(copy.deepcopy(composed(overrides, config_name)), tmp_path)
 
     return compose
 

@@ -255,7 +255,7 @@ def test_the_optimizer_of_the_documents_keeps_the_contract(copy, tmp_path):
 
 SEARCH = (  # of many short steps, with a checkpoint before each
     "python src/train.py optimizer=one_plus_one model=tiny logger=none trainer.max_epochs=-1 "
-    "trainer.check_val_every_n_epoch=20 checkpoint.every_steps=1 optimizer.max_evaluations=3000"
+    "trainer.check_val_every_n_epoch=20 checkpoint.every_steps=1 optimizer.max_evaluations=1000"
 )
 
 
@@ -289,14 +289,14 @@ def test_a_killed_run_of_the_optimizer_of_the_documents_goes_on_as_if_it_had_not
     assert run_dirs(tmp_path / "killed") == [killed]
     (*counts, weights, search), (*expected, other_weights, other_search) = outcome(killed), outcome(alone)
     assert counts == expected
-    assert counts[:2] == ["max_evaluations", 3000]
+    assert counts[:2] == ["max_evaluations", 1000]
     assert search == other_search
     assert all(torch.equal(weights[name], other_weights[name]) for name in other_weights)
     table = pd.read_csv(killed / "metrics.csv")
     evaluations = table[table.metric == "train/sigma"].evaluations
     assert evaluations.is_monotonic_increasing
     assert evaluations.is_unique  # no step was counted twice
-    assert evaluations.max() == 3000
+    assert evaluations.max() == 1000
 
 
 def steps_done(home):

@@ -16,7 +16,8 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from commands import run
-from config.compose import CONFIGS
+from config.compose import CONFIGS, job_config
+from config.compose import compose_config as compose_command
 from pattern_search_task import PatternSearchTask
 from run.checkpoints import RESUMABLE, Checkpoints, read_checkpoint
 from run.directory import RunDirectoryError, environment, locked, unusable
@@ -66,14 +67,29 @@ def forbid_training(monkeypatch):
     monkeypatch.setattr(PatternSearchTask, "training_step", lambda *_: pytest.fail("it trained"))
 
 
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    """The results of a short run that was left alone."""
+    cfg = job_config(compose_command(SHORT), tmp_path_factory.mktemp("twin"))
+    train(cfg)
+    return results(Path(cfg.output_dir))
+
+
+@pytest.fixture(scope="module")
+def stopped_at_5(tmp_path_factory):
+    """The directory of the same run, stopped after step 5."""
+    cfg = job_config(compose_command(SHORT), tmp_path_factory.mktemp("stopped"))
+    with pytest.MonkeyPatch.context() as patch:
+        train_interrupted(cfg, patch, 5, signal.SIGINT)
+    return Path(cfg.output_dir)
+
+
 @pytest.fixture
-def stopped(short_run, monkeypatch):
-    """The directory of a run that was stopped after step 5, and the results of one that was not."""
-    twin, cfg = short_run("twin"), short_run("stopped")
-    train(twin)
-    train_interrupted(cfg, monkeypatch, 5, signal.SIGINT)
-    cfg.resume = "auto"
-    return cfg, results(Path(twin.output_dir))
+def stopped(short_run, stopped_at_5):
+    """The config that goes on with a copy of the run that was stopped after step 5."""
+    cfg = short_run("stopped", "resume=auto")
+    shutil.copytree(stopped_at_5, cfg.output_dir)
+    return cfg
 
 
 def assert_same(cfg, expected):
@@ -88,9 +104,8 @@ def test_killed_runs_end_as_their_twins_that_were_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_lets_the_step_finish_and_the_run_goes_on(short_run, monkeypatch, capsys, number, code):
-    twin, cfg = short_run("twin"), short_run("stopped", "checkpoint.every_steps=null")
-    train(twin)
+def test_a_signal_lets_the_step_finish_and_the_run_goes_on(short_run, twin, monkeypatch, capsys, number, code):
+    cfg = short_run("stopped", "checkpoint.every_steps=null")
     assert train_interrupted(cfg, monkeypatch, 5, number) == code
     assert f"resume={cfg.output_dir}" in capsys.readouterr().out
     assert read_checkpoint(f"{cfg.output_dir}/checkpoints/last.ckpt")["global_step"] == 5
@@ -98,7 +113,7 @@ def test_a_signal_lets_the_step_finish_and_the_run_goes_on(short_run, monkeypatc
     cfg.resume = cfg.output_dir
     train(cfg)
     assert "Goes on from step 5" in capsys.readouterr().out
-    assert_same(cfg, results(Path(twin.output_dir)))
+    assert_same(cfg, twin)
 
 
 def test_a_second_signal_stops_at_once_and_leaves_the_checkpoint_before(short_run, monkeypatch, capsys):
@@ -119,8 +134,8 @@ def test_ctrl_c_during_the_test_says_how_to_go_on(short_run, monkeypatch, capsys
 
 
 @pytest.mark.slow
-def test_a_checkpoint_cut_anywhere_falls_back_to_the_one_before_and_nothing_is_lost(stopped, tmp_path, capsys):
-    cfg, expected = stopped
+def test_a_checkpoint_cut_anywhere_falls_back_to_the_one_before_and_nothing_is_lost(stopped, twin, tmp_path, capsys):
+    cfg = stopped
     whole = Path(cfg.output_dir)
     assert read_checkpoint(whole / "checkpoints/previous.ckpt")["global_step"] == 4
     for tenths in range(10):
@@ -133,11 +148,11 @@ def test_a_checkpoint_cut_anywhere_falls_back_to_the_one_before_and_nothing_is_l
         assert "last.ckpt is damaged" in out
         assert "Goes on from step 4" in out
         assert read_checkpoint(f"{cfg.output_dir}/checkpoints/previous.ckpt")["global_step"] == 11
-        assert_same(cfg, expected)
+        assert_same(cfg, twin)
 
 
 def test_a_checkpoint_with_one_wrong_byte_is_noticed(stopped):
-    path = Path(stopped[0].output_dir, "checkpoints/last.ckpt")
+    path = Path(stopped.output_dir, "checkpoints/last.ckpt")
     content = bytearray(path.read_bytes())
     weights = read_checkpoint(path)["state_dict"]["model.head.weight"].numpy().tobytes()
     content[content.index(weights)] ^= 1
@@ -147,7 +162,7 @@ def test_a_checkpoint_with_one_wrong_byte_is_noticed(stopped):
 
 
 def test_two_damaged_checkpoints_end_with_a_message_and_are_left_alone(stopped):
-    cfg = stopped[0]
+    cfg = stopped
     for name in RESUMABLE:
         Path(cfg.output_dir, "checkpoints", name).write_bytes(b"nothing")
     with pytest.raises(RunDirectoryError, match=r"last.ckpt is damaged.*previous.ckpt is damaged.*begin a new run"):
@@ -155,17 +170,18 @@ def test_two_damaged_checkpoints_end_with_a_message_and_are_left_alone(stopped):
     assert Path(cfg.output_dir, "metrics.csv").exists()
 
 
-def test_half_a_row_and_rows_after_the_checkpoint_are_cut_off(stopped):
-    cfg, expected = stopped
+def test_half_a_row_and_rows_after_the_checkpoint_are_cut_off(stopped, twin):
+    cfg = stopped
     with Path(cfg.output_dir, "metrics.csv").open("a") as table:
         table.write("6,99,0.1,train/loss,0.5\n6,99,0.1,trai")
     train(cfg)
-    assert_same(cfg, expected)
+    assert_same(cfg, twin)
 
 
-def test_a_full_disk_stops_the_run_with_a_message_and_the_checkpoint_before_is_whole(short_run, monkeypatch, capsys):
-    twin, cfg = short_run("twin"), short_run("full")
-    train(twin)
+def test_a_full_disk_stops_the_run_with_a_message_and_the_checkpoint_before_is_whole(
+    short_run, twin, monkeypatch, capsys
+):
+    cfg = short_run("full")
     unlimited, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     bytes_a_file = 50_000  # a checkpoint has 100,000
     try:
@@ -181,7 +197,7 @@ def test_a_full_disk_stops_the_run_with_a_message_and_the_checkpoint_before_is_w
     cfg.resume = "auto"
     train(cfg)
     assert "Goes on from step 4" in capsys.readouterr().out
-    assert_same(cfg, results(Path(twin.output_dir)))
+    assert_same(cfg, twin)
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
@@ -191,12 +207,12 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]
 
 
-def test_a_run_that_was_moved_goes_on_with_its_best_weights(stopped, tmp_path):
-    cfg, expected = stopped
+def test_a_run_that_was_moved_goes_on_with_its_best_weights(stopped, twin, tmp_path):
+    cfg = stopped
     shutil.move(cfg.output_dir, tmp_path / "elsewhere")
     cfg.output_dir = str(tmp_path / "elsewhere")
     train(cfg)
-    assert_same(cfg, expected)
+    assert_same(cfg, twin)
 
 
 def test_a_run_that_goes_on_remembers_what_its_display_and_its_hints_look_at(short_run, monkeypatch):
@@ -223,15 +239,14 @@ def test_a_finished_run_is_not_trained_again(short_run, monkeypatch, capsys):
     assert "is finished already" in capsys.readouterr().out
 
 
-def test_a_run_killed_in_its_test_is_tested_and_not_trained_again(short_run, monkeypatch):
+def test_a_run_killed_in_its_test_is_tested_and_not_trained_again(short_run, twin, monkeypatch):
     cfg = short_run("finished")
     train(cfg)
-    expected = results(Path(cfg.output_dir))
     Path(cfg.output_dir, "summary.json").unlink()
     cfg.resume = "auto"
     forbid_training(monkeypatch)
     train(cfg)
-    assert_same(cfg, expected)
+    assert_same(cfg, twin)
 
 
 @pytest.mark.parametrize("limit", ["trainer.max_time=00:01:00:00", "optimizer.max_seconds=3600"])
@@ -403,7 +418,7 @@ def test_a_run_directory_has_one_owner_and_a_dead_one_is_none(check, short_run, 
 
 
 def test_every_start_is_recorded(stopped):
-    cfg = stopped[0]
+    cfg = stopped
     train(cfg)
     first, second = json.loads(Path(cfg.output_dir, "environment.json").read_text())
     assert set(first) == set(second) >= {"python", "torch", "lightning", "hydra-core", "numpy", "git_commit", "command"}
