@@ -1,0 +1,52 @@
+"""The documents stay short, no link is dead, and every file that they name is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from commands import CODE, DOCUMENTS, README, files
+from conftest import ROOT
+
+
+def test_the_readme_is_read_in_one_sitting():
+    assert len(README.read_bytes()) <= 12 * 1024
+    assert len(README.read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_paragraphs_are_short_and_lines_fit(document):
+    text = CODE.sub("", document.read_text())
+    lines = [line for line in text.splitlines() if not line.startswith(("|", "!["))]
+    assert [line for line in lines if len(line) > 120] == []
+    paragraphs = re.split(r"\n\n|\n(?=- |\d+\. |\|)", text)
+    assert [p for p in paragraphs if not p.startswith("|") and len(p.strip().splitlines()) > 8] == []
+
+
+def slug(heading):
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_no_link_is_dead(document):
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", CODE.sub("", document.read_text())):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        if not target.exists() or not target.is_relative_to(ROOT):
+            dead.append(link)
+        elif anchor:
+            headings = re.findall(r"^#+ (.*)$", CODE.sub("", target.read_text()), flags=re.MULTILINE)
+            dead += [link] if anchor not in map(slug, headings) else []
+    assert dead == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_every_file_that_is_named_is_there(document):
+    examples = {path for doc in DOCUMENTS for path in files(doc)}
+    examples |= set(re.findall(r"^\| `(configs/\S+)` \|", README.read_text(), flags=re.MULTILINE))
+    named = re.findall(r"`((?:src|configs|tests|docs|report)/[\w./]+)`", document.read_text())
+    assert [path for path in named if not Path(ROOT, path).exists() and path not in examples] == []
