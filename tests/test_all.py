@@ -12,6 +12,8 @@ import torch
 from commands import begin, begin_alone, run, run_dirs, short
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "options",
@@ -39,7 +41,6 @@ def test_a_run_from_src_leaves_everything_a_run_must_leave(options, tmp_path):
     assert "evaluations" in log
 
 
-@pytest.mark.slow
 def test_a_finished_run_can_be_loaded_and_gives_the_metrics_it_reported(tmp_path):
     from run.build import load_run
 
@@ -53,7 +54,6 @@ def test_a_finished_run_can_be_loaded_and_gives_the_metrics_it_reported(tmp_path
     assert scores.compute()["loss"].item() == pytest.approx(reported["test/loss"], rel=1e-5)
 
 
-@pytest.mark.slow
 def test_wandb_is_offline_without_an_account_and_a_sweep_has_one_run_a_job(tmp_path):
     done = run(short("python src/train.py -m optimizer=pattern_search,adam seed=0,1 model=tiny"), tmp_path)
     assert done.returncode == 0, done.stderr
@@ -64,7 +64,6 @@ def test_wandb_is_offline_without_an_account_and_a_sweep_has_one_run_a_job(tmp_p
         assert len(list(run_dir.glob("wandb/offline-run-*/*.wandb"))) == 1
 
 
-@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(tmp_path):
     tables = []
     for home in (tmp_path / "a", tmp_path / "b"):
@@ -75,7 +74,6 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
     pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -98,7 +96,6 @@ def test_a_wrong_command_says_so_and_leaves_nothing(options, message, tmp_path):
     assert not (tmp_path / "runs_go_here").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_newest_weights_and_the_printed_command_goes_on_with_them(tmp_path, number, code):
     command = "python src/train.py logger=none callbacks.progress.log_every_seconds=1 model=tiny"
@@ -126,7 +123,6 @@ def test_a_signal_saves_the_newest_weights_and_the_printed_command_goes_on_with_
     assert json.loads((run_dir / "summary.json").read_text())["steps"] == summary["steps"] + 2
 
 
-@pytest.mark.slow
 def test_ctrl_c_before_anything_has_begun_leaves_no_traceback(tmp_path):
     process = begin_alone("python src/train.py logger=none", tmp_path / "runs_go_here")
     time.sleep(0.5)  # in the imports
@@ -136,7 +132,6 @@ def test_ctrl_c_before_anything_has_begun_leaves_no_traceback(tmp_path):
     assert not (tmp_path / "runs_go_here").exists()
 
 
-@pytest.mark.slow
 def test_progress_moves_during_a_long_poll(tmp_path):
     """One step here is a pass over 200,000 directions; lines must come long before it ends."""
     command = "optimizer=pattern_search_classic callbacks.progress.log_every_seconds=.2 trainer.max_steps=1"
@@ -151,7 +146,6 @@ def test_progress_moves_during_a_long_poll(tmp_path):
     assert 0 < counts[0] < counts[-1] == 1000
 
 
-@pytest.mark.slow
 def test_the_benchmark_ends_with_its_rates_as_json(tmp_path):
     figure = tmp_path / "benchmark.png"
     done = run(f"python src/benchmark.py --seconds 2 --batches 4 --output {figure}", tmp_path)
@@ -164,7 +158,6 @@ def test_the_benchmark_ends_with_its_rates_as_json(tmp_path):
     assert figure.stat().st_size > 10_000
 
 
-@pytest.mark.slow
 def test_figures_of_a_place_without_runs_say_so(tmp_path):
     done = run(f"python src/report.py figures {tmp_path}", tmp_path)
     assert done.returncode == 2

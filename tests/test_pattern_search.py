@@ -292,6 +292,7 @@ def test_no_gradient_is_ever_allocated():
     assert w.grad is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps_before", [1, 7, 20])
 def test_a_saved_search_goes_on_exactly_where_it_was(variant, steps_before):
     def make():

@@ -9,6 +9,7 @@ import torch
 import report
 from results import diagnosis
 
+pytestmark = pytest.mark.slow
 SHORT = ["experiment=parity_tiny", "optimizer.polls_per_step=96", "trainer.max_steps=12", "callbacks=none"]
 
 

@@ -10,6 +10,7 @@ from run.averaging import WeightAverage
 from run.checkpoints import read_checkpoint
 from train import train
 
+pytestmark = pytest.mark.slow
 SHORT = ["model=tiny", "logger=none", "optimizer.polls_per_step=16", "trainer.max_epochs=2"]
 
 

@@ -105,6 +105,7 @@ def test_hints_are_printed(parity, model, monkeypatch, capsys):
     assert capsys.readouterr().out.count("hint: try this\n") == 2  # the second epoch ends at twice the evaluations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "trainer"),
     [

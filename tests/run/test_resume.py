@@ -27,6 +27,7 @@ from run.start import Start
 from soak_kill import differences, results
 from train import train
 
+pytestmark = pytest.mark.slow
 SHORT = ["model=tiny", "logger=none", "optimizer.polls_per_step=16", "trainer.max_epochs=2", "checkpoint.every_steps=1"]
 
 
@@ -96,7 +97,6 @@ def assert_same(cfg, expected):
     assert list(differences(expected, results(Path(cfg.output_dir)))) == []
 
 
-@pytest.mark.slow
 def test_killed_runs_end_as_their_twins_that_were_left_alone(tmp_path):
     done = run("python tests/soak_kill.py --kills 12 --seconds 12", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -133,7 +133,6 @@ def test_ctrl_c_during_the_test_says_how_to_go_on(short_run, monkeypatch, capsys
     assert "resume=" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_a_checkpoint_cut_anywhere_falls_back_to_the_one_before_and_nothing_is_lost(stopped, twin, tmp_path, capsys):
     cfg = stopped
     whole = Path(cfg.output_dir)
@@ -265,7 +264,6 @@ def test_time_used_before_counts(short_run, monkeypatch, limit):
     assert summary["stopped_by"] == limit.split("=")[0].split(".")[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "longer"),
     [

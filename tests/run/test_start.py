@@ -116,6 +116,7 @@ def test_a_job_that_a_sweeper_chose_is_refused_by_itself(tmp_path):
     HydraConfig.instance().cfg = None
 
 
+@pytest.mark.slow
 def test_the_sweep_that_an_experiment_names_has_all_variants_and_the_command_line_wins():
     with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name="train"):
         sweep = compose("pattern_search_train", ["experiment=ablation_z5", "seed=7"], return_hydra_config=True)

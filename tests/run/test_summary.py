@@ -21,6 +21,7 @@ class Stops(L.Callback):
         trainer.should_stop = True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reason", "options"),
     [

@@ -10,6 +10,7 @@ import wandb
 from run import wandb_logger
 from train import train
 
+pytestmark = pytest.mark.slow
 SHORT = ["model=tiny", "optimizer.polls_per_step=16", "trainer.max_epochs=1"]
 
 
