@@ -20,7 +20,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from results.runs import Run, RunError
+from results.runs import Run, RunError, by_position
 from run.files import print_any_character, typed
 from run.stored import find_weights, with_other_data
 
@@ -142,7 +142,7 @@ def table(metrics: Mapping[str, float], stored: Mapping[str, float]) -> Table:
     if stored:
         rows.add_column("summary.json", justify="right")
     for name, value in metrics.items():
-        if name.rpartition("/")[2].startswith("accuracy_at_"):  # by position: too many for a table
+        if by_position(name):
             continue
         before = [f"{stored[name]:.4f}" if name in stored else ""] if stored else []
         rows.add_row(name, f"{value:.4f}", *before)

@@ -258,12 +258,7 @@ class PatternSearch(LossOnlyOptimizer):
         return "min_radius" if all(group["radius"] < group["min_radius"] for group in self.param_groups) else None
 
     def metrics(self) -> dict[str, float]:
-        radii = {f"radius_{i}" if i else "radius": group["radius"] for i, group in enumerate(self.param_groups)}
-        return super().metrics() | {"search_accepted": float(self.report.search_accepted or False)} | radii
-
-    def status(self) -> list[str]:
-        radii = dict.fromkeys(f"{group['radius']:.3g}" for group in self.param_groups)  # equal ones once
-        return [f"radius {'/'.join(radii)}"]
+        return super().metrics() | {"search_accepted": float(self.report.search_accepted or False)}
 
     def shape(self) -> dict[str, int]:
         return super().shape() | {"directions": len(self.directions)}

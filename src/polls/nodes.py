@@ -71,11 +71,8 @@ class NodeClosure(StructuredClosure):
 
     def __init__(self, polls: NodePolls, batch: dict[str, Tensor]):
         super().__init__(polls, batch)
-        self.node_groups, self.node_parameter, self.n_nodes = (
-            polls.node_groups,
-            polls.node_parameter,
-            len(polls.node_parameter),
-        )
+        self.node_groups, self.node_parameter = polls.node_groups, polls.node_parameter
+        self.n_nodes = len(self.node_parameter)
 
     @torch.no_grad()
     @one_thread()
@@ -103,8 +100,7 @@ class NodeClosure(StructuredClosure):
         slopes = torch.zeros(len(self.coordinates), dtype=torch.float64, device=nodes.device)
         polled = torch.zeros_like(slopes, dtype=torch.bool)
         self()  # brings the caches up to date
-        for rows in self.rows:
-            self._state(rows, len(self.stages) - 1)  # all threads read it
+        for rows in self._known_rows():
             chunks = self._node_chunks(rows, nodes, steps, bounds, signs)
             for where, found in (pair for pairs in self.polls.map(self._slopes, chunks) for pair in pairs):
                 slopes.index_add_(0, where, found)

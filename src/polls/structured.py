@@ -177,9 +177,22 @@ class StructuredClosure:
     def _loss(self) -> Tensor:
         self.polls.refresh()
         loss = self.model.head.weight.new_zeros(())
-        for rows in self.rows:
+        for rows in self._known_rows():
             loss = loss + rows.total(self._state(rows, len(self.stages) - 1).out)[0]
         return loss
+
+    def _known_rows(self) -> Iterator[Rows]:
+        """The rows in turn, with all that the incumbent computes on them, so that threads only read it.
+
+        Once CACHE_BYTES are remembered, what further rows hold is forgotten again.
+        """
+        kept = 0
+        for rows in self.rows:
+            self._state(rows, len(self.stages) - 1)
+            yield rows
+            kept += rows.bytes()
+            if kept > CACHE_BYTES:
+                rows.states.clear()
 
     @torch.no_grad()
     @one_thread()
@@ -191,16 +204,11 @@ class StructuredClosure:
         incumbent, (order, bounds, moves) = self(), self.polls.sort(coordinates, steps)
         losses = torch.zeros(len(order), dtype=torch.float64, device=order.device)
         reach = torch.zeros_like(moves.step)
-        kept = 0
-        for rows in self.rows:
-            self._state(rows, len(self.stages) - 1)  # all threads read it
+        for rows in self._known_rows():
             chunks = list(self._chunks(rows, bounds, moves))
             for chunk, (part, changed) in zip(chunks, self.polls.map(self._losses, chunks), strict=True):
                 losses[chunk.some] += part
                 reach[chunk.some] = reach[chunk.some].maximum(changed)
-            kept += rows.bytes()
-            if kept > CACHE_BYTES:
-                rows.states.clear()
         losses, reach = (torch.empty_like(x).scatter_(0, order, x) for x in (losses, reach))
         losses = torch.where(reach == 0, incumbent, losses)
         wild = ~((reach < WILD) & (steps.abs() < WILD))  # true for nan

@@ -12,7 +12,8 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
-from results.runs import Run, name_settings, read_all
+from config.compose import DEFAULT_CONFIG
+from results.runs import Run, by_position, name_settings, read_all
 from run.directory import starts
 from run.files import write
 
@@ -24,7 +25,7 @@ def command_of(run: Run) -> str:
     hydra = run.directory / ".hydra"
     words = list(OmegaConf.load(hydra / "overrides.yaml")) if (hydra / "overrides.yaml").exists() else []
     name = OmegaConf.load(hydra / "hydra.yaml").hydra.job.config_name if (hydra / "hydra.yaml").exists() else ""
-    flag = [] if name in ("", "pattern_search_train") else [f"--config-name={name}"]
+    flag = [] if name in ("", DEFAULT_CONFIG) else [f"--config-name={name}"]
     return shlex.join(["python", "src/train.py", *flag, *words])
 
 
@@ -45,8 +46,7 @@ def collect(*paths: str | Path) -> pd.DataFrame:
     found = read_all(*paths, read=lambda run: (run, row_of(run)), finished_only=True)
     table = pd.DataFrame(row for _, row in found)
     table.insert(5, "settings", name_settings([run.config for run, _ in found]))
-    positions = [name for name in table if "/accuracy_at_" in name]  # too many for a table
-    return table.drop(columns=positions)
+    return table.drop(columns=[name for name in table if by_position(name)])
 
 
 def main(parser: ArgumentParser, arguments: list[str]) -> None:
@@ -55,6 +55,8 @@ def main(parser: ArgumentParser, arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     rows = collect(*args.paths)
     if args.output.exists():
-        rows = pd.concat([pd.read_csv(args.output), rows]).drop_duplicates("command", keep="last")
+        rows = pd.concat([pd.read_csv(args.output, dtype={"commit": str}), rows]).drop_duplicates(
+            "command", keep="last"
+        )
     write(args.output, rows.to_csv(index=False))
     print(f"{len(rows)} runs: {args.output}")

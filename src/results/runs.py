@@ -134,6 +134,11 @@ def read_all(*paths: str | Path, read: Callable[[Run], T], finished_only: bool =
     return results
 
 
+def by_position(metric: str) -> bool:
+    """Whether a metric is one of those by position, which are for figures: too many for a table."""
+    return metric.rpartition("/")[2].startswith("accuracy_at_")
+
+
 # --- the metrics of many runs as one table, ready for seaborn ---
 
 

@@ -33,7 +33,7 @@ class Start(Callback):
     """Refuses a command that cannot run, and leads a run that resumes to its directory."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        with told():
+        with final():
             draft = check(job_config(config, config.hydra.run.dir), config.hydra)
             run_dir = run_directories([draft], config, multirun=False)[0]
             if draft.cfg.resume:
@@ -42,8 +42,8 @@ class Start(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Check the jobs of Hydra's own sweeper. Others choose values on the way, and jobs check themselves."""
-        with told():
-            if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):
+        with final():
+            if not chosen_before(config.hydra):
                 return
             loader, drafts = GlobalHydra.instance().config_loader(), []
             sweep_dir = config.hydra.sweep.dir  # the time in it is that of the sweep, not of its jobs
@@ -55,6 +55,11 @@ class Start(Callback):
                 run_dir = os.path.join(sweep_dir, job.hydra.sweep.subdir)
                 drafts.append(check(job_config(job, run_dir), job.hydra, alike))
             run_directories(drafts, config, multirun=True)
+
+
+def chosen_before(hydra: Any) -> bool:
+    """Whether a sweep's jobs are known, and so checked, before it begins: those of Hydra's own sweeper are."""
+    return hydra.sweeper._target_.endswith(".BasicSweeper")
 
 
 def run_directories(drafts: list[Draft], config: DictConfig, multirun: bool) -> list[Path]:
@@ -78,7 +83,7 @@ def jobs(config: DictConfig) -> list[list[str]]:
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def final() -> Iterator[None]:
     """Hydra makes a warning of an error in a callback; here it ends the program. Ctrl-C is the run's from then on."""
     silence_libraries()
     try:

@@ -13,6 +13,7 @@ from rich.table import Table
 from data.sequences import SequenceDataModule
 from pattern_search_task import PatternSearchTask
 from polls.threads import available_cores
+from results.runs import by_position
 from run.files import typed
 from run.progress import clock, time_left
 
@@ -74,7 +75,7 @@ def print_summary(console: Console, cfg: DictConfig, summary: dict[str, Any]) ->
     table.add_column("held-out test", justify="left")
     table.add_column("value", justify="right")
     for name, value in summary["test"].items():
-        if not name.rpartition("/")[2].startswith("accuracy_at_"):  # by position: for figures, too many for a table
+        if not by_position(name):
             table.add_row(name, f"{value:.4f}")
     table.add_row("chance loss", f"{summary['chance_loss']:.4f}", end_section=True)
     table.add_row("stopped by", summary["stopped_by"])

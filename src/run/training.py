@@ -23,7 +23,7 @@ from run.directory import RunDirectoryError, locked, record_start
 from run.files import print_any_character, typed, write
 from run.interrupts import Interrupts, undisguised
 from run.resume import begin, finished, in_sweep, limits, resumable
-from run.start import silence_libraries
+from run.start import chosen_before, silence_libraries
 from run.summary import leave_picture, print_header, print_summary, stopped_by
 from run.wandb_logger import opened_loggers
 
@@ -33,9 +33,9 @@ def job(cfg: DictConfig) -> float:
     silence_libraries()  # here too: a job of the joblib launcher runs in a process of its own
     print_any_character()
     try:
-        # `run/start.py` does not see what a sweeper chooses, nor this process if a launcher began it
-        if in_sweep() and (problems := problems_of([check(cfg, HydraConfig.get())])):
-            raise ConfigError(problems)
+        if in_sweep() and not chosen_before(HydraConfig.get()):
+            if problems := problems_of([check(cfg, HydraConfig.get())]):
+                raise ConfigError(problems)
         summary = train(cfg)
     except (RunDirectoryError, CountsLostError) as problem:
         if in_sweep():

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import Logger, WandbLogger
@@ -18,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from run.directory import starts
 from run.interrupts import Interrupts
 from run.metrics_table import MetricsTable
+from run.resume import in_sweep
 
 os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; without a network wandb would wait for ever
 os.environ.setdefault("WANDB_FINISH_TIMEOUT_RAISES", "true")
@@ -78,8 +78,7 @@ def opened_loggers(cfg: DictConfig, interrupts: Interrupts) -> Iterator[list[Log
 
 def sweep_name() -> str | None:
     """The directory of the sweep that this process runs a job of, if it does."""
-    hydra = HydraConfig.get() if HydraConfig.initialized() else None
-    return Path(hydra.sweep.dir).name if hydra is not None and hydra.mode == RunMode.MULTIRUN else None
+    return Path(HydraConfig.get().sweep.dir).name if in_sweep() else None
 
 
 def finish_wandb(loggers: Sequence[Logger], exit_code: int) -> None:

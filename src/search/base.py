@@ -79,11 +79,16 @@ class LossOnlyOptimizer(torch.optim.Optimizer, ABC):
             "loss_after": report.loss_after,  # after it, on the same batch
             "accepted": float(report.accepted),
             "evaluations_per_second": report.evaluations / max(report.seconds, 1e-9),
-        }
+        } | {f"radius_{i}" if i else "radius": radius for i, radius in enumerate(self.radii())}
 
     def status(self) -> list[str]:
         """What a live display shows beside the counts, such as ["radius 0.05"]."""
-        return []
+        radii = dict.fromkeys(f"{radius:.3g}" for radius in self.radii())  # equal ones once
+        return [f"radius {'/'.join(radii)}"] if radii else []
+
+    def radii(self) -> list[float]:
+        """The radius of each parameter group; none for an optimizer whose groups have no such option."""
+        return [group["radius"] for group in self.param_groups if "radius" in group]
 
     @property
     def needs_nodes(self) -> bool:

@@ -31,9 +31,6 @@ class RandomSearch(LossOnlyOptimizer):
         super().__init__(params, dict(radius=radius), **limits)
         self.samples = samples
 
-    def status(self) -> list[str]:
-        return [f"radius {'/'.join(str(group['radius']) for group in self.param_groups)}"]
-
     def take_step(self, evaluate: Evaluator) -> None:
         coordinates, ways = torch.arange(len(self.coordinates)), torch.tensor([1.0, -1.0])
         radius = self.by_group(self.coordinates.owner(coordinates), "radius").float()  # (n,)

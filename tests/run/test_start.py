@@ -109,6 +109,7 @@ def test_a_job_that_a_sweeper_chose_is_refused_by_itself(tmp_path):
     config = compose_config(["model=tiny", "model.d_model=15"])
     with read_write(config), open_dict(config):
         config.hydra.mode = RunMode.MULTIRUN
+        config.hydra.sweeper._target_ = "one.that.chooses.on.the.Way"
     cfg = job_config(config, tmp_path)
     with pytest.raises(ConfigError, match=r"model\.d_model=15 is not divisible by model\.n_heads=2"):
         job(cfg)
