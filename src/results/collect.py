@@ -55,8 +55,7 @@ def main(parser: ArgumentParser, arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     rows = collect(*args.paths)
     if args.output.exists():
-        rows = pd.concat([pd.read_csv(args.output, dtype={"commit": str}), rows]).drop_duplicates(
-            "command", keep="last"
-        )
+        kept = pd.read_csv(args.output, dtype={"commit": str})
+        rows = pd.concat([kept, rows]).drop_duplicates("command", keep="last")
     write(args.output, rows.to_csv(index=False))
     print(f"{len(rows)} runs: {args.output}")

@@ -33,9 +33,9 @@ def job(cfg: DictConfig) -> float:
     silence_libraries()  # here too: a job of the joblib launcher runs in a process of its own
     print_any_character()
     try:
-        if in_sweep() and not chosen_before(HydraConfig.get()):
-            if problems := problems_of([check(cfg, HydraConfig.get())]):
-                raise ConfigError(problems)
+        unchecked = in_sweep() and not chosen_before(HydraConfig.get())
+        if unchecked and (problems := problems_of([check(cfg, HydraConfig.get())])):
+            raise ConfigError(problems)
         summary = train(cfg)
     except (RunDirectoryError, CountsLostError) as problem:
         if in_sweep():
