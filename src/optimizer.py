@@ -8,7 +8,6 @@ It knows parameters and losses, and nothing of Lightning, models or tasks. What 
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +16,10 @@ from torch import Tensor, nn
 from search.base import LossOnlyOptimizer
 from search.budget import Evaluator
 from search.directions import Directions
+from search.groups import polls_for, split_at_last_block, split_matrices
 from search.node_polls import poll_nodes
 from search.options import RECOMMENDED, check_group, check_options, check_shares
+from search.orthogonal import orthogonalised
 from search.poll import Move, Poll
 from search.search_step import search_step
 from search.slopes import SlopeMemory
@@ -78,6 +79,8 @@ class PatternSearch(LossOnlyOptimizer):
         max_evaluations, max_seconds, target_loss: what ends the search, see `search.budget.Limits`.
         nodes_per_step: nodes polled in a step at the most, in a seeded random order, all equally often; None for
             none. The closure must answer `nodes`. `polls_per_step` may then be 0.
+        orthogonalise: Newton-Schulz iterations on the direction of the search step in every matrix of the group, see
+            `search.orthogonal`; 0 leaves it as it is. Needs `nodes_per_step`: slopes of single weights are too few.
         seed: seeds the order of the directions and of the nodes.
 
     Raises:
@@ -119,18 +122,23 @@ class PatternSearch(LossOnlyOptimizer):
         fade: float | None = 10.0,
         half_after: float | None = None,
         nodes_per_step: int | None = None,
+        orthogonalise: int = 0,
         seed: int = 0,
     ):
         self.options: dict[str, Any] = dict(poll=poll, polls_per_step=polls_per_step, last_group_share=last_group_share)
         self.options |= dict(one_sided=one_sided, nodes_per_step=nodes_per_step, step_lengths=list(step_lengths))
         self.options |= dict(join_improving=join_improving, half_after=half_after)
         self.options |= dict(memory=memory, scale_memory=scale_memory, fade=fade)
-        check_options(self.options)
+        check_options(self.options | {"orthogonalise": orthogonalise})
         of_groups = dict(radius=radius, contraction=contraction, expansion=expansion)
-        of_groups |= dict(min_radius=min_radius, max_radius=max_radius)
+        of_groups |= dict(min_radius=min_radius, max_radius=max_radius, orthogonalise=orthogonalise)
         super().__init__(params, of_groups, seed, max_evaluations, max_seconds, target_loss)
         self.saved.update(passes=0, cursor=0, improved=[], nodes=0)  # see `Poll`, `take_step` and `poll_nodes`
         self.state["slopes"] = {}  # type: ignore[index]  # filled by the first step that remembers slopes
+        if orthogonalise and not self._matrices():
+            raise ValueError(
+                f"orthogonalise={orthogonalise} needs a parameter of two dimensions; use 0 for these, which have none"
+            )
         if polls_per_step is not None and polls_per_step > len(self.directions):
             raise ValueError(
                 f"polls_per_step={polls_per_step} is more than the {len(self.directions)} directions of "
@@ -141,7 +149,7 @@ class PatternSearch(LossOnlyOptimizer):
         """Steps 2 to 5 of the class's description."""
         options, slopes = self.options, self.slopes
         best: Move | None = None
-        improving: list[Move] = []
+        improving: list[tuple[Tensor, Tensor]] = []
         if self.saved["cursor"] == 0:
             self.saved["improved"] = [False] * len(self.param_groups)
         poll = Poll(self.directions, slopes, self._radius_of, self.saved, self.report, options["polls_per_step"])
@@ -156,8 +164,9 @@ class PatternSearch(LossOnlyOptimizer):
             best, improving = poll.complete(evaluate)
         if slopes is not None and options["step_lengths"]:
             joined = improving if options["join_improving"] else []
-            to_beat = self.report.loss_after if best is None else float(best.loss)
-            found = search_step(evaluate, slopes.direction, joined, options["step_lengths"], self.shortened, to_beat)
+            to_beat = self.report.loss_after if best is None else best.loss
+            lengths = [self.shortened * length for length in options["step_lengths"]]
+            found = search_step(evaluate, self._direction(slopes), joined, lengths, self.shortened, to_beat)
             self.report.search_accepted = found is not None
             best = found or best
         if best is not None:
@@ -166,10 +175,26 @@ class PatternSearch(LossOnlyOptimizer):
             self.saved["cursor"] = 0
             self._update_radii()
 
+    def _direction(self, slopes: SlopeMemory) -> Tensor:
+        """(n,) downhill, orthogonalised where a group asks for it."""
+        direction = slopes.direction
+        for iterations, matrices in self._matrices().items():
+            direction = orthogonalised(direction, slopes.mean(), matrices, iterations)
+        return direction
+
+    def _matrices(self) -> dict[int, list[tuple[slice, torch.Size]]]:
+        """The matrices to orthogonalise, their coordinates and shapes, by the number of iterations."""
+        found: dict[int, list[tuple[slice, torch.Size]]] = {}
+        ends = self.coordinates.ends
+        for group, p, end in zip(self.group_of.tolist(), self.coordinates.parameters, ends, strict=True):
+            if p.ndim == 2 and (iterations := self.param_groups[group]["orthogonalise"]):
+                found.setdefault(iterations, []).append((slice(end - p.numel(), end), p.shape))
+        return found
+
     def _accept(self, move: Move) -> None:
-        self.accept(move.loss, move.coordinates, move.changes)
-        moved = self.coordinates.owner(move.coordinates).unique()
-        for group in self.group_of[moved].unique().tolist():
+        self.accept(move.loss, move.changes, move.coordinates)
+        parameters = slice(None) if move.coordinates is None else self.coordinates.owner(move.coordinates)
+        for group in set(self.group_of[parameters].tolist()):
             self.saved["improved"][group] = True
 
     def _update_radii(self) -> None:
@@ -189,11 +214,10 @@ class PatternSearch(LossOnlyOptimizer):
         """The remembered slopes, if any option needs them."""
         if not (self.options["step_lengths"] or self.options["one_sided"]):
             return None
-        doubles = self.coordinates.parameters[0].dtype == torch.float64
         memory, scale_memory, fade = (self.options[name] for name in ("memory", "scale_memory", "fade"))
         fade = None if fade is None else fade / self.shortened  # shorter moves: slopes stay true for longer
-        n, dtype = len(self.coordinates), torch.float64 if doubles else torch.float32
-        return SlopeMemory(self.state["slopes"], n, dtype, memory, scale_memory, fade)  # type: ignore[index]
+        n, like = len(self.coordinates), self.coordinates.parameters[0]
+        return SlopeMemory(self.state["slopes"], n, like, memory, scale_memory, fade)  # type: ignore[index]
 
     @property
     def shortened(self) -> float:
@@ -269,26 +293,11 @@ class PatternSearch(LossOnlyOptimizer):
 
     @classmethod
     def parameter_groups(cls, model: nn.Module, parameters: Sequence[nn.Parameter], **options: Any) -> Any:
-        """With `last_group_share` and more than one of `model.blocks`: what comes before the last, and the rest."""
-        shared_out = options.get("last_group_share") is not None
-        return split_at_last_block(model, parameters) if shared_out else parameters
+        """Groups for the options that concern a part of the weights.
 
-
-def polls_for(groups: Any) -> int:
-    """Recommended polls per step of parameters, or of groups of them: no weight of a small model twice in a step."""
-    sizes = [sum(p.numel() for p in group["params"]) - 2 for group in groups if isinstance(group, dict)]
-    return min([RECOMMENDED["polls_per_step"], *(sizes or [sum(p.numel() for p in groups)])])
-
-
-def split_at_last_block(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Any:
-    """Parameter groups: what comes before the last of `model.blocks`, and the rest; one group if either is empty.
-
-    And one for a model with fewer than two blocks: there all polls cost about the same.
-    """
-    blocks = list(getattr(model, "blocks", ()))
-    if len(blocks) < 2:
-        return parameters
-    first = id(next(blocks[-1].parameters()))
-    before = set(takewhile(lambda number: number != first, map(id, model.parameters())))
-    groups = [p for p in parameters if id(p) in before], [p for p in parameters if id(p) not in before]
-    return [{"params": group} for group in groups if group]
+        With `last_group_share` and more than one of `model.blocks`: what comes before the last, and the rest. With
+        `orthogonalise`: the matrices of `model.blocks`, and the rest, which is left as it is.
+        """
+        if options.get("last_group_share") is not None:
+            return split_at_last_block(model, parameters)
+        return split_matrices(model, parameters) if options.get("orthogonalise") else parameters

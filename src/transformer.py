@@ -159,9 +159,9 @@ def initialise(module: nn.Module, embedding_std: float) -> None:
         nn.init.normal_(module.weight, std=embedding_std)
 
 
-def frequencies(width: int) -> Tensor:
+def frequencies(width: int, device: torch.device | None = None) -> Tensor:
     """(width / 2,) angular frequencies 10000^(-2i / width), shared by both fixed encodings."""
-    return 10_000.0 ** (-torch.arange(0, width, 2) / width)
+    return 10_000.0 ** (-torch.arange(0, width, 2, device=device) / width)
 
 
 def sinusoids(length: int, width: int) -> Tensor:
@@ -175,7 +175,7 @@ def rotate(x: Tensor) -> Tensor:
 
     x is (B, H, T, d/H); scores of rotated queries and keys depend on their distance only.
     """
-    angles = torch.arange(x.shape[-2])[:, None] * frequencies(x.shape[-1])  # (T, d/2H)
+    angles = torch.arange(x.shape[-2], device=x.device)[:, None] * frequencies(x.shape[-1], x.device)  # (T, d/2H)
     cos, sin = angles.cos().to(x), angles.sin().to(x)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)

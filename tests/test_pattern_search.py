@@ -430,14 +430,14 @@ def test_polls_of_one_side_take_the_side_remembered_as_downhill():
 
 
 def test_remembered_slopes_are_bias_corrected_means_scaled_and_faded():
-    memory = SlopeMemory({}, 3, torch.float64, memory=0.5, scale_memory=0.9, fade=10.0)
+    memory = SlopeMemory({}, 3, torch.zeros(1, dtype=torch.float64), memory=0.5, scale_memory=0.9, fade=10.0)
     first, second = torch.tensor([2.0, -4.0], dtype=torch.float64), torch.tensor([6.0, -4.0], dtype=torch.float64)
-    where = torch.tensor([2, 0])
-    memory.learn(where, first)
+    where, both = torch.tensor([2, 0]), torch.tensor([True, True])
+    memory.learn(first, both, where)
     assert memory.direction.tolist() == pytest.approx([1, 0, -1])  # one slope: its sign, whatever its size
     memory.age()
     assert memory.direction.tolist() == pytest.approx([math.exp(-0.1), 0, -math.exp(-0.1)])
-    memory.learn(where, second)
+    memory.learn(second, both, where)
     mean = (0.5 * 0.5 * 2 + 0.5 * 6) / (1 - 0.5**2)
     square = (0.9 * 0.1 * 4 + 0.1 * 36) / (1 - 0.9**2)
     assert memory.direction.tolist() == pytest.approx([1, 0, -mean / math.sqrt(square)])
@@ -445,10 +445,10 @@ def test_remembered_slopes_are_bias_corrected_means_scaled_and_faded():
 
 
 def test_slopes_that_are_not_finite_are_not_remembered():
-    memory = SlopeMemory({}, 2, torch.float32, memory=0.5, scale_memory=0.9, fade=None)
-    memory.learn(torch.tensor([0, 1]), torch.tensor([math.nan, -math.inf]))
+    memory = SlopeMemory({}, 2, torch.zeros(1), memory=0.5, scale_memory=0.9, fade=None)
+    memory.learn(torch.tensor([math.nan, -math.inf]), torch.tensor([True, True]))
     assert memory.direction.tolist() == [0, 0]
-    memory.learn(torch.tensor([0]), torch.tensor([0.0]))  # flat: no direction, and no division by zero
+    memory.learn(torch.tensor([0.0, 5.0]), torch.tensor([True, False]))  # flat: no direction, and no division by zero
     assert memory.direction.tolist() == [0, 0]
 
 

@@ -5,17 +5,20 @@ queries are needed: all T, in the last block the S scored ones.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polls.node_kinds import Kind, Moves, Nodes, Rank1, Slopes, shares
+from polls.node_kinds import Kind, Moves, Nodes, Rank1, shares
 from polls.rows import Rows, State
-from polls.stages import Stage, Weights, by_column, by_columns, centred, norm, one_for, unit_vectors
+from polls.stages import Stage, Weights, centred, linear, norm, one_for, times, unit_vectors
 from transformer import Block, frequencies
+
+WIDE = 40.0  # scores beyond this, whose exponentials come near the ends of float32's range
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,8 @@ class AttentionState(State):
     value: Tensor  # (B, T, d), without their bias
     scores: Tensor  # (B, H, queries, T)
     weights: Tensor  # (B, H, queries, T)
-    turned_query: Tensor  # (B, d, queries), as it meets the keys
-    turned_key: Tensor  # (B, d, T), as it meets the queries
+    turned_query: Tensor  # (B, queries, d), as it meets the keys
+    turned_key: Tensor  # (B, T, d), as it meets the queries
     written: Tensor  # (B, H, T, d) what a key writes to the stream
 
 
@@ -53,28 +56,30 @@ class Attention(Stage[AttentionWeights, AttentionState]):
         self.n_heads, self.rotary, self.last, self.head_size = a.n_heads, a.rotary, last, d_model // a.n_heads
         self.scale = self.head_size**-0.5  # of the scores
         tensors: dict[str, Tensor] = {"gain": norm.weight, "bias": norm.bias, "key": a.key.weight}
-        for name, linear in (("query", a.query), ("value", a.value), ("out", a.out)):
-            tensors |= {name: linear.weight, f"{name}_bias": linear.bias}
+        for name, part in (("query", a.query), ("value", a.value), ("out", a.out)):
+            tensors |= {name: part.weight, f"{name}_bias": part.bias}
         super().__init__(tensors)
         out = Kind[AttentionState](d_model, ("out", "out_bias"), partial(self.write, "out"), at_queries=True)
         values = Values(d_model, ("value", "value_bias"), partial(self.write, "value"), at_queries=True, stage=self)
-        names = ("key", "query", "query_bias")
-        scores = Scores(d_model, names, self.enter_scores, rank1=False, at_queries=True, n_signs=2, stage=self)
+        scores = Scores(
+            d_model, ("key", "query", "query_bias"), self.enter_scores, rank1=False, at_queries=True,
+            shared=self.head_size, stage=self,
+        )  # fmt: skip
         normed = Kind[AttentionState](d_model, ("gain", "bias"), self.enter_norm, rank1=False)
-        single = replace(scores, tensors=("query", "query_bias", "key"))  # the order in which their weights are polled
-        self.kinds, self.together = (normed, scores, values, out), ((out, values), (single,), (normed,))
+        self.kinds = (normed, scores, values, out)
 
     def fold(self, t: dict[str, Tensor]) -> AttentionWeights:
         # a bias in front of the values passes through weights that sum to 1: it is a bias of the output
-        value_bias = t["value"] @ t["bias"] + t["value_bias"]
-        query, key, value = t["query"] * self.scale, t["key"], t["value"]
-        query_bias = query @ t["bias"] + t["query_bias"] * self.scale
-        out = centred(t["out"], 0)
+        columns, out = torch.cat([t["query"] * self.scale, t["key"], t["value"]], -2), centred(t["out"], -2)
+        behind_gain, of_bias = columns * t["gain"][..., None, :], times(columns, t["bias"])
+        (query, key_value), d = behind_gain.tensor_split([out.shape[-2]], -2), out.shape[-2]
+        query_bias, key_bias, value_bias = of_bias.split(d, -1)
+        value_bias = value_bias + t["value_bias"]
         return AttentionWeights(
-            query=query * t["gain"], query_bias=query_bias, key_value=torch.cat([key, value]) * t["gain"],
-            key_bias=key @ t["bias"], value_bias=value_bias, out=out,
-            out_bias=centred(t["out_bias"], 0) + out @ value_bias, columns=torch.cat([query, key, value]).T,
-            directions={"out": unit_vectors(out[:, 0]), "value": out.T.contiguous()},
+            query=query, query_bias=torch.add(query_bias, t["query_bias"], alpha=self.scale), key_value=key_value,
+            key_bias=key_bias, value_bias=value_bias, out=out,
+            out_bias=centred(t["out_bias"], -1) + times(out, value_bias), columns=columns.mT,
+            directions={"out": unit_vectors(out.mT), "value": out.mT},
         )  # fmt: skip
 
     def queries(self, rows: Rows, x: Tensor) -> Tensor:
@@ -83,9 +88,10 @@ class Attention(Stage[AttentionWeights, AttentionState]):
 
     def keys_and_values(self, w: AttentionWeights, n: Tensor) -> tuple[Tensor, Tensor]:
         """Normed streams (..., T, d) -> keys and values (..., T, d) each, the values without their bias."""
-        key, value = F.linear(n, w.key_value).chunk(2, -1)
+        both = F.linear(n, w.key_value) if w.key_value.ndim == 2 else n @ w.key_value.mT
+        key, value = both.chunk(2, -1)
         # unturned, a bias shifts all scores of a query alike, and softmax does not see it
-        return (key + w.key_bias if self.rotary else key), value
+        return (key + w.key_bias[..., None, :] if self.rotary else key), value
 
     def heads(self, x: Tensor) -> Tensor:
         """(..., T, d) -> (..., H, T, d/H)."""
@@ -99,7 +105,7 @@ class Attention(Stage[AttentionWeights, AttentionState]):
         """Rotary positions `at` (T,) or (B, T) for x (B, ..., H, T, d/H); see `transformer.rotate`."""
         if not self.rotary:
             return x
-        angles = at[..., None] * frequencies(x.shape[-1])  # (T, d/2H)
+        angles = at[..., None] * frequencies(x.shape[-1], x.device)  # (T, d/2H)
         if at.ndim == 2:
             angles = angles.view(len(at), *[1] * (x.ndim - 3), *angles.shape[1:])
         cos, sin = angles.cos().to(x), angles.sin().to(x)
@@ -114,22 +120,21 @@ class Attention(Stage[AttentionWeights, AttentionState]):
     def attend(self, rows: Rows, scores: Tensor) -> Tensor:
         """Softmax over the keys that a query sees: scores (B, ..., queries, T).
 
-        Without subtracting the maximum, unless a sum comes near the end of float32's range. The mask is a
-        factor: exp(-inf) would cost as much as eight exponentials of other numbers.
+        Without subtracting the maximum, unless the incumbent's scores are wide; where a sum leaves float32's range
+        nevertheless, the result is nan. The mask is a factor: exp(-inf) would cost as much as eight exponentials.
         """
         seen = rows.seen_by_scored if self.last else rows.seen
         seen = seen.view(len(seen), *[1] * (scores.ndim - 3), *seen.shape[1:])
+        if rows.wide:
+            return scores.masked_fill(seen == 0, -math.inf).softmax(-1)
         weights = scores.exp().mul_(seen)
         total = weights.sum(-1, keepdim=True)
-        low, high = total.aminmax()
-        if low > 1e-30 and high < 1e30:  # false for nan
-            return weights.div_(total)
-        return scores.masked_fill(seen == 0, -math.inf).softmax(-1)
+        return weights.div_(total.where(total > 1e-30, math.nan))
 
     def forward(self, w: AttentionWeights, rows: Rows, x: Tensor) -> Tensor:
         """Streams (B, K, T, d) -> (B, K, T, d), in the last block (B, K, S, d)."""
         n = norm(x)
-        query = F.linear(self.queries(rows, n), w.query, w.query_bias)
+        query = linear(self.queries(rows, n), w.query, w.query_bias)
         key, value = self.keys_and_values(w, n)
         return self.mix(w, rows, self.queries(rows, x), query, key, value)
 
@@ -139,7 +144,7 @@ class Attention(Stage[AttentionWeights, AttentionState]):
         query, key = self.turn(self.heads(query), at), self.turn(self.heads(key), steps)
         weights = self.attend(rows, query @ key.transpose(-1, -2))  # (B, K, H, queries, T)
         mixed = (weights @ self.heads(value)).transpose(-2, -3).flatten(-2)  # (B, K, queries, d)
-        return F.linear(mixed, w.out, w.out_bias).add_(x)
+        return linear(mixed, w.out, w.out_bias).add_(x)
 
     def forward_rank1(self, rows: Rows, state: AttentionState, entry: Rank1) -> Tensor:
         """From products of the incumbent's queries and keys, and of both with the direction: no projection at all.
@@ -190,19 +195,19 @@ class Attention(Stage[AttentionWeights, AttentionState]):
         key, value = self.keys_and_values(w, n)
         at, steps = self.positions(rows)
         turned_query, turned_key = self.turn(self.heads(query), at), self.turn(self.heads(key), steps)
-        scores = turned_query @ turned_key.transpose(-1, -2)
-        weights = self.attend(rows, scores)
+        scores = turned_query @ turned_key.mT
+        seen = rows.seen_by_scored if self.last else rows.seen  # here with care: whether it is needed is not known yet
+        weights = scores.masked_fill(seen[:, None] == 0, -math.inf).softmax(-1)
         mixed = (weights @ self.heads(value)).transpose(-2, -3).flatten(-2)
         inputs, one = self.inputs(n), one_for(mixed)
-        mixed_inputs = (weights @ inputs[:, None]).transpose(-2, -3).flatten(-2)  # (B, queries, H d)
         reads = {"gain": n, "bias": one_for(n), "key": inputs, "query": self.queries(rows, inputs), "query_bias": one}
-        reads |= {"value": mixed_inputs, "value_bias": one, "out": mixed + w.value_bias, "out_bias": one}
+        reads |= {"value": weights @ inputs[:, None], "value_bias": one, "out": mixed + w.value_bias, "out_bias": one}
         return AttentionState(
-            out=F.linear(mixed, w.out, w.out_bias) + self.queries(rows, x), reads=by_columns(reads),
+            out=F.linear(mixed, w.out, w.out_bias).add_(self.queries(rows, x)), reads=reads,
             x=x, products={} if self.rotary else self.products(rows, x),
             query=query, key=key, value=value, scores=scores, weights=weights,
-            turned_query=by_column(turned_query.transpose(-2, -3).flatten(-2)),
-            turned_key=by_column(turned_key.transpose(-2, -3).flatten(-2)),
+            turned_query=turned_query.transpose(-2, -3).flatten(-2),
+            turned_key=turned_key.transpose(-2, -3).flatten(-2),
             written=self.heads(value) @ self.out_by_head(w),
         )  # fmt: skip
 
@@ -216,33 +221,29 @@ class Attention(Stage[AttentionWeights, AttentionState]):
 
     def enter_scores(self, rows: Rows, state: AttentionState, i: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """Components (k,) that add left (B, k, queries, n) @ right (B, k, T, n)^T to the scores of their head."""
-        x = torch.empty(*left.shape[:3], state.out.shape[-1], dtype=state.out.dtype, device=state.out.device)
         head = self.head_of(i)
-        for h in head.unique().tolist():
-            k = (head == h).nonzero().flatten()
-            scores = state.scores[:, h, None] + (left[:, k].to(x) @ right[:, k].to(x).transpose(-1, -2))
-            change = self.attend(rows, scores) - state.weights[:, h, None]  # (B, k, queries, T)
-            x[:, k] = (change.flatten(1, 2) @ state.written[:, h]).unflatten(1, change.shape[1:3])
-        return x.add_(state.out[:, None])
+        change = left * right.mT if left.shape[-1] == 1 else left @ right.mT  # (B, k, queries, T)
+        change = self.attend(rows, change.add_(state.scores[:, head])).sub_(state.weights[:, head])
+        return (change @ state.written[:, head]).add_(state.out[:, None])
 
 
 @dataclass(frozen=True, eq=False)
 class Values(Kind[AttentionState]):
-    """Components of the values, moved where their head has mixed them."""
+    """Components of the values, moved where their head has mixed them. A row reads what its head mixes."""
 
     stage: Attention = field(kw_only=True)
 
     def changes(self, rows: Rows, state: AttentionState, name: str, m: Moves) -> tuple[Tensor, ...]:
-        if name == "value":  # a row reads what its head mixes
-            m = m._replace(j=self.stage.head_of(m.i) * self.n + m.j)
-        return super().changes(rows, state, name, m)
+        if name != "value":
+            return super().changes(rows, state, name, m)
+        read = state.reads[name][:, self.stage.head_of(m.i), :, m.j]  # (k, B, queries)
+        return m.i, read.transpose(0, 1) * m.step[:, None]
 
-    def slopes(self, u: Nodes[AttentionState], name: str, credit: Tensor) -> Slopes:
-        if name == "value_bias":
-            return super().slopes(u, name, credit)
-        by_head = u.state.reads["value"].unflatten(1, (-1, self.n))  # (B, H, d, queries)
-        read = by_head[:, self.stage.head_of(u.i)]
-        return self.places(u.i, self.n), torch.einsum("bkt,bkft->kf", credit, read).flatten()
+    def slope(self, u: Nodes[AttentionState], credit: Tensor, name: str) -> Tensor:
+        if name != "value":
+            return super().slope(u, credit, name)
+        read = u.state.reads[name][:, self.stage.head_of(u.i)]  # (B, k, queries, d)
+        return torch.einsum("bkt,bktf->kf", credit, read)
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,36 +267,36 @@ class Scores(Kind[AttentionState]):
         else:
             moved, other, steps = self.stage.scale * moved, state.turned_key, at
         if self.stage.rotary:  # the moved component turns into itself and its partner in the pair
-            frequency = frequencies(size)[i % size // 2]
+            frequency = frequencies(size, i.device)[i % size // 2]
             angle = steps[..., None, :] * frequency[:, None]  # (k, tokens) or (B, k, tokens)
             sign = 1 - 2 * (i % 2)[:, None]
             moved = torch.stack([moved * angle.cos(), moved * angle.sin() * sign], -1)
-            other = torch.stack([other[:, i], other[:, i ^ 1]], -1)
+            other = torch.stack([other[..., i].mT, other[..., i ^ 1].mT], -1)
         else:
-            moved, other = moved[..., None], other[:, i, :, None]
+            moved, other = moved[..., None], other[..., i].mT[..., None]
+        moved, other = moved.to(state.out), other.to(state.out)
         return (i, other, moved) if name == "key" else (i, moved, other)
 
     def enter_nodes(self, u: Nodes[AttentionState]) -> Tensor:
-        query, key = u.signs
-        return self.stage.enter_scores(u.rows, u.state, u.i, (query * u.step[:, None])[..., None], key[..., None])
+        return self.stage.enter_scores(u.rows, u.state, u.i, u.change[..., None], u.key_signs[..., None])
 
-    def slopes(self, u: Nodes[AttentionState], name: str, credit: Tensor) -> Slopes:
-        stage, state, (queries, keys) = self.stage, u.state, self.stage.positions(u.rows)
-        heads, of = stage.head_of(u.i).unique(return_inverse=True)  # (h,)
-        weights = state.weights[:, heads]  # (B, h, queries, T)
-        pairs = torch.zeros_like(weights).index_add_(1, of, credit[..., None] * u.signs[1][:, :, None])
+    def slopes(self, u: Nodes[AttentionState], credit: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+        """Of the weights of all heads; those of heads of which no node was moved are 0."""
+        stage, weights, (queries, keys) = self.stage, u.state.weights, self.stage.positions(u.rows)
+        moved = credit[..., None] * u.key_signs[:, :, None]  # (B, k, queries, T)
+        pairs = torch.zeros_like(weights).index_add_(1, stage.head_of(u.i), moved)  # (B, H, queries, T)
         pairs *= shares(weights.square())
         pairs -= weights * pairs.sum(-1, keepdim=True)  # softmax sees no shift: a query's slopes sum to 0
-        if name == "key":
-            at, other = keys, pairs.mT @ stage.heads(state.turned_query.mT)[:, heads]
-        else:
-            at, other = queries, pairs @ stage.heads(state.turned_key.mT)[:, heads] * stage.scale
-        other = stage.turn(other, -at)  # (B, h, tokens, d/H), as it was before the query or key was turned
-        i = self.places(heads, stage.head_size)
-        if name == "query_bias":
-            return i, other.sum((0, 2)).flatten()
-        return self.places(i, self.n), torch.einsum("bhti,bft->hif", other, state.reads[name]).flatten()
+        # as queries and keys were before they were turned, (B, H, tokens, d/H) -> (B, tokens, d)
+        key = stage.turn(pairs.mT @ stage.heads(u.state.turned_query), -keys).transpose(-2, -3).flatten(-2)
+        query = stage.turn(pairs @ stage.heads(u.state.turned_key), -queries).transpose(-2, -3).flatten(-2)
+        query *= stage.scale
+        found = {
+            "key": torch.einsum("bti,btf->if", key, u.state.reads["key"]),
+            "query": torch.einsum("bti,btf->if", query, u.state.reads["query"]),
+            "query_bias": query.sum((0, 1)),
+        }
+        return {name: found[name] for name in names}
 
-    def samples(self, i: Tensor) -> Tensor:
-        heads = self.stage.head_of(i)
-        return heads.bincount(minlength=self.stage.n_heads)[heads]
+    def add(self, slopes: Tensor, i: Tensor, found: Tensor) -> None:
+        slopes += found

@@ -5,7 +5,7 @@ tensor is stacked. What lies before it is computed once for all of them, and eve
 
     polls = GenericPolls(module, Coordinates(module.parameters()), loss)
     closure = polls.on(batch)  # cheap: once per step
-    closure(), closure.poll(coordinates, steps), closure.trial(coordinates, changes, scales)
+    closure(), closure.poll(coordinates, steps), closure.trial(changes, scales)
 """
 
 import warnings
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from polls.shared import WILD, Incumbent, check_block, check_scales, within_rounding
+from polls.shared import WILD, Incumbent, check_block, check_trial, within_rounding
 from search.closure import OneByOne, forward_only
 from search.coordinates import Coordinates
 
@@ -152,13 +152,12 @@ class GenericClosure:
                 losses.append(float(self._loss({self.polls.names[id(p)]: moved})))
         return torch.tensor(losses, dtype=torch.float64)
 
-    def trial(self, coordinates: Tensor, changes: Tensor, scales: Tensor) -> Tensor:
-        """Losses (S,) of the combinations weight[coordinates] + scales[s] * changes; both (M,), scales (S,)."""
-        check_block(self.coordinates, coordinates, changes)
-        check_scales(scales)
-        names, spread = self.polls.names, self.coordinates.spread(coordinates, changes)
+    def trial(self, changes: Tensor, scales: Tensor) -> Tensor:
+        """Losses (S,) of the weights with scales[s] * changes added; changes (n,), of all coordinates, scales (S,)."""
+        check_trial(self.coordinates, changes, scales)
+        parts = [(self.polls.names[id(p)], p, part) for p, part in self.coordinates.with_parts(changes)]
         with forward_only(self.module):  # a few: not worth vmap's own cost
-            moved = ({names[id(p)]: p + (scale * part).to(p) for p, part in spread} for scale in scales.split(1))
+            moved = ({name: p + (scale * part).to(p) for name, p, part in parts} for scale in scales.tolist())
             return torch.tensor([float(self._loss(tensors)) for tensors in moved], dtype=torch.float64)
 
     def _loss(self, tensors: dict[str, Tensor]) -> Tensor:

@@ -5,10 +5,11 @@ step moves its node by the step times what it reads, so a single weight enters a
 weights of a node follow from what the node is worth (`polls/nodes.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +42,6 @@ class Rank1:
 
 
 Entry = Rank1 | Tensor  # what candidates do behind the stage they enter: a rank-1 change of the stream, or their stream
-Slopes = tuple[Tensor, Tensor]  # places in a tensor, flattened, and the slopes there, (m,) each
 S = TypeVar("S", bound=State)  # what the incumbent computes at a stage
 
 
@@ -52,9 +52,6 @@ class Moves(NamedTuple):
     j: Tensor
     step: Tensor
 
-    def of(self, some: slice) -> "Moves":
-        return Moves(self.i[some], self.j[some], self.step[some])
-
 
 @dataclass(frozen=True, slots=True)
 class Nodes(Generic[S]):
@@ -63,19 +60,15 @@ class Nodes(Generic[S]):
     Attributes:
         state: what the incumbent computes on the rows at their stage.
         i: (k,) which of the kind.
-        step: (k,) by how much each is moved.
-        signs: (B, k, tokens) each; behind the last attention, the tokens are the scored ones.
-        samples: (k,) how many of the nodes of this step sample the slopes of the same weights.
-        reach: (B, S, T) how much a scored token counts for each token; None if each counts for itself alone.
+        change: (B, k, tokens) by how much they move; behind the last attention, the tokens are the scored ones.
+        key_signs: (B, k, T) of the keys, where the nodes are scores of pairs of a query and a key.
     """
 
     rows: Rows
     state: S
     i: Tensor
-    step: Tensor
-    signs: tuple[Tensor, ...]
-    samples: Tensor
-    reach: Tensor | None
+    change: Tensor
+    key_signs: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +81,7 @@ class Kind(Generic[S]):
         enter: (rows, state, nodes (k,), changes (B, k, tokens)) -> what the changed nodes do behind their stage.
         rank1: whether that is a `Rank1`, which spares the next stage most of its work.
         at_queries: whether they sit behind the mixing of an attention, where only its queries are needed.
-        n_signs: how many signs a node has at each token.
+        shared: how many nodes in a row sample the slopes of the same weights.
     """
 
     n: int
@@ -96,7 +89,7 @@ class Kind(Generic[S]):
     enter: Callable[..., Entry]
     rank1: bool = True
     at_queries: bool = False
-    n_signs: int = 1
+    shared: int = 1
 
     def enter_weights(self, rows: Rows, state: S, moves: dict[str, Moves]) -> Entry:
         """What candidates do that move single weights, given by the names of their tensors."""
@@ -105,26 +98,36 @@ class Kind(Generic[S]):
 
     def changes(self, rows: Rows, state: S, name: str, m: Moves) -> tuple[Tensor, ...]:
         """Of moves of a tensor: the nodes (k,), and by how much they change, (B, k, tokens)."""
-        return m.i, state.reads[name][:, m.i if name == "gain" else m.j] * m.step[:, None]
+        return m.i, state.reads[name][..., m.i if name == "gain" else m.j].mT * m.step[:, None]
 
     def enter_nodes(self, u: Nodes[S]) -> Entry:
         """What the moved nodes do behind their stage."""
-        return self.enter(u.rows, u.state, u.i, u.signs[0] * u.step[:, None])
+        return self.enter(u.rows, u.state, u.i, u.change)
 
-    def slopes(self, u: Nodes[S], name: str, credit: Tensor) -> Slopes:
-        """Of the nodes' weights in a tensor, from the credit (B, k, tokens): what a node is worth at a token."""
-        read = u.state.reads[name].to(credit)
-        if name == "gain" or name.endswith("bias"):
-            return u.i, (credit * (read[:, u.i] if name == "gain" else read)).sum((0, 2))
-        return self.places(u.i, read.shape[1]), torch.einsum("bkt,bft->kf", credit, read).flatten()
+    def slopes(self, u: Nodes[S], credit: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+        """Of the nodes' weights in some tensors, (k,) or (k, columns) each.
 
-    def places(self, i: Tensor, width: int) -> Tensor:
-        """Where the weights of nodes (k,) stand in a flattened matrix, (k width,)."""
-        return (i[:, None] * width + torch.arange(width, device=i.device)).flatten()
+        Args:
+            credit: (B, k, tokens) what the nodes are worth at a token.
+        """
+        return {name: self.slope(u, credit, name) for name in names}
 
-    def samples(self, i: Tensor) -> Tensor:
-        """(k,) how many of the nodes (k,) sample the slopes of the same weights."""
-        return torch.ones_like(i)
+    def slope(self, u: Nodes[S], credit: Tensor, name: str) -> Tensor:
+        if name.endswith("bias"):
+            return credit.sum((0, 2))
+        read = u.state.reads[name]
+        if name == "gain":
+            return (credit * read[..., u.i].mT).sum((0, 2))
+        return torch.einsum("bkt,btf->kf", credit, read.to(credit))
+
+    def add(self, slopes: Tensor, i: Tensor, found: Tensor) -> None:
+        """Add the slopes that were found for the weights of nodes i (k,) to those of their tensor."""
+        slopes.index_add_(0, i, found)
+
+    def owners(self, shape: torch.Size) -> np.ndarray:
+        """The first node that samples the slope of each weight of a tensor of this shape."""
+        nodes = np.arange(shape[0]) // self.shared * self.shared
+        return np.broadcast_to(nodes[:, None] if len(shape) == 2 else nodes, shape)
 
 
 class Columns(Kind[S]):
@@ -132,19 +135,21 @@ class Columns(Kind[S]):
 
     def changes(self, rows: Rows, state: S, name: str, m: Moves) -> tuple[Tensor, ...]:
         read = state.reads[name]
-        known = m.i < read.shape[1]  # a position behind the last token is read nowhere
-        return m.j, (read[:, m.i.where(known, 0)] & known[:, None]) * m.step[:, None]
+        known = m.i < read.shape[-1]  # a position behind the last token is read nowhere
+        return m.j, (read[..., m.i.where(known, 0)] * known).mT * m.step[:, None]
 
-    def places(self, i: Tensor, width: int) -> Tensor:
-        return (i[:, None] + torch.arange(width, device=i.device) * self.n).flatten()
+    def add(self, slopes: Tensor, i: Tensor, found: Tensor) -> None:
+        slopes[: found.shape[1]].index_add_(1, i, found.mT)
+
+    def owners(self, shape: torch.Size) -> np.ndarray:
+        return np.broadcast_to(np.arange(shape[1]), shape)
 
 
-def joined(entries: list[Entry]) -> Entry:
-    """One entry for the candidates of several, which are all rank-1."""
+def joined(entries: list[Rank1]) -> Rank1:
+    """One entry for the candidates of several."""
     if len(entries) == 1:
         return entries[0]
-    parts = [entry for entry in entries if isinstance(entry, Rank1)]
-    return Rank1(torch.cat([p.scalar for p in parts], 1), torch.cat([p.direction for p in parts]))
+    return Rank1(torch.cat([entry.scalar for entry in entries], 1), torch.cat([entry.direction for entry in entries]))
 
 
 def shares(squares: Tensor) -> Tensor:

@@ -13,28 +13,20 @@ counts for a token by how much its own token looks at it through the attention o
 Abnar and Zuidema 2020), which trades a little bias for most of the noise.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
+from functools import cached_property, partial
+from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from polls.attention import Attention
-from polls.node_kinds import Kind, Nodes, shares
+from polls.node_kinds import Entry, Nodes, shares
 from polls.rows import Rows
-from polls.structured import StructuredClosure, StructuredPolls
+from polls.structured import NodeGroup, StructuredClosure, StructuredPolls
 from polls.threads import one_thread
 
-
-@dataclass(frozen=True, slots=True)
-class NodeGroup:
-    """The nodes of one kind at one stage: its number, the numbers of their tensors by name, their first node."""
-
-    stage: int
-    kind: Kind
-    parameters: dict[str, int]
-    first: int
+Found = tuple[NodeGroup, int, Tensor, Tensor]  # slopes of nodes of a group in a tensor: its number, nodes, slopes
 
 
 class NodePolls(StructuredPolls):
@@ -45,21 +37,18 @@ class NodePolls(StructuredPolls):
     """
 
     @cached_property
-    def node_groups(self) -> list[NodeGroup]:
-        groups: list[NodeGroup] = []
-        first = 0
-        for s, (stage, numbers) in enumerate(zip(self.stages, self.numbers, strict=True)):
-            for kind in stage.kinds:
-                searched = {name: numbers[name] for name in kind.tensors if name in numbers}
-                if searched:
-                    groups.append(NodeGroup(s, kind, searched, first))
-                    first += kind.n
-        return groups
+    def node_parameter(self) -> Tensor:
+        return torch.tensor([next(iter(g.parameters.values())) for g in self.groups for _ in range(g.kind.n)])
 
     @cached_property
-    def node_parameter(self) -> Tensor:
-        owners = [next(iter(group.parameters.values())) for group in self.node_groups for _ in range(group.kind.n)]
-        return torch.tensor(owners, device=self.model.head.weight.device)
+    def owners(self) -> Tensor:
+        """(n,) of each coordinate, the first node that samples its slope."""
+        of_parameter = [np.empty(0)] * len(self.coordinates.parameters)
+        for group in self.groups:
+            for number in group.parameters.values():
+                shape = self.coordinates.parameters[number].shape
+                of_parameter[number] = group.first + group.kind.owners(shape).reshape(-1)
+        return torch.as_tensor(np.concatenate(of_parameter), device=self.model.head.weight.device)
 
     def on(self, batch: dict[str, Tensor]) -> "NodeClosure":
         """The closure that answers about this batch, {"x": (B, T) tokens, "y": (B, T) classes or IGNORE}."""
@@ -69,10 +58,15 @@ class NodePolls(StructuredPolls):
 class NodeClosure(StructuredClosure):
     """A `StructuredClosure` that also answers `nodes`."""
 
-    def __init__(self, polls: NodePolls, batch: dict[str, Tensor]):
-        super().__init__(polls, batch)
-        self.node_groups, self.node_parameter = polls.node_groups, polls.node_parameter
-        self.n_nodes = len(self.node_parameter)
+    polls: NodePolls
+
+    @property
+    def n_nodes(self) -> int:
+        return self.polls.n_nodes
+
+    @property
+    def node_parameter(self) -> Tensor:
+        return self.polls.node_parameter
 
     @torch.no_grad()
     @one_thread()
@@ -85,47 +79,40 @@ class NodeClosure(StructuredClosure):
             signs: draws which.
 
         Returns:
-            Coordinates (M,), all distinct, and slopes (M,) in float64; none if no token of the batch is scored.
+            Slopes (n,) of all coordinates, and for which of them there is one, (n,): none if no token is scored.
 
         Raises:
             IndexError: a node out of range.
         """
-        low, high = (int(u) for u in nodes.aminmax())
-        if low < 0 or high >= self.n_nodes:
-            raise IndexError(f"node {low if low < 0 else high} is out of range: there are {self.n_nodes}, from 0")
-        nodes, order = nodes.sort()
-        steps = steps[order].to(self.model.head.weight.dtype)
-        firsts = [group.first for group in self.node_groups] + [self.n_nodes]
-        bounds = torch.searchsorted(nodes, torch.tensor(firsts, device=nodes.device)).tolist()
-        slopes = torch.zeros(len(self.coordinates), dtype=torch.float64, device=nodes.device)
-        polled = torch.zeros_like(slopes, dtype=torch.bool)
+        chosen, like = nodes.numpy(), self.model.head.weight
+        wrong = chosen[(chosen < 0) | (chosen >= self.n_nodes)]
+        if len(wrong):
+            raise IndexError(f"node {wrong[0]} is out of range: there are {self.n_nodes}, from 0")
         self()  # brings the caches up to date
+        groups, order = self.polls.groups, chosen.argsort()
+        chosen = chosen[order]
+        bounds = np.searchsorted(chosen, [*(group.first for group in groups), self.n_nodes])
+        of = np.repeat(np.arange(len(groups)), np.diff(bounds))  # (K,) the group of each
+        first, shared = (
+            np.array(column)[of] for column in zip(*((g.first, g.kind.shared) for g in groups), strict=True)
+        )
+        owner = chosen - (chosen - first) % shared
+        sampled = np.zeros(self.n_nodes, dtype=np.int64)
+        np.add.at(sampled, owner, 1)  # how many of the nodes sample the same weights
+        on = partial(torch.as_tensor, device=like.device)
+        i, step, samples = on(chosen - first), steps.to(like)[on(order)], on(sampled[owner])
+        slopes = torch.zeros_like(self.polls.owners, dtype=like.dtype)
+        views = [part for _, part in self.coordinates.with_parts(slopes)]
         for rows in self._known_rows():
-            chunks = self._node_chunks(rows, nodes, steps, bounds, signs)
-            for where, found in (pair for pairs in self.polls.map(self._slopes, chunks) for pair in pairs):
-                slopes.index_add_(0, where, found)
-                polled[where] = True
-        coordinates = polled.nonzero().flatten()
-        return coordinates, slopes[coordinates]
-
-    def _node_chunks(
-        self, rows: Rows, nodes: Tensor, steps: Tensor, bounds: list[int], signs: torch.Generator
-    ) -> list[tuple[NodeGroup, Nodes]]:
-        """Sorted nodes (K,) with their steps (K,) in chunks of a group; the nodes of a group lie between two bounds."""
-        reach_before, chunks = self._reach(rows), []
-        for group, (begin, end) in zip(self.node_groups, pairwise(bounds), strict=True):
-            kind, i, step = group.kind, nodes[begin:end] - group.first, steps[begin:end]
-            reach = reach_before[group.stage + 1] if kind.at_queries else reach_before[group.stage]
-            drawn = torch.randint(2, (kind.n_signs, len(rows.x), len(i), rows.x.shape[1]), generator=signs)
-            own = list(drawn.to(rows.weight) * 2 - 1)  # (B, k, T) each
-            if reach is None:
-                own[0] = rows.scored(own[0][..., None])[..., 0]
-            state, samples = self._state(rows, group.stage), kind.samples(i)
-            size = self.polls.chunk_size(rows, group.stage, kind.rank1)
-            for k in (slice(at, at + size) for at in range(0, len(i), size)):
-                some = Nodes(rows, state, i[k], step[k], tuple(sign[:, k] for sign in own), samples[k], reach)
-                chunks.append((group, some))
-        return chunks
+            drawn = torch.randint(2, (2, len(rows.x), len(i), rows.x.shape[1]), generator=signs, device=signs.device)
+            both = drawn.to(like).mul_(2).sub_(1)  # (2, B, K, T)
+            moves, worth = both[0] * step[:, None], both[0] / (step * samples)[:, None]
+            slopes_of = partial(self._slopes, rows, self._reach(rows), i, moves, worth, both[1])
+            for found in self.polls.map(slopes_of, list(self.polls.chunks(rows, np.diff(bounds)))):
+                for group, number, its, slope in found:
+                    group.kind.add(views[number], its, slope)
+        known = on(sampled > 0)[self.polls.owners] if self.rows else torch.zeros_like(slopes, dtype=torch.bool)
+        return slopes, known
 
     def _reach(self, rows: Rows) -> list[Tensor | None]:
         """How much scored tokens count for each token, (B, S, T), if it is moved before stage 0, 1, ...
@@ -139,22 +126,51 @@ class NodeClosure(StructuredClosure):
             if isinstance(self.stages[s], Attention):
                 looks = self._state(rows, s).weights.square().sum(1)  # (B, queries, T)
                 ties = looks + ties if s == len(self.stages) - 3 else ties @ (looks + own)
-            reach[s] = shares(ties)
+                reach[s] = shares(ties)
+            else:
+                reach[s] = reach[s + 1]
         return reach
 
     @torch.no_grad()
-    def _slopes(self, chunk: tuple[NodeGroup, Nodes]) -> list[tuple[Tensor, Tensor]]:
-        """Coordinates and slopes of the weights of some nodes of a group, tensor by tensor."""
-        (group, nodes), weight = chunk, chunk[1].rows.weight[:, None]  # (B, 1, S)
-        losses = self._behind(nodes.rows, group.stage, group.kind.enter_nodes(nodes))
-        incumbent = self._state(nodes.rows, len(self.stages) - 1).out  # (B, 1, S)
-        change = losses * weight - incumbent * weight  # (B, k, S)
-        if nodes.reach is not None:
-            change = change @ nodes.reach  # (B, k, T)
-        credit = change * nodes.signs[0] / (nodes.step * nodes.samples)[:, None]
-        found = []
-        for name, number in group.parameters.items():
-            places, slopes = group.kind.slopes(nodes, name, credit)
-            start = self.coordinates.ends[number] - self.coordinates.parameters[number].numel()
-            found.append((start + places, slopes.double()))
+    def _slopes(
+        self,
+        rows: Rows,
+        reach_before: list[Tensor | None],
+        i: Tensor,
+        moves: Tensor,
+        worth: Tensor,
+        key_signs: Tensor,
+        chunk: tuple[slice, list[tuple[NodeGroup, slice]]],
+    ) -> list[Found]:
+        """The slopes that a chunk of the nodes gives.
+
+        Args:
+            reach_before: see `_reach`.
+            i: (K,) which of their kinds the nodes are.
+            moves: (B, K, T) by how much they move.
+            worth: (B, K, T) what a change of a loss by 1 says of the slope of the loss in the node, at each token.
+            key_signs: (B, K, T), see `Nodes`.
+            chunk: as of `StructuredPolls.chunks`.
+        """
+        entries: dict[int, list[Entry]] = {}
+        moved = []
+        for group, some in chunk[1]:
+            reach, change = reach_before[group.stage + group.kind.at_queries], moves[:, some]
+            if reach is None:
+                change = rows.scored(change[..., None])[..., 0]
+            nodes = Nodes(rows, self._state(rows, group.stage), i[some], change, key_signs[:, some])
+            entries.setdefault(group.stage, []).append(group.kind.enter_nodes(nodes))
+            moved.append((group, nodes, reach))
+        losses = self._behind(rows, entries)
+        gains = (losses - self._state(rows, len(self.stages) - 1).out) * rows.weight[:, None]  # (B, k, S)
+        found, done = [], 0
+        for _, run in groupby(moved, key=lambda entry: id(entry[2])):
+            alike = list(run)
+            reach, sizes = alike[0][2], [len(nodes.i) for _, nodes, _ in alike]
+            part, factor = gains[:, done : done + sum(sizes)], worth[:, chunk[0]][:, done : done + sum(sizes)]
+            credit = part * rows.scored(factor[..., None])[..., 0] if reach is None else part @ reach * factor
+            for (group, nodes, _), own in zip(alike, credit.split(sizes, 1), strict=True):  # own (B, k, tokens)
+                for name, slopes in group.kind.slopes(nodes, own, group.parameters).items():
+                    found.append((group, group.parameters[name], nodes.i, slopes))
+            done += sum(sizes)
         return found

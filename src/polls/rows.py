@@ -5,7 +5,9 @@ Shapes: B rows, K candidates, T tokens, S scored positions, C classes.
 
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +24,8 @@ class State:
     Attributes:
         out: what the stage writes: the stream (B, T, d), from the last attention on (B, S, d), and behind the head
             the losses of the scored tokens (B, 1, S).
-        reads: (B, columns, tokens) what the weights of a tensor read, by its name, column by column of a matrix; a
-            vector is one column, but for the gain of a norm, of which each number reads a row of its own.
+        reads: (B, tokens, columns) what the weights of a tensor read, by its name, column by column of a matrix; a
+            vector is one column, but for the gain of a norm, of which each number reads a column of its own.
     """
 
     out: Tensor
@@ -43,27 +45,29 @@ class Rows:
         x: (B, T) tokens.
         y: (B, T) classes or IGNORE.
         weight: (B,) of each scored token of a row in the mean loss.
-        dtype: of the weights of the model.
+        like: a weight of the model: its device is that of all tensors, and its dtype.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, weight: Tensor, dtype: torch.dtype):
+    def __init__(self, x: np.ndarray, y: np.ndarray, weight: np.ndarray, like: Tensor):
         scored = y != IGNORE
-        length = max(1, int(scored.any(0).nonzero().max()) + 1)  # nothing behind the last scored token matters
-        self.x, y, scored = x[:, :length], y[:, :length], scored[:, :length]
-        n_scored = int(scored.sum(1).max())
-        steps = torch.arange(length, device=x.device)
+        length = int(scored.any(0).nonzero()[0].max()) + 1  # nothing behind the last scored token matters
+        x, y, scored = x[:, :length], y[:, :length], scored[:, :length]
+        n_scored, steps = int(scored.sum(1).max()), np.arange(length)
         # the scored positions of each row in order; a row with fewer repeats one of its own with weight 0
-        order = torch.where(scored, steps, length).sort(1).values[:, :n_scored]
+        order = np.sort(np.where(scored, steps, length), axis=1)[:, :n_scored]
         real = order < length
-        self.at = order.where(real, order[:, :1])  # (B, S)
-        self.target = y.gather(1, self.at)  # (B, S)
-        self.weight = (weight[:, None] * real).to(dtype)  # (B, S)
-        self.seen = (steps <= steps[:, None]).to(dtype)[None]  # (1, T, T): query t sees the keys 0..t
-        self.seen_by_scored = (steps <= self.at[..., None]).to(dtype)  # (B, S, T)
-        first = int(self.at[0, 0])
-        adjacent = bool((self.at == first + steps[:n_scored]).all())
+        at = np.where(real, order, order[:, :1])  # (B, S)
+        first = int(at[0, 0])
+        adjacent = bool((at == first + steps[:n_scored]).all())
         self.slice = slice(first, first + n_scored) if adjacent else None  # the scored positions, if alike in all rows
+        on = partial(torch.as_tensor, device=like.device)
+        self.x, self.at = on(x), on(at)  # (B, T), (B, S)
+        self.target = on(np.take_along_axis(y, at, 1))  # (B, S)
+        self.weight = on(weight[:, None] * real).to(like.dtype)  # (B, S)
+        self.seen = on(steps <= steps[:, None])[None].to(like.dtype)  # (1, T, T): query t sees the keys 0..t
+        self.seen_by_scored = on(steps <= at[..., None]).to(like.dtype)  # (B, S, T)
         self.states: list[tuple[object, State]] = []  # of each stage: its weights, what the incumbent computes
+        self.wide = False  # whether scores are so large that their softmax needs care
 
     def scored(self, x: Tensor) -> Tensor:
         """Tokens (B, T, ...) or (B, K, T, d) -> only the scored ones, (B, S, ...) or (B, K, S, d)."""
@@ -87,7 +91,7 @@ class Rows:
         return sum(state.bytes() for _, state in self.states)
 
 
-def rows_of(batch: dict[str, Tensor], block_weights: int, dtype: torch.dtype) -> list[Rows]:
+def rows_of(batch: dict[str, Tensor], block_weights: int, like: Tensor) -> list[Rows]:
     """A batch in parts that are evaluated one after the other; none if no token is scored.
 
     Equal rows become one that weighs more. What stands behind the last scored token of a row is dropped.
@@ -95,24 +99,22 @@ def rows_of(batch: dict[str, Tensor], block_weights: int, dtype: torch.dtype) ->
     Args:
         batch: {"x": (B, T) tokens, "y": (B, T) classes or IGNORE}.
         block_weights: of all blocks of the model: a part with so many pays for its overhead the sooner.
-        dtype: of the weights of the model.
+        like: a weight of the model, see `Rows`.
     """
-    x, y = batch["x"], batch["y"]
-    width, positions = x.shape[1], torch.arange(x.shape[1], device=x.device)
-    scored = y != IGNORE
-    last = (scored * (positions + 1)).amax(1)  # (B,) tokens up to the last scored one
-    x = x.masked_fill(positions >= last[:, None], 0)  # the others cannot change a scored one
-    pairs, count = torch.cat([x, y], 1)[last > 0].unique(dim=0, return_counts=True)
-    weight = count.double() / scored.sum()
-    lengths, order = ((pairs[:, width:] != IGNORE) * (positions + 1)).amax(1).sort(stable=True)
-    parts = []
-    for some in order.split(part_sizes(lengths, PART_COST // block_weights + 24)):
-        for chunk in some.chunk(math.ceil(len(some) * width / ROW_TOKENS)):
-            parts.append(Rows(pairs[chunk, :width], pairs[chunk, width:], weight[chunk], dtype))
+    x, y = (batch[name].cpu().numpy() for name in ("x", "y"))
+    width, scored = x.shape[1], y != IGNORE
+    last = (scored * np.arange(1, width + 1)).max(1)  # (B,) tokens up to the last scored one
+    x = np.where(np.arange(width) < last[:, None], x, 0)  # the others cannot change a scored one
+    pairs, count = np.unique(np.concatenate([x, y], 1)[last > 0], axis=0, return_counts=True)
+    lengths = ((pairs[:, width:] != IGNORE) * np.arange(1, width + 1)).max(1, initial=0)
+    order, parts = lengths.argsort(kind="stable"), []
+    for some in np.split(order, np.cumsum(part_sizes(lengths[order], PART_COST // block_weights + 24))[:-1]):
+        for chunk in np.array_split(some, math.ceil(len(some) * width / ROW_TOKENS)) if len(some) else ():
+            parts.append(Rows(pairs[chunk, :width], pairs[chunk, width:], count[chunk] / scored.sum(), like))
     return parts
 
 
-def part_sizes(lengths: Tensor, overhead: float) -> list[int]:
+def part_sizes(lengths: np.ndarray, overhead: float) -> list[int]:
     """How to part rows by length, so that short ones are not filled up to the longest: the cheapest way there is.
 
     A part costs its rows times the longest of them, and an overhead. Rows of one length stay together.
@@ -121,8 +123,8 @@ def part_sizes(lengths: Tensor, overhead: float) -> list[int]:
         lengths: (B,) of the rows in tokens, in ascending order.
         overhead: of a part, in tokens.
     """
-    values, counts = lengths.unique_consecutive(return_counts=True)
-    ends = [0, *counts.cumsum(0).tolist()]
+    values, counts = np.unique(lengths, return_counts=True)
+    ends = [0, *np.cumsum(counts).tolist()]
     # of the best way to part the rows of the first j lengths: what it costs, and with which length its last part begins
     cost, begin = [0.0], [0]
     for j, length in enumerate(values.tolist(), start=1):

@@ -53,13 +53,15 @@ def check_block(coordinates: Coordinates, asked: Tensor, steps: Tensor) -> None:
         raise ValueError(f"coordinates {tuple(asked.shape)} and steps {tuple(steps.shape)} must both be (K,)")
     if not len(asked):
         raise ValueError("an empty block: ask for at least one candidate")
-    low, high = int(asked.min()), int(asked.max())
-    if low < 0 or high >= len(coordinates):
-        wrong = low if low < 0 else high
-        raise IndexError(f"coordinate {wrong} is out of range: there are {len(coordinates)}, numbered from 0")
+    flat = asked.cpu().numpy()
+    wrong = flat[(flat < 0) | (flat >= len(coordinates))]
+    if len(wrong):
+        raise IndexError(f"coordinate {wrong[0]} is out of range: there are {len(coordinates)}, numbered from 0")
 
 
-def check_scales(scales: Tensor) -> None:
-    """Raise a ValueError unless scales are (S,) with S > 0."""
+def check_trial(coordinates: Coordinates, changes: Tensor, scales: Tensor) -> None:
+    """Raise a ValueError unless changes are (n,), of all coordinates, and scales (S,) with S > 0."""
+    if changes.shape != (len(coordinates),):
+        raise ValueError(f"changes {tuple(changes.shape)} must be ({len(coordinates)},), one for each coordinate")
     if scales.ndim != 1 or not len(scales):
         raise ValueError(f"scales {tuple(scales.shape)} must be (S,) with at least one step length")

@@ -10,7 +10,7 @@ Shapes: B rows of the batch, K candidates, T tokens, S scored positions, H heads
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Generic, TypeVar
 
 import torch
@@ -44,13 +44,11 @@ class Stage(ABC, Generic[W, S]):
         tensors: its parameters by their names within the stage.
 
     Attributes:
-        kinds: of its nodes, in the order in which nodes are numbered.
-        together: the same kinds; single weights of those in a group are evaluated together.
+        kinds: of its nodes, in the order in which nodes are numbered: those of rank 1 last.
         w: the parameters as the computations read them; `refresh` replaces them when a tensor changed.
     """
 
     kinds: tuple[Kind[S], ...]
-    together: tuple[tuple[Kind[S], ...], ...]
     w: W
 
     def __init__(self, tensors: dict[str, Tensor]):
@@ -72,15 +70,21 @@ class Stage(ABC, Generic[W, S]):
         """Nodes (k,) that change by (B, k, tokens) add as much of their directions."""
         return Rank1(change, self.w.directions[matrix][i])
 
+    @property
+    def size(self) -> int:
+        """Weights of its matrices."""
+        return sum(p.numel() for p in self.tensors.values() if p.ndim == 2)
+
     @abstractmethod
     def fold(self, t: dict[str, Tensor]) -> W:
-        """The parameters t, by name, as the computations read them."""
+        """The parameters t, by name, as the computations read them; K of each, (K, ...), give K of what is read."""
 
     @abstractmethod
     def forward(self, w: W, rows: Rows, x: Tensor) -> Tensor:
-        """What the stage writes for K candidates, with weights w (`trial` moves them): x and result (B, K, T, d).
+        """What the stage writes for K candidates: x and result (B, K, T, d).
 
-        The embedding reads the tokens (B, T) as x. The head gives the losses of the tokens, (B, K, S).
+        All have the same weights w, or each has its own (K, ...), as in a trial. The embedding reads the tokens
+        (B, T) as x. The head gives the losses of the tokens, (B, K, S).
         """
 
     @abstractmethod
@@ -109,24 +113,23 @@ class Embedding(Stage[EmbeddingWeights, State]):
         super().__init__(tensors)
         d_model = model.token_embedding.embedding_dim
         self.kinds = (Columns(d_model, ("token", "position"), partial(self.write, "token")),)
-        self.together = (self.kinds,)
 
     def fold(self, t: dict[str, Tensor]) -> EmbeddingWeights:
-        token, position = centred(t["token"], 1), t.get("position", self.sinusoids)
+        token, position = centred(t["token"], -1), t.get("position", self.sinusoids)
         if position is not None:
-            position = centred(position.to(token), 1)
-        return EmbeddingWeights(token=token, position=position, directions={"token": unit_vectors(token[0])})
+            position = centred(position.to(token), -1)
+        return EmbeddingWeights(token=token, position=position, directions={"token": unit_vectors(token)})
 
     def forward(self, w: EmbeddingWeights, rows: Rows, x: Tensor) -> Tensor:
-        """Tokens (B, T) -> (B, 1, T, d)."""
-        stream = w.token[x]
+        """Tokens (B, T) -> (B, K, T, d)."""
+        stream = w.token[..., x, :]  # (B, T, d) or (K, B, T, d)
         if w.position is not None:
-            stream = stream + w.position[: x.shape[1]]
-        return stream[:, None]
+            stream = stream + w.position[..., None, : x.shape[1], :]
+        return stream.transpose(0, 1) if stream.ndim == 4 else stream[:, None]
 
     def incumbent(self, rows: Rows, x: Tensor) -> State:
-        (n_rows, length), (n_tokens, _) = x.shape, self.w.token.shape
-        is_token = x[:, None] == torch.arange(n_tokens, device=x.device)[:, None]  # (B, V, T)
+        (n_rows, length), n_tokens = x.shape, len(self.w.token)
+        is_token = x[..., None] == torch.arange(n_tokens, device=x.device)  # (B, T, V)
         is_position = torch.eye(length, dtype=torch.bool, device=x.device).expand(n_rows, -1, -1)  # (B, T, T)
         return State(self.forward(self.w, rows, x)[:, 0], {"token": is_token, "position": is_position})
 
@@ -144,7 +147,6 @@ class FeedForwardWeights(Weights):
 class FeedForwardState(State):
     x: Tensor  # (B, T, d)
     u: Tensor  # (B, T, F), before the activation
-    before: Tensor  # (B, F, T), u by column
     raw: Tensor  # (B, T, F), u before the norm divides and the bias is added
 
 
@@ -159,19 +161,19 @@ class FeedForward(Stage[FeedForwardWeights, FeedForwardState]):
         outer = Kind[FeedForwardState](d_model, ("outer", "outer_bias"), partial(self.write, "outer"))
         hidden = Kind[FeedForwardState](d_ff, ("inner", "inner_bias"), self.enter_hidden)
         normed = Kind[FeedForwardState](d_model, ("gain", "bias"), self.enter_norm, rank1=False)
-        self.kinds, self.together = (normed, hidden, outer), ((outer, hidden), (normed,))
+        self.kinds = (normed, hidden, outer)
 
     def fold(self, t: dict[str, Tensor]) -> FeedForwardWeights:
-        outer = centred(t["outer"], 0)
+        inner, outer = t["inner"], centred(t["outer"], -2)
         return FeedForwardWeights(
-            inner=t["inner"] * t["gain"], inner_bias=t["inner"] @ t["bias"] + t["inner_bias"],
-            outer=outer, outer_bias=centred(t["outer_bias"], 0), columns=t["inner"].T,
-            directions={"outer": unit_vectors(outer[:, 0]), "inner": outer.T.contiguous()},
+            inner=inner * t["gain"][..., None, :], inner_bias=times(inner, t["bias"]) + t["inner_bias"],
+            outer=outer, outer_bias=centred(t["outer_bias"], -1), columns=inner.mT,
+            directions={"outer": unit_vectors(outer.mT), "inner": outer.mT},
         )  # fmt: skip
 
     def forward(self, w: FeedForwardWeights, rows: Rows, x: Tensor) -> Tensor:
-        hidden = F.linear(norm(x), w.inner, w.inner_bias).relu_()
-        return F.linear(hidden, w.outer, w.outer_bias).add_(x)
+        hidden = linear(norm(x), w.inner, w.inner_bias).relu_()
+        return linear(hidden, w.outer, w.outer_bias).add_(x)
 
     def forward_rank1(self, rows: Rows, state: FeedForwardState, entry: Rank1) -> Tensor:
         """The inner matrix is linear, so it acts on the incumbent and on the direction, once each."""
@@ -181,18 +183,17 @@ class FeedForward(Stage[FeedForwardWeights, FeedForwardState]):
         return F.linear(hidden, w.outer, w.outer_bias).add_(state.x[:, None]).addcmul_(s, v)
 
     def incumbent(self, rows: Rows, x: Tensor) -> FeedForwardState:
-        w, n = self.w, norm(x)
+        w, n, raw = self.w, norm(x), x @ self.w.inner.mT
         u = F.linear(n, w.inner, w.inner_bias)
         hidden, one, inputs = u.relu(), one_for(n), self.inputs(n)
-        reads = {"gain": n, "bias": one, "inner": inputs, "inner_bias": one, "outer": hidden, "outer_bias": one}
         return FeedForwardState(
-            out=F.linear(hidden, w.outer, w.outer_bias) + x, reads=by_columns(reads),
-            x=x, u=u, before=by_column(u), raw=x @ w.inner.T,
+            out=F.linear(hidden, w.outer, w.outer_bias).add_(x), x=x, u=u, raw=raw,
+            reads={"gain": n, "bias": one, "inner": inputs, "inner_bias": one, "outer": hidden, "outer_bias": one},
         )  # fmt: skip
 
     def enter_hidden(self, rows: Rows, state: FeedForwardState, i: Tensor, change: Tensor) -> Rank1:
         """Hidden nodes (k,) whose input changes by (B, k, T)."""
-        change = (state.before[:, i] + change).relu_() - state.reads["outer"][:, i]
+        change = (state.u[..., i].mT + change).relu_() - state.reads["outer"][..., i].mT
         return self.write("inner", rows, state, i, change)
 
     def enter_norm(self, rows: Rows, state: FeedForwardState, i: Tensor, change: Tensor) -> Tensor:
@@ -223,18 +224,19 @@ class Head(Stage[HeadWeights, HeadState]):
         normed = Kind[HeadState](head.in_features, ("gain", "bias"), partial(self.write, "normed"))
         classes = Kind[HeadState](head.out_features, ("head", "head_bias"), partial(self.write, "head"))
         self.kinds = (normed, classes)
-        self.together = (self.kinds,)
 
     def fold(self, t: dict[str, Tensor]) -> HeadWeights:
         head = t["head"]
-        classes = torch.eye(len(head), dtype=head.dtype, device=head.device)
+        classes = torch.eye(head.shape[-2], dtype=head.dtype, device=head.device)
         return HeadWeights(
-            head=head * t["gain"], head_bias=head @ t["bias"] + t["head_bias"],
-            directions={"head": classes, "normed": head.T.contiguous()},
+            head=head * t["gain"][..., None, :], head_bias=times(head, t["bias"]) + t["head_bias"],
+            directions={"head": classes, "normed": head.mT},
         )  # fmt: skip
 
     def forward(self, w: HeadWeights, rows: Rows, x: Tensor) -> Tensor:
         """Streams (B, K, S, d) -> losses of the tokens (B, K, S)."""
+        if w.head.ndim == 3:
+            return rows.token_losses(linear(norm(x), w.head, w.head_bias).movedim(-1, 0))
         logits = w.head @ norm(x).flatten(0, -2).T  # (C, B K S)
         return rows.token_losses(logits.add_(w.head_bias[:, None]).unflatten(1, x.shape[:-1]))
 
@@ -242,19 +244,21 @@ class Head(Stage[HeadWeights, HeadState]):
         w, n = self.w, norm(x)
         logits = (w.head @ n.flatten(0, -2).T + w.head_bias[:, None]).unflatten(1, x.shape[:-1])
         raw = (w.head @ x.flatten(0, -2).T).unflatten(1, x.shape[:-1])
-        reads = {"gain": n, "bias": one_for(n), "head": self.inputs(n), "head_bias": one_for(n)}
-        out = rows.token_losses(logits[:, :, None])
-        return HeadState(out=out, reads=by_columns(reads), x=x, logits=logits, raw=raw)
+        one = one_for(n)
+        return HeadState(
+            out=rows.token_losses(logits[:, :, None]), x=x, logits=logits, raw=raw,
+            reads={"gain": n, "bias": one, "head": self.inputs(n), "head_bias": one},
+        )  # fmt: skip
 
     def changed_losses(self, rows: Rows, state: HeadState, change: Rank1) -> Tensor:
         """Losses of the tokens (B, K, S) for candidates that enter into the logits."""
-        logits = state.logits[:, :, None] + change.scalar * change.direction.T[:, None, :, None]  # (C, B, K, S)
-        return rows.token_losses(logits)
+        logits = torch.addcmul(state.logits[:, :, None], change.scalar, change.direction.T[:, None, :, None])
+        return rows.token_losses(logits)  # of (C, B, K, S)
 
     def forward_rank1(self, rows: Rows, state: HeadState, entry: Rank1) -> Tensor:
         """Losses of the tokens (B, K, S) from C numbers per token instead of d."""
         w, s = self.w, entry.scalar
-        logits = state.raw[:, :, None] + s * (w.head @ entry.direction.T)[:, None, :, None]  # (C, B, K, S)
+        logits = torch.addcmul(state.raw[:, :, None], s, (w.head @ entry.direction.T)[:, None, :, None])  # (C, B, K, S)
         return rows.token_losses(logits.mul_(entry.scale(state.x)).add_(w.head_bias[:, None, None, None]))
 
 
@@ -268,19 +272,28 @@ def centred(x: Tensor, dim: int) -> Tensor:
 
 
 def unit_vectors(x: Tensor) -> Tensor:
-    """The centred unit vectors (d, d) of a stream whose vectors are like x (d,)."""
-    return centred(torch.eye(len(x), dtype=x.dtype, device=x.device), 1)
+    """The centred unit vectors (d, d) of a stream whose vectors are like x (..., d)."""
+    return centred_identity(x.shape[-1], x.dtype, x.device)
 
 
-def by_column(x: Tensor) -> Tensor:
-    """(B, T, columns) -> (B, columns, T), so that what one weight reads lies together."""
-    return x.mT.contiguous()
-
-
-def by_columns(reads: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: by_column(x) for name, x in reads.items()}
+@lru_cache(maxsize=4)
+def centred_identity(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return centred(torch.eye(d, dtype=dtype, device=device), 1)
 
 
 def one_for(x: Tensor) -> Tensor:
     """A column of ones (..., 1): what a bias reads."""
     return torch.ones_like(x[..., :1])
+
+
+def times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """(m, n) or K of them times (n,) or K of them -> (m,) or (K, m)."""
+    return (matrix @ vector[..., None])[..., 0]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(B, K, T, n) -> (B, K, T, m) by one weight (m, n) for all K, or (K, m, n)."""
+    if weight.ndim == 2:
+        return F.linear(x, weight, bias)
+    y = torch.baddbmm(bias[:, None], x.transpose(0, 1).flatten(1, 2), weight.mT)  # (K, B T, m)
+    return y.unflatten(1, (len(x), -1)).transpose(0, 1)

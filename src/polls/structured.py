@@ -17,47 +17,47 @@ rank-1 term in front of the next activation; final norm and head change the logi
 stand in `polls/stages.py` and `polls/attention.py`.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from polls.attention import Attention
+from polls.attention import WIDE, Attention, AttentionState
 from polls.generic import GenericPolls
 from polls.node_kinds import Entry, Kind, Moves, Rank1, joined
 from polls.rows import Rows, rows_of
-from polls.shared import WILD, Incumbent, check_block, check_scales
+from polls.shared import WILD, Incumbent, check_block, check_trial
 from polls.stages import Embedding, FeedForward, Head, Stage
 from polls.threads import one_thread
 from search.coordinates import Coordinates
 from transformer import Block, DecoderOnlyTransformer
 
-CHUNK_TOKENS = 4096  # tokens of all candidates at a time: large enough to hide the cost of calling an operator
+CHUNK_TOKENS = 2**15  # tokens of candidates that take the whole way through the model; see `NodeGroup`
+TRIAL_WEIGHTS = 2**24  # moved weights of a trial at a time
 CACHE_BYTES = 2**28  # what may be remembered of the incumbent; rows beyond are computed anew in every call
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """Candidates that are evaluated together."""
+class NodeGroup:
+    """The nodes of one kind at one stage, and the tensors of their weights that are searched.
 
-    stage: int  # its number
-    kinds: tuple[Kind, ...]  # of their nodes
-    names: list[str]  # of the tensors that are searched
-    first: int  # place of the first of them among those of all groups in turn
+    Attributes:
+        stage: its number.
+        parameters: numbers of the tensors, by their names within the stage.
+        first: number of its first node.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Candidates of a group that are evaluated at a time."""
-
-    rows: Rows
-    group: Group
-    moves: dict[str, Moves]  # by the name of the tensor
-    some: slice  # of the sorted candidates
+    stage: int
+    kind: Kind
+    parameters: dict[str, int]
+    first: int
 
 
 class StructuredPolls:
@@ -92,21 +92,20 @@ class StructuredPolls:
             for block in blocks:
                 self.stages += [Attention(block, last=block is blocks[-1]), FeedForward(block)]
             self.stages.append(self.head)
-        self.d_ff = blocks[-1].ff.inner.out_features
         self.map: Callable[..., Iterator[Any]] = map
         if threads > 1:
             self.map = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)).map
         number = {id(p): i for i, p in enumerate(coordinates.parameters)}
-        # of each stage: the numbers of the tensors that are searched, by name
-        self.numbers = [{n: number[id(p)] for n, p in s.tensors.items() if id(p) in number} for s in self.stages]
-        self.groups: list[Group] = []
-        searched: list[int] = []  # the numbers of the tensors of all groups in turn
-        for s, (stage, numbers) in enumerate(zip(self.stages, self.numbers, strict=True)):
-            for kinds in stage.together:
-                names = [name for kind in kinds for name in kind.tensors if name in numbers]
-                self.groups.append(Group(s, kinds, names, len(searched)))
-                searched += [numbers[name] for name in names]
-        self.rank = torch.tensor(searched, device=model.head.weight.device).argsort()  # of each tensor among `searched`
+        self.groups: list[NodeGroup] = []
+        self.n_nodes = 0
+        for s, stage in enumerate(self.stages):
+            for kind in stage.kinds:
+                ids = {name: id(stage.tensors[name]) for name in kind.tensors if name in stage.tensors}
+                if searched := {name: number[i] for name, i in ids.items() if i in number}:
+                    self.groups.append(NodeGroup(s, kind, searched, self.n_nodes))
+                    self.n_nodes += kind.n
+        rank = {number: r for r, number in enumerate(n for g in self.groups for n in g.parameters.values())}
+        self.rank = np.array([rank[n] for n in range(len(rank))])  # of each tensor in the order of the groups
 
     def on(self, batch: dict[str, Tensor]) -> "StructuredClosure":
         """The closure that answers about this batch, {"x": (B, T) tokens, "y": (B, T) classes or IGNORE}."""
@@ -116,28 +115,26 @@ class StructuredPolls:
         for stage in self.stages:
             stage.refresh()
 
-    def chunk_size(self, rows: Rows, s: int, rank1: bool) -> int:
-        """Candidates at a time that enter at stage s, by the widest activations needed."""
-        first_full = s + 1 if rank1 else s  # the first stage that is computed in full
-        attention, ff, head = range(len(self.stages) - 3, len(self.stages))  # the last ones
-        numbers = self.d_ff * CHUNK_TOKENS
-        if first_full >= head:  # a few numbers for each class of a token, instead of d_ff
-            return max(1, numbers // (4 + self.model.head.out_features) // rows.at.numel())
-        by_scored = first_full >= ff or (first_full == attention and self.model.positions != "rotary")
-        return max(1, CHUNK_TOKENS // (rows.at if by_scored else rows.x).numel())
+    def chunks(self, rows: Rows, counts: np.ndarray) -> Iterator[tuple[slice, list[tuple[NodeGroup, slice]]]]:
+        """Sorted candidates, so many of each group, in chunks that cost alike: each, and the part of each group in it.
 
-    def sort(self, coordinates: Tensor, steps: Tensor) -> tuple[Tensor, list[int], Moves]:
-        """The order (K,) of candidates by group, tensor and coordinate; the bounds of each tensor's; their moves."""
-        parameters, ends = self.coordinates.parameters, self.coordinates.ends
-        owner, device = self.coordinates.owner(coordinates), coordinates.device
-        rank = self.rank[owner]
-        order = (rank * len(self.coordinates) + coordinates).argsort()
-        owner, coordinates = owner[order], coordinates[order]
-        starts = torch.tensor([end - p.numel() for p, end in zip(parameters, ends, strict=True)], device=device)
-        widths = torch.tensor([p.shape[1] if p.ndim == 2 else 1 for p in parameters], device=device)
-        flat, width = coordinates - starts[owner], widths[owner]
-        moves = Moves(flat // width, flat % width, steps[order].to(self.model.head.weight.dtype))
-        return order, [0, *rank.bincount(minlength=len(parameters)).cumsum(0).tolist()], moves
+        A candidate costs its tokens, times the part of the model that is computed for it, and a quarter more, so that
+        a chunk of candidates which enter late does not hold too many.
+        """
+        last = len(self.stages) - 3  # the last attention; behind it only the scored tokens are computed
+        tokens = [rows.x.numel() if s <= last else rows.at.numel() for s in range(len(self.stages))]
+        sizes = [stage.size for stage in self.stages]
+        work = [sum(t * n for t, n in zip(tokens[s:], sizes[s:], strict=True)) for s in range(len(sizes) + 1)]
+        costs = [tokens[g.stage] / 4 + work[g.stage + g.kind.rank1] / sum(sizes) for g in self.groups]
+        done = np.cumsum(np.repeat(costs, counts))
+        n = max(1, math.ceil(done[-1] / CHUNK_TOKENS))
+        cuts = np.searchsorted(done, np.arange(1, n) * done[-1] / n).tolist()
+        bounds = [0, *np.cumsum(counts).tolist()]
+        for begin, end in pairwise([0, *cuts, len(done)]):
+            cut = [min(max(bound, begin), end) for bound in bounds]
+            own = [(g, slice(a, b)) for g, (a, b) in zip(self.groups, pairwise(cut), strict=True) if a < b]
+            if own:
+                yield slice(begin, end), own
 
 
 class StructuredClosure:
@@ -148,7 +145,7 @@ class StructuredClosure:
     incumbent's loss; one whose loss is not finite, or that changes the stream beyond reason, gets the loss of the
     plain forward.
 
-    Memory: at most CACHE_BYTES for the incumbent and CHUNK_TOKENS tokens (or one candidate on one chunk
+    Memory: at most CACHE_BYTES for the incumbent and four times CHUNK_TOKENS tokens (or one candidate on one chunk
     of at most `rows.ROW_TOKENS` tokens) for the candidates, whatever K and B.
 
     Raises:
@@ -159,8 +156,7 @@ class StructuredClosure:
         self.polls, self.model, self.coordinates, self.stages = polls, polls.model, polls.coordinates, polls.stages
         self.incumbent, self.generic = Incumbent(), polls.generic.on(batch)
         weights = sum(p.numel() for p in self.model.blocks.parameters())
-        with torch.no_grad():
-            self.rows = rows_of(batch, weights, self.model.head.weight.dtype)
+        self.rows = rows_of(batch, weights, self.model.head.weight)
 
     @property
     def block(self) -> int:
@@ -186,9 +182,13 @@ class StructuredClosure:
 
         Once CACHE_BYTES are remembered, what further rows hold is forgotten again.
         """
-        kept = 0
+        kept, last = 0, len(self.stages) - 1
         for rows in self.rows:
-            self._state(rows, len(self.stages) - 1)
+            known = rows.states[-1:]
+            self._state(rows, last)
+            if not known or rows.states[last] is not known[0]:
+                scores = [state.scores.abs().amax() for _, state in rows.states if isinstance(state, AttentionState)]
+                rows.wide = bool(torch.stack(scores).amax() > WIDE)
             yield rows
             kept += rows.bytes()
             if kept > CACHE_BYTES:
@@ -201,18 +201,20 @@ class StructuredClosure:
         check_block(self.coordinates, coordinates, steps)
         if not self.rows:
             return self.generic.poll(coordinates, steps)
-        incumbent, (order, bounds, moves) = self(), self.polls.sort(coordinates, steps)
-        losses = torch.zeros(len(order), dtype=torch.float64, device=order.device)
-        reach = torch.zeros_like(moves.step)
+        incumbent, (order, bounds, moves) = self(), self._sorted(coordinates, steps)
+        cuts = [bounds[self.polls.rank[next(iter(g.parameters.values()))]] for g in self.polls.groups]
+        counts = np.diff([*cuts, len(order)])
+        found = torch.zeros(2, len(order), dtype=torch.float64, device=self.model.head.weight.device)
         for rows in self._known_rows():
-            chunks = list(self._chunks(rows, bounds, moves))
-            for chunk, (part, changed) in zip(chunks, self.polls.map(self._losses, chunks), strict=True):
-                losses[chunk.some] += part
-                reach[chunk.some] = reach[chunk.some].maximum(changed)
-        losses, reach = (torch.empty_like(x).scatter_(0, order, x) for x in (losses, reach))
-        losses = torch.where(reach == 0, incumbent, losses)
+            chunks = list(self.polls.chunks(rows, counts))
+            parts = self.polls.map(partial(self._polled, rows, moves, bounds), chunks)
+            for (some, _), (losses, reach) in zip(chunks, parts, strict=True):
+                found[0, some] += losses
+                found[1, some] = found[1, some].maximum(reach)
+        losses, reach = found.cpu()[:, order.argsort()]
+        losses = torch.where(reach == 0, incumbent.cpu(), losses)
         wild = ~((reach < WILD) & (steps.abs() < WILD))  # true for nan
-        wrong = (wild | ~losses.isfinite()).nonzero().flatten()
+        wrong = np.flatnonzero((wild | ~losses.isfinite()).numpy())
         if len(wrong):
             losses[wrong] = self.generic.plain_poll(coordinates[wrong], steps[wrong])
         self.incumbent.polled = losses
@@ -220,73 +222,92 @@ class StructuredClosure:
 
     @torch.no_grad()
     @one_thread()
-    def trial(self, coordinates: Tensor, changes: Tensor, scales: Tensor) -> Tensor:
-        """Losses (S,) of the combinations weight[coordinates] + scales[s] * changes; both (M,), scales (S,)."""
-        check_block(self.coordinates, coordinates, changes)
-        check_scales(scales)
+    def trial(self, changes: Tensor, scales: Tensor) -> Tensor:
+        """Losses (S,) of the weights with scales[s] * changes added; changes (n,), of all coordinates, scales (S,)."""
+        check_trial(self.coordinates, changes, scales)
         if not self.rows:
-            return self.generic.trial(coordinates, changes, scales)
+            return self.generic.trial(changes, scales)
         self.polls.refresh()
-        change = {id(p): part for p, part in self.coordinates.spread(coordinates, changes)}
-        first = min(s for s, stage in enumerate(self.stages) if any(id(p) in change for p in stage.tensors.values()))
+        like, parameters = self.model.head.weight, self.coordinates.parameters
+        searched = {id(p) for p in parameters}
+        first = min(s for s, stage in enumerate(self.stages) if any(id(p) in searched for p in stage.tensors.values()))
         streams = [self._state(rows, first - 1).out[:, None] if first else rows.x for rows in self.rows]
-
-        def loss(scale: Tensor) -> Tensor:
-            with torch.no_grad():  # a thread has its own
-                weights = [stage.w for stage in self.stages]
-                for s, stage in enumerate(self.stages):
-                    moved = {n: p + (scale * change[id(p)]).to(p) for n, p in stage.tensors.items() if id(p) in change}
-                    if moved:
-                        weights[s] = stage.fold(stage.tensors | moved)
-                total = torch.zeros(1, dtype=torch.float64, device=scale.device)
-                for rows, x in zip(self.rows, streams, strict=True):
-                    for stage, w in zip(self.stages[first:], weights[first:], strict=True):
-                        x = stage.forward(w, rows, x)
-                    total += rows.total(x)
-                return total
-
-        losses = torch.cat(list(self.polls.map(loss, scales.split(1))))
-        wrong = (~losses.isfinite()).nonzero().flatten()
+        flat, changes = torch.cat([p.flatten() for p in parameters]), changes.to(like)
+        found = []
+        for some in scales.to(like).split(max(1, TRIAL_WEIGHTS // len(flat))):
+            moved = torch.addcmul(flat, some[:, None], changes).split([p.numel() for p in parameters], 1)
+            own = {id(p): t.view(-1, *p.shape) for p, t in zip(parameters, moved, strict=True)}  # (S, *shape) each
+            weights = []
+            for stage in self.stages[first:]:
+                t = {name: own.get(id(p), p.expand(len(some), *p.shape)) for name, p in stage.tensors.items()}
+                weights.append(stage.fold(t) if any(id(p) in own for p in stage.tensors.values()) else stage.w)
+            total = flat.new_zeros(len(some))
+            for rows, x in zip(self.rows, streams, strict=True):
+                for stage, w in zip(self.stages[first:], weights, strict=True):
+                    x = stage.forward(w, rows, x)
+                total = total + rows.total(x.expand(-1, len(some), -1))
+            found.append(total)
+        losses = torch.cat(found).double().cpu()
+        wrong = np.flatnonzero(~np.isfinite(losses.numpy()))
         if len(wrong):
-            losses[wrong] = self.generic.trial(coordinates, changes, scales[wrong])
+            losses[wrong] = self.generic.trial(changes, scales[wrong])
         return losses
 
-    def _chunks(self, rows: Rows, bounds: list[int], moves: Moves) -> Iterator[Chunk]:
-        """The sorted candidates in chunks of a group; those of a tensor lie between two bounds."""
-        for group in self.polls.groups:
-            own = bounds[group.first : group.first + len(group.names) + 1]
-            size = self.polls.chunk_size(rows, group.stage, group.kinds[0].rank1)
-            for first in range(own[0], own[-1], size):
-                some = slice(first, min(first + size, own[-1]))
-                cut = [min(max(bound, some.start), some.stop) for bound in own]
-                spans = zip(group.names, pairwise(cut), strict=True)
-                yield Chunk(rows, group, {name: moves.of(slice(a, b)) for name, (a, b) in spans if a < b}, some)
+    def _sorted(self, coordinates: Tensor, steps: Tensor) -> tuple[np.ndarray, list[int], Moves]:
+        """The order (K,) of candidates by group, tensor and coordinate; the bounds of each tensor's; their moves."""
+        parameters, like = self.coordinates.parameters, self.model.head.weight
+        flat = coordinates.cpu().numpy()
+        owner = np.searchsorted(self.coordinates.ends, flat, side="right")
+        order = np.lexsort((flat, self.polls.rank[owner]))
+        flat, owner = flat[order], owner[order]
+        starts = np.array([e - p.numel() for p, e in zip(parameters, self.coordinates.ends, strict=True)])
+        widths = np.array([p.shape[1] if p.ndim == 2 else 1 for p in parameters])
+        i, j = np.divmod(flat - starts[owner], widths[owner])
+        bounds = np.searchsorted(self.polls.rank[owner], np.arange(len(parameters) + 1)).tolist()
+        on = partial(torch.as_tensor, device=like.device)
+        return order, bounds, Moves(on(i), on(j), steps.to(like)[on(order)])
 
-    @torch.no_grad()
-    def _losses(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    def _polled(
+        self, rows: Rows, moves: Moves, bounds: list[int], chunk: tuple[slice, list[tuple[NodeGroup, slice]]]
+    ) -> tuple[Tensor, Tensor]:
         """Of the candidates of a chunk: losses (k,), the rows' part, and the largest change (k,) where they enter."""
-        rows, s = chunk.rows, chunk.group.stage
-        state = self._state(rows, s)
-        moves = [({n: m for n, m in chunk.moves.items() if n in kind.tensors}, kind) for kind in chunk.group.kinds]
-        entry = joined([kind.enter_weights(rows, state, some) for some, kind in moves if some])
-        if isinstance(entry, Rank1):
-            reach = entry.scalar.abs().amax((0, 2))
-        else:
-            reach = (entry - state.out[:, None]).abs_().amax((0, 2, 3))
-        return rows.total(self._behind(rows, s, entry)), reach
+        entries: dict[int, list[Entry]] = {}
+        reach = []
+        for group, own in chunk[1]:
+            some: dict[str, Moves] = {}
+            for name, number in group.parameters.items():
+                r = self.polls.rank[number]
+                span = slice(max(own.start, bounds[r]), min(own.stop, bounds[r + 1]))
+                if span.start < span.stop:
+                    some[name] = Moves(*(t[span] for t in moves))
+            state = self._state(rows, group.stage)
+            entry = group.kind.enter_weights(rows, state, some)
+            if isinstance(entry, Rank1):
+                reach.append(entry.scalar.abs().amax((0, 2)))
+            else:
+                reach.append((entry - state.out[:, None]).abs_().amax((0, 2, 3)))
+            entries.setdefault(group.stage, []).append(entry)
+        return rows.total(self._behind(rows, entries)), torch.cat(reach)
 
-    def _behind(self, rows: Rows, s: int, entry: Entry) -> Tensor:
-        """Losses of the tokens (B, K, S) for candidates that enter at stage s."""
-        if isinstance(entry, Rank1):
-            if s == len(self.stages) - 1:
-                return self.polls.head.changed_losses(rows, self._state(rows, s), entry)
-            s += 1
-            x = self.stages[s].forward_rank1(rows, self._state(rows, s), entry)
-        else:
-            x = entry
-        for stage in self.stages[s + 1 :]:
-            x = stage.forward(stage.w, rows, x)
-        return x
+    def _behind(self, rows: Rows, entries: dict[int, list[Entry]]) -> Tensor:
+        """Losses of the tokens (B, K, S) for candidates that enter at several stages, in the order in which they enter.
+
+        At each stage those which came from in front, of full streams and of rank 1, take the same way from then on.
+        """
+        streams: list[Tensor] = []  # behind the stage in front
+        moved: list[Rank1] = []  # what entered there
+        for s in range(min(entries), len(self.stages)):
+            stage, behind = self.stages[s], []
+            if streams:
+                behind.append(stage.forward(stage.w, rows, streams[0] if len(streams) == 1 else torch.cat(streams, 1)))
+            if moved:
+                behind.append(stage.forward_rank1(rows, self._state(rows, s), joined(moved)))
+            own = entries.get(s, [])
+            streams = behind + [entry for entry in own if isinstance(entry, Tensor)]
+            moved = [entry for entry in own if isinstance(entry, Rank1)]
+        if moved:
+            streams.append(self.polls.head.changed_losses(rows, self._state(rows, s), joined(moved)))
+        return torch.cat(streams, 1)
 
     def _state(self, rows: Rows, s: int) -> Any:
         """What the incumbent computes at stage s; computed anew from the first stage whose weights changed."""

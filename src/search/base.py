@@ -158,18 +158,18 @@ class LossOnlyOptimizer(torch.optim.Optimizer, ABC):
         self.saved["steps"] += 1
         return report.loss_after
 
-    def accept(self, loss: float | Tensor, coordinates: Tensor, changes: Tensor) -> None:
-        """Move weights at distinct coordinates (M,) by changes (M,); this, with its loss, is the new incumbent."""
-        self.move(coordinates, changes)
+    def accept(self, loss: float | Tensor, changes: Tensor, coordinates: Tensor | None = None) -> None:
+        """Move weights as `move` does; this, with its loss, is the new incumbent."""
+        self.move(changes, coordinates)
         self.report.loss_after = float(loss)
         self.report.accepted += 1
 
-    def move(self, coordinates: Tensor, changes: Tensor) -> None:
-        """Move weights without a loss that speaks for it; `report.loss_after` stays as it is."""
-        if len(coordinates) == 1:
-            self.coordinates.move_one(int(coordinates), float(changes))
-        else:
-            self.coordinates.move(coordinates, changes)
+    def move(self, changes: Tensor, coordinates: Tensor | None = None) -> None:
+        """Move all weights by changes (n,), or those at distinct coordinates (M,) by (M,), without a loss for it.
+
+        `report.loss_after` stays as it is.
+        """
+        self.coordinates.move(changes, coordinates)
 
     def look_at_limits(self) -> None:
         """Take back that a limit ended the search, if it no longer would: a loaded search has the limits given here."""
@@ -190,13 +190,13 @@ class LossOnlyOptimizer(torch.optim.Optimizer, ABC):
         """Number the weights that may move, over all groups in order; called whenever these have changed."""
         trained = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"] if p.requires_grad]
         self.coordinates = Coordinates(p for _, p in trained)
-        self.group_of = torch.tensor([i for i, _ in trained])  # (P,) of each numbered parameter
+        self.group_of = torch.tensor([i for i, _ in trained], device="cpu")  # (P,) of each numbered parameter
         if not len(self.coordinates):
             raise ValueError("there are no weights to search: all parameters given are empty or frozen")
 
     def by_group(self, parameters: Tensor, option: str) -> Tensor:
         """(K,) numbers of parameters -> (K,) an option of the group of each, in float64."""
-        values = torch.tensor([group[option] for group in self.param_groups], dtype=torch.float64)
+        values = torch.tensor([group[option] for group in self.param_groups], dtype=torch.float64, device="cpu")
         return values[self.group_of[parameters]]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -225,4 +225,4 @@ class LossOnlyOptimizer(torch.optim.Optimizer, ABC):
 
 def seeded(seed: int, number: int) -> torch.Generator:
     """A generator of its own for each number of each seed."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+    return torch.Generator("cpu").manual_seed(seed * 1_000_003 + number)

@@ -129,15 +129,15 @@ class Evaluator:
         self.charge(len(losses))
         return losses
 
-    def trial(self, coordinates: Tensor, changes: Tensor, scales: Tensor) -> Tensor:
-        """Losses (S,) of the combinations weight[coordinates] + scales[s] * changes; both (M,), scales (S,)."""
+    def trial(self, changes: Tensor, scales: Tensor) -> Tensor:
+        """Losses (S,) of the weights with scales[s] * changes added; changes (n,) of all coordinates, scales (S,)."""
         self._allow(len(scales))
-        losses = self.candidates.trial(coordinates, changes, scales)
+        losses = self.candidates.trial(changes, scales)
         self.charge(len(scales))
         return losses
 
     def nodes(self, nodes: Tensor, steps: Tensor, signs: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Coordinates (M,), and samples (M,) of their slopes, of all weights of K nodes; nodes and steps are (K,)."""
+        """Samples (n,) of the slopes of all weights of K nodes, and which these are, (n,); nodes and steps are (K,)."""
         assert isinstance(self.candidates, AnswersNodes)
         self._allow(len(nodes))
         found = self.candidates.nodes(nodes, steps, signs)

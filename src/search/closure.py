@@ -6,13 +6,16 @@ also answer for many candidates in one call, without the optimizer moving a weig
 
     poll(coordinates (K,), steps (K,)) -> losses (K,)
         candidate k moves one coordinate: weight[coordinates[k]] + steps[k]
-    trial(coordinates (M,), changes (M,), scales (S,)) -> losses (S,)
-        candidate s moves many distinct coordinates at once: weight[coordinates] + scales[s] * changes
+    trial(changes (n,), scales (S,)) -> losses (S,)
+        candidate s moves all n coordinates at once: weights + scales[s] * changes
 
 A third question is answered for models whose tokens have losses of their own (`polls/nodes.py`):
 
-    nodes(nodes (K,), steps (K,), signs) -> coordinates (M,), slopes (M,)
-        samples of the slopes of all weights of K of the model's `n_nodes` nodes, for K evaluations
+    nodes(nodes (K,), steps (K,), signs) -> slopes (n,), known (n,)
+        samples of the slopes of all weights of K of the model's `n_nodes` nodes, for K evaluations; and which those are
+
+Which candidates there are is decided on the host: coordinates, nodes, scales and losses are tensors of the CPU.
+Changes and slopes of all coordinates are on the device of the weights.
 
 `OneByOne` answers the first two for any closure by moving the weights and putting them back: the readable
 reference that every faster answer is checked against.
@@ -37,7 +40,7 @@ class Candidates(Protocol):
 
     def poll(self, coordinates: Tensor, steps: Tensor) -> Tensor: ...
 
-    def trial(self, coordinates: Tensor, changes: Tensor, scales: Tensor) -> Tensor: ...
+    def trial(self, changes: Tensor, scales: Tensor) -> Tensor: ...
 
 
 @runtime_checkable
@@ -81,12 +84,12 @@ class OneByOne:
         return torch.tensor(losses, dtype=torch.float64)
 
     @torch.no_grad()
-    def trial(self, coordinates: Tensor, changes: Tensor, scales: Tensor) -> Tensor:
+    def trial(self, changes: Tensor, scales: Tensor) -> Tensor:
         losses = []
-        saved = [(p, p.clone()) for p, _ in self.coordinates.spread(coordinates, changes)]
-        for scale in scales:
+        saved = [(p, p.clone()) for p in self.coordinates.parameters]
+        for scale in scales.tolist():
             try:
-                self.coordinates.move(coordinates, scale * changes)
+                self.coordinates.move(scale * changes)
                 losses.append(float(self.closure()))
             finally:
                 for p, weights in saved:

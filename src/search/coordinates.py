@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,18 +36,23 @@ class Coordinates:
 
     def owner(self, coordinates: Tensor) -> Tensor:
         """(K,) coordinates -> (K,) number of the parameter that each belongs to."""
-        return torch.bucketize(coordinates, torch.tensor(self.ends), right=True)
+        return torch.bucketize(coordinates, torch.tensor(self.ends, device=coordinates.device), right=True)
 
     def touched(self, coordinates: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, ...], Tensor]]:
         """Of coordinates (K,): each parameter touched, the indices touched in it, their rows among the K."""
-        owner = self.owner(coordinates)
-        in_order = bool((owner[1:] >= owner[:-1]).all())
-        order = torch.arange(len(owner)) if in_order else owner.argsort(stable=True)
-        counts = owner.bincount(minlength=len(self.parameters)).tolist()
-        for p, end, rows in zip(self.parameters, self.ends, order.split(counts), strict=True):
+        flat = coordinates.cpu().numpy()
+        owner = np.searchsorted(self.ends, flat, side="right")
+        order = owner.argsort(kind="stable")
+        counts = np.bincount(owner, minlength=len(self.parameters))
+        for p, end, rows in zip(self.parameters, self.ends, np.split(order, counts.cumsum()[:-1]), strict=True):
             if len(rows):
-                flat = coordinates[rows] - end + p.numel()
-                yield p, torch.unravel_index(flat.to(p.device), p.shape), rows
+                index = np.unravel_index(flat[rows] - end + p.numel(), p.shape) if p.ndim else ()
+                yield p, tuple(torch.as_tensor(i, device=p.device) for i in index), torch.from_numpy(rows)
+
+    def with_parts(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Each parameter, and its part of numbers of all coordinates (n,), in its shape."""
+        parts = flat.split([p.numel() for p in self.parameters])
+        return [(p, part.view(p.shape)) for part, p in zip(parts, self.parameters, strict=True)]
 
     @torch.no_grad()
     def move_one(self, coordinate: int, step: float) -> tuple[Tensor, tuple[int, ...], Tensor]:
@@ -57,19 +63,12 @@ class Coordinates:
         p[index] = weight + step
         return p, index, weight
 
-    def spread(self, coordinates: Tensor, changes: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Changes (K,) at distinct coordinates (K,): each parameter touched, and a tensor of its shape to add to it."""
-        sizes = [p.numel() for p in self.parameters]
-        if len(coordinates) == len(self) and torch.equal(coordinates, torch.arange(len(self))):
-            flat, counts = changes, sizes  # every weight in order: nothing to look up
-        else:
-            flat = changes.new_zeros(len(self)).index_put_((coordinates,), changes)
-            counts = self.owner(coordinates).bincount(minlength=len(sizes)).tolist()
-        parts = zip(self.parameters, flat.split(sizes), counts, strict=True)
-        return [(p, part.view(p.shape)) for p, part, count in parts if count]
-
     @torch.no_grad()
-    def move(self, coordinates: Tensor, changes: Tensor) -> None:
-        """Add changes (K,) to the weights at distinct coordinates (K,), in place."""
-        for p, change in self.spread(coordinates, changes):
-            p.add_(change.to(p))
+    def move(self, changes: Tensor, coordinates: Tensor | None = None) -> None:
+        """Add changes to the weights, in place: (n,) to all of them, or (K,) to those at distinct coordinates (K,)."""
+        if coordinates is None:
+            for p, change in self.with_parts(changes):
+                p.add_(change.to(p))
+        else:
+            for p, index, rows in self.touched(coordinates):
+                p[index] += changes[rows].to(p).view(-1 if p.ndim else ())

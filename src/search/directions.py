@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,10 +31,10 @@ class Directions:
             sizes, shares = [sum(sizes)], [1.0]
         else:
             shares = [(1 - last_share) * size / sum(sizes[:-1]) for size in sizes[:-1]] + [last_share]
-        self.sizes, self.one_sided, self.seed = torch.tensor(sizes), one_sided, seed
-        self.shares = torch.tensor(shares, dtype=torch.float64)  # of the polls, of each group
-        self.starts = self.sizes.cumsum(0) - self.sizes
-        self._drawn: dict[int, tuple[int, Tensor, Tensor]] = {}  # by group: the number, the order, the first signs
+        self.sizes, self.one_sided, self.seed = np.array(sizes), one_sided, seed
+        self.shares = np.array(shares)  # of the polls, of each group
+        self.starts = self.sizes.cumsum() - self.sizes
+        self._drawn: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}  # by group: number, order, first signs
 
     def __len__(self) -> int:
         return int(self.sizes.sum()) * (1 if self.one_sided else 2)
@@ -44,38 +45,42 @@ class Directions:
         Args:
             slopes: what is remembered, which one-sided directions ask.
         """
-        direction = torch.arange(start, end)
+        direction = np.arange(start, end)
         turn = direction if self.one_sided else direction // 2
         groups, items = self._merged(int(turn[0]), int(turn[-1]) + 1)
         group, item = groups[turn - turn[0]], items[turn - turn[0]]
-        coordinates, negative = torch.empty_like(turn), torch.empty(len(turn), dtype=torch.bool)
-        for g in group.unique().tolist():
-            its = group == g
-            number, place = item[its] // self.sizes[g], item[its] % self.sizes[g]
-            # several groups keep their orders: new ones might bring a coordinate twice within a step
-            order, first_negative = self._draw(g, 1 + (int(number[0]) if len(self.sizes) == 1 else g))
-            coordinates[its], negative[its] = self.starts[g] + order[place], first_negative[order[place]]
+        coordinates, negative = np.empty_like(turn), np.empty(len(turn), dtype=bool)
+        for g in range(len(self.sizes)):
+            its = np.flatnonzero(group == g)
+            if len(its):
+                number, place = np.divmod(item[its], self.sizes[g])
+                # several groups keep their orders: new ones might bring a coordinate twice within a step
+                order, first_negative = self._draw(g, 1 + (int(number[0]) if len(self.sizes) == 1 else g))
+                coordinates[its], negative[its] = self.starts[g] + order[place], first_negative[order[place]]
+        chosen = torch.from_numpy(coordinates)
         if self.one_sided and slopes is not None:
-            uphill = slopes.uphill(coordinates)
-            negative = torch.where(uphill == 0, negative, uphill > 0)
+            uphill = slopes.uphill(chosen).numpy()
+            negative = np.where(uphill == 0, negative, uphill > 0)
         else:
             negative ^= direction % 2 == 1
-        return coordinates, 1.0 - 2.0 * negative.double()
+        return chosen, torch.from_numpy(np.where(negative, -1.0, 1.0))
 
-    def _merged(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+    def _merged(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Turns start .. end: the group of each, and how many turns that group had before.
 
         Turn k of a group is due at (k + 1/2) / share; turns are taken as they fall due.
         """
-        before = (start * self.shares).floor().long().sub(len(self.shares)).clamp(min=0)  # due before `start` for sure
+        before = np.floor(start * self.shares).astype(int)  # due before `start` for sure, but for rounding
+        before = np.maximum(before - len(self.shares), 0)
         n = end - int(before.sum())
-        k = before[:, None] + torch.arange(n)
-        due = ((k + 0.5) / self.shares[:, None]).flatten().argsort(stable=True)[n - (end - start) : n]
-        return due // n, k.flatten()[due]
+        k = before[:, None] + np.arange(n)
+        due = ((k + 0.5) / self.shares[:, None]).ravel().argsort(kind="stable")[n - (end - start) : n]
+        return due // n, k.ravel()[due]
 
-    def _draw(self, group: int, number: int) -> tuple[Tensor, Tensor]:
+    def _draw(self, group: int, number: int) -> tuple[np.ndarray, np.ndarray]:
         if self._drawn.get(group, (0,))[0] != number:
             generator, size = seeded(self.seed, number), int(self.sizes[group])
-            order = torch.randperm(size, generator=generator)
-            self._drawn[group] = number, order, torch.randint(2, (size,), generator=generator, dtype=torch.bool)
+            order = torch.randperm(size, generator=generator, device="cpu")
+            negative = torch.randint(2, (size,), generator=generator, dtype=torch.bool, device="cpu")
+            self._drawn[group] = number, order.numpy(), negative.numpy()
         return self._drawn[group][1:]

@@ -14,4 +14,5 @@ def improves(losses: Tensor, loss: float) -> Tensor:
 
 def lowest(losses: Tensor) -> int:
     """Which of the losses (K,) is the lowest finite one; 0 if none is finite."""
-    return int(torch.where(torch.isfinite(losses), losses, math.inf).argmin())
+    values = [loss if math.isfinite(loss) else math.inf for loss in losses.tolist()]
+    return values.index(min(values))

@@ -43,9 +43,9 @@ def poll_nodes(
     nodes = next_nodes(done, candidates.n_nodes, at_most, seed)
     nodes = nodes[: evaluate.affordable(len(nodes))]
     steps = radius_of(candidates.node_parameter[nodes])
-    coordinates, found = evaluate.nodes(nodes, steps, seeded(seed, done))
+    found = evaluate.nodes(nodes, steps, seeded(seed, done))
     saved["nodes"] += len(nodes)
-    slopes.learn(coordinates, found)
+    slopes.learn(*found)
 
 
 def next_nodes(done: int, n_nodes: int, at_most: int, seed: int) -> Tensor:
@@ -54,6 +54,6 @@ def next_nodes(done: int, n_nodes: int, at_most: int, seed: int) -> Tensor:
     A pass is shared out evenly among its steps.
     """
     turn, start = divmod(done, n_nodes)
-    order = torch.randperm(n_nodes, generator=seeded(seed, turn))
+    order = torch.randperm(n_nodes, generator=seeded(seed, turn), device="cpu")
     left = n_nodes - start
     return order[start : start + math.ceil(left / math.ceil(left / at_most))]

@@ -24,6 +24,16 @@ def check_options(options: dict[str, Any]) -> None:
             f"nodes_per_step={nodes} must be at least 1 and needs step_lengths, the search step that uses the slopes "
             "of nodes; or None (null in YAML) to poll no nodes"
         )
+    if options["orthogonalise"] and not nodes:
+        raise ValueError(
+            f"orthogonalise={options['orthogonalise']} needs nodes_per_step: slopes of single weights are too few and "
+            "too old for it; or 0 to leave the direction of the search step as it is"
+        )
+    if options["orthogonalise"] and share is not None:
+        raise ValueError(
+            f"orthogonalise={options['orthogonalise']} and last_group_share={share} each part the weights in their own "
+            "way; use orthogonalise=0 or last_group_share=None (null in YAML)"
+        )
     if share is not None and not (0 < share < 1 and polls):
         raise ValueError(
             f"last_group_share={share} must lie in (0, 1) and needs polls_per_step, the polls that are shared out; or "
@@ -50,6 +60,7 @@ def check_group(group: dict[str, Any]) -> None:
         "expansion": (1 <= group["expansion"] < math.inf, "must be at least 1; 1 never expands"),
         "min_radius": (0 <= group["min_radius"] < math.inf, "must be at least 0"),
         "max_radius": (group["max_radius"] > 0, "must be above 0"),
+        "orthogonalise": (group["orthogonalise"] >= 0, "must be at least 0 iterations; 0 orthogonalises nothing"),
     }
     for name, (fits, rule) in ranges.items():
         if not fits:

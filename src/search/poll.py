@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from search.budget import Evaluator, StepReport
@@ -22,13 +23,14 @@ class Move:
     """A step to other weights, and the loss there.
 
     Attributes:
-        loss: in float64; a single number, or (M,) if each weight was moved alone.
-        coordinates, changes: (M,) the weights that move, and by how much.
+        loss: there.
+        changes: by how much the weights move: all (n,), or some (M,).
+        coordinates: (M,) which; None for all.
     """
 
-    loss: Tensor
-    coordinates: Tensor
+    loss: float
     changes: Tensor
+    coordinates: Tensor | None = None
 
 
 class Poll:
@@ -59,23 +61,25 @@ class Poll:
         self.end = len(directions) if at_most is None else min(len(directions), saved["cursor"] + at_most)
         report.planned = self.end - saved["cursor"]
 
-    def complete(self, evaluate: Evaluator) -> tuple[Move | None, list[Move]]:
-        """Poll all at the same incumbent; the best move that improves on it, and all single moves that do, by blocks.
+    def complete(self, evaluate: Evaluator) -> tuple[Move | None, list[tuple[Tensor, Tensor]]]:
+        """Poll all at the same incumbent; the best move that improves on it, and all that do.
 
-        The moves of a block are one `Move` with a loss for each weight.
+        The latter block by block: by how much they move which coordinates, (M,) each.
         """
-        best, improving, incumbent = None, [], self.report.loss_after
+        best: Move | None = None
+        improving, incumbent = [], self.report.loss_after
         while self.left and evaluate.limit() is None:
             n = evaluate.affordable(min(evaluate.block, MAX_BLOCK, self.left))
             coordinates, steps = self.take(n)
             losses = evaluate.poll(coordinates, steps)
             self.advance(n)
             self.learn(coordinates, steps, losses)
-            k = lowest(losses)
-            if improves(losses[k], incumbent if best is None else float(best.loss)):
-                best = Move(losses[k], coordinates[k : k + 1], steps[k : k + 1])
-            better = improves(losses, incumbent)
-            improving.append(Move(losses[better], coordinates[better], steps[better]))
+            better = np.flatnonzero(improves(losses, incumbent).numpy())
+            if len(better):
+                k, values = lowest(losses), losses.tolist()
+                if best is None or values[k] < best.loss:
+                    best = Move(values[k], steps[k : k + 1], coordinates[k : k + 1])
+                improving.append((steps[better], coordinates[better]))
         return best, improving
 
     def opportunistic(self, evaluate: Evaluator, accept: Callable[[Move], None]) -> None:
@@ -87,13 +91,13 @@ class Poll:
                 asked = slice(done, done + evaluate.affordable(min(ahead, evaluate.block)))
                 losses = evaluate.poll_until(self.report.loss_after, coordinates[asked], steps[asked])
                 polled = slice(done, done + len(losses))
-                success = bool(improves(losses[-1], self.report.loss_after))
+                success = improves(losses, self.report.loss_after).tolist()[-1]
                 ahead = 1 if success else 2 * ahead  # so ask for few where successes are frequent
                 self.advance(len(losses))
                 self.learn(coordinates[polled], steps[polled], losses)
                 if success:
                     last = slice(polled.stop - 1, polled.stop)
-                    accept(Move(losses[-1], coordinates[last], steps[last]))
+                    accept(Move(losses.tolist()[-1], steps[last], coordinates[last]))
                     way_back_is_next = not self.directions.one_sided and self.saved["cursor"] % 2 == 1
                     if way_back_is_next:
                         self.advance(1)

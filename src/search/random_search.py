@@ -32,14 +32,14 @@ class RandomSearch(LossOnlyOptimizer):
         self.samples = samples
 
     def take_step(self, evaluate: Evaluator) -> None:
-        coordinates, ways = torch.arange(len(self.coordinates)), torch.tensor([1.0, -1.0])
-        radius = self.by_group(self.coordinates.owner(coordinates), "radius").float()  # (n,)
+        n, ways = len(self.coordinates), torch.tensor([1.0, -1.0])
+        radius = self.by_group(self.coordinates.owner(torch.arange(n)), "radius").float()  # (n,)
         self.report.planned = 2 * self.samples
         for _ in range(self.samples):
-            change = radius * torch.randn(len(coordinates), generator=self.generator)
+            change = radius * torch.randn(n, generator=self.generator)
             for way in ways:
-                losses = evaluate.trial(coordinates, change, way[None])
+                losses = evaluate.trial(change, way[None])
                 self.report.done += 1
                 if improves(losses[0], self.report.loss_after):
-                    self.accept(losses[0], coordinates, way * change)
+                    self.accept(losses[0], way * change)
                     break

@@ -13,7 +13,7 @@ from search.poll import Move
 def search_step(
     evaluate: Evaluator,
     direction: Tensor,
-    joined: Sequence[Move],
+    joined: Sequence[tuple[Tensor, Tensor]],
     lengths: Sequence[float],
     shortened: float,
     loss: float,
@@ -23,18 +23,18 @@ def search_step(
     Args:
         evaluate: answers `trial`.
         direction: (n,) downhill, over all coordinates; a step length is in units of the weights for a 1 in it.
-        joined: moves of a poll that are made too: as they are at the first length, in proportion at the others.
+        joined: moves of a poll that are made too, by how much which coordinates: as they are at the first length, in
+            proportion at the others.
         lengths: to try.
-        shortened: factor of all lengths.
+        shortened: factor of the joined moves.
         loss: to improve on: of the incumbent, or of the best move that is known.
     """
-    coordinates, change = torch.arange(len(direction)), lengths[0] * direction
-    for move in joined:
-        change.index_add_(0, move.coordinates, move.changes.to(change))
-    change *= shortened
-    if not change.any() or evaluate.limit() is not None:
+    if evaluate.limit() is not None:
         return None
-    scales = torch.tensor(lengths[: evaluate.affordable(len(lengths))], dtype=change.dtype) / lengths[0]
-    losses = evaluate.trial(coordinates, change, scales)
+    change = lengths[0] * direction
+    for moves, coordinates in joined:
+        change.index_add_(0, coordinates.to(change.device), moves.to(change), alpha=shortened)
+    scales = torch.tensor(lengths[: evaluate.affordable(len(lengths))], dtype=change.dtype, device="cpu") / lengths[0]
+    losses = evaluate.trial(change, scales)
     k = lowest(losses)
-    return Move(losses[k], coordinates, scales[k] * change) if improves(losses[k], loss) else None
+    return Move(losses.tolist()[k], scales.tolist()[k] * change) if improves(losses, loss).tolist()[k] else None

@@ -105,12 +105,9 @@ def test_polls_and_trials_are_exact(name, dtype):
     assert expected.unique().numel() > 20
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     torch.testing.assert_close(closure.poll(chosen, steps), expected, rtol=0, atol=tolerance)
-    chosen = chosen.unique()
     scales = torch.tensor([0.3, 0.1, 0.0], dtype=torch.float64)
-    changes = steps[: len(chosen)]
-    torch.testing.assert_close(
-        closure.trial(chosen, changes, scales), plain.trial(chosen, changes, scales), rtol=0, atol=tolerance
-    )
+    changes = torch.randn(len(coordinates), dtype=torch.float64)
+    torch.testing.assert_close(closure.trial(changes, scales), plain.trial(changes, scales), rtol=0, atol=tolerance)
     assert closure.polls.refusal is None
 
 
@@ -184,13 +181,15 @@ def test_bad_questions_are_refused():
     with pytest.raises(IndexError, match="out of range"):
         closure.poll(torch.tensor([len(coordinates)]), one)
     with pytest.raises(IndexError, match="coordinate -1"):
-        closure.trial(torch.tensor([-1]), one, one)
+        closure.poll(torch.tensor([-1]), one)
+    with pytest.raises(ValueError, match="one for each coordinate"):
+        closure.trial(one, one)
     with pytest.raises(ValueError, match="empty block"):
         closure.poll(torch.empty(0, dtype=torch.long), torch.empty(0))
     with pytest.raises(ValueError, match="must both be"):
         closure.poll(torch.tensor([1, 2]), one)
     with pytest.raises(ValueError, match="at least one step length"):
-        closure.trial(torch.tensor([1]), one, torch.empty(0))
+        closure.trial(torch.ones(len(coordinates)), torch.empty(0))
     with pytest.raises(ValueError, match="not a parameter of Sequential"):
         GenericPolls(module, Coordinates([nn.Parameter(one)]), loss)
     module.count = nn.Parameter(torch.ones(2, dtype=torch.long), requires_grad=False)

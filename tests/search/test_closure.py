@@ -23,18 +23,18 @@ def test_coordinates_count_weights_over_the_parameters_in_order(coordinates):
 
 
 def test_move_adds_to_the_named_weights_only(coordinates):
-    coordinates.move(torch.tensor([9, 0, 4]), torch.tensor([0.5, 2.0, -1.0]))
+    coordinates.move(torch.tensor([0.5, 2.0, -1.0]), torch.tensor([9, 0, 4]))
     assert coordinates.parameters[0].flatten().tolist() == [2, 1, 2, 3, 3, 5]
     assert coordinates.parameters[1].tolist() == [10, 11, 12, 13.5]
 
 
 def test_moving_every_weight_is_the_same_by_either_way():
-    everywhere, changes = torch.arange(10), torch.randn(10)
+    changes, order = torch.randn(10), torch.randperm(10, generator=torch.Generator().manual_seed(0))
     ends = []
-    for order in (torch.arange(10), torch.randperm(10, generator=torch.Generator().manual_seed(0))):
+    for moved in ((changes,), (changes[order], order)):
         strided = nn.Parameter(torch.arange(6.0).reshape(2, 3).t())
         some = Coordinates([strided, nn.Parameter(torch.arange(10.0, 14.0))])
-        some.move(everywhere[order], changes[order])
+        some.move(*moved)
         ends.append(torch.cat([p.flatten() for p in some.parameters]))
     assert torch.equal(*ends)
 
@@ -55,9 +55,8 @@ def test_poll_moves_one_weight_a_candidate_and_puts_it_back(coordinates):
 def test_trial_moves_many_weights_at_every_scale_and_puts_them_back(coordinates):
     closure = loss_of(coordinates)
     before, start = [p.clone() for p in coordinates.parameters], closure()
-    losses = OneByOne(closure, coordinates).trial(
-        torch.tensor([1, 8]), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.5, 0.0])
-    )
+    changes = torch.zeros(10).index_put((torch.tensor([1, 8]),), torch.tensor([1.0, 2.0]))
+    losses = OneByOne(closure, coordinates).trial(changes, torch.tensor([1.0, 0.5, 0.0]))
     assert (losses - start).tolist() == [2 + 18, 1 + 9, 0]
     assert all(torch.equal(p, old) for p, old in zip(coordinates.parameters, before, strict=True))
 

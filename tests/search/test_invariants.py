@@ -66,8 +66,7 @@ class Answering(OneByOne):
         for _ in nodes:
             self.closure()
         owner = self.coordinates.owner(torch.arange(len(self.coordinates)))
-        coordinates = torch.isin(owner, self.node_parameter[nodes]).nonzero().flatten()
-        return coordinates, torch.randn(len(coordinates), generator=signs)
+        return torch.randn(len(owner), generator=signs), torch.isin(owner, self.node_parameter[nodes])
 
 
 @st.composite

@@ -1,0 +1,38 @@
+"""How the weights of a model are parted into parameter groups, for options that concern some of them."""
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+from torch import nn
+
+from search.options import RECOMMENDED
+
+
+def polls_for(groups: Any) -> int:
+    """Recommended polls per step of parameters, or of groups of them: no weight of a small model twice in a step."""
+    sizes = [sum(p.numel() for p in group["params"]) - 2 for group in groups if isinstance(group, dict)]
+    return min([RECOMMENDED["polls_per_step"], *(sizes or [sum(p.numel() for p in groups)])])
+
+
+def split_matrices(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Any:
+    """Parameter groups: the matrices of `model.blocks`, and the rest, not to be orthogonalised; one without blocks."""
+    inside = {id(p) for block in getattr(model, "blocks", ()) for p in block.parameters() if p.ndim == 2}
+    if not inside:
+        return parameters
+    matrices, rest = [p for p in parameters if id(p) in inside], [p for p in parameters if id(p) not in inside]
+    return [{"params": group, **own} for group, own in ((matrices, {}), (rest, {"orthogonalise": 0})) if group]
+
+
+def split_at_last_block(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Any:
+    """Parameter groups: what comes before the last of `model.blocks`, and the rest; one group if either is empty.
+
+    And one for a model with fewer than two blocks: there all polls cost about the same.
+    """
+    blocks = list(getattr(model, "blocks", ()))
+    if len(blocks) < 2:
+        return parameters
+    first = id(next(blocks[-1].parameters()))
+    before = set(takewhile(lambda number: number != first, map(id, model.parameters())))
+    groups = [p for p in parameters if id(p) in before], [p for p in parameters if id(p) not in before]
+    return [{"params": group} for group in groups if group]
