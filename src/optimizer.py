@@ -1,8 +1,8 @@
 """PatternSearch: direct search on signed coordinates, as a torch optimizer.
 
 It knows parameters and losses, and nothing of Lightning, models or tasks. What it may ask of a closure stands in
-`search/closure.py`, what all optimizers of its kind have in `search/base.py`, its parts in `search/poll.py`,
-`search/node_polls.py` and `search/search_step.py`.
+`search/closure.py`, what all of its kind have in `search/base.py`, its parts in `poll.py`, `node_polls.py` and
+`search_step.py` there.
 """
 
 import math
@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from search.base import LossOnlyOptimizer
@@ -19,7 +18,7 @@ from search.directions import Directions
 from search.groups import polls_for, split_at_last_block, split_matrices
 from search.node_polls import poll_nodes
 from search.options import RECOMMENDED, check_group, check_options, check_shares
-from search.orthogonal import orthogonalised
+from search.orthogonal import matrices_of, orthogonalised
 from search.poll import Move, Poll
 from search.search_step import search_step
 from search.slopes import SlopeMemory
@@ -42,9 +41,10 @@ class PatternSearch(LossOnlyOptimizer):
        the losses of single tokens (`search/node_polls.py`, `polls/nodes.py`).
     3. SEARCH, if there are `step_lengths`: every poll gives the slope of its coordinate. The remembered slopes of all
        coordinates, each divided by its running root mean square and faded by its age, make one direction
-       (`search/slopes.py`; simplex slopes, Custodio and Vicente 2007). With `join_improving`, all moves of a complete
-       poll that improved are made too. The best of the step lengths counts. With `half_after`, moves get shorter with
-       the number of evaluations (Robbins and Monro 1951), and slopes fade more slowly in return.
+       (`search/slopes.py`; simplex slopes, Custodio and Vicente 2007), with `orthogonalise` orthogonalised in matrices
+       (`search/orthogonal.py`). With `join_improving`, all moves of a complete poll that improved are made too. The
+       best of the step lengths counts. With `half_after`, moves get shorter with the number of evaluations (Robbins
+       and Monro 1951), and slopes fade more slowly in return. With `search_first` this comes before the poll.
     4. Move to the best of the complete poll and the search, if it is better than the incumbent; else stay.
     5. A pass over all directions without a success of a group is a failed poll of this group: its radius is multiplied
        by `contraction`. Any success multiplies it by `expansion` at the end of the pass (Torczon 1997; Audet and Dennis
@@ -71,6 +71,7 @@ class PatternSearch(LossOnlyOptimizer):
         one_sided: poll each coordinate once a pass, on the side that is remembered as downhill.
         step_lengths: lengths at which the search step is tried, in units of the weights for a coordinate whose
             slopes all agree; none for no search step.
+        search_first: whether the search step comes before the polls: no batch then judges the slopes that it gave.
         join_improving: whether the search step makes all moves of a complete poll that improved too: as they were
             polled at the first step length, and shortened in proportion at the others.
         memory, scale_memory, fade: of the remembered slopes, see `search.slopes.SlopeMemory`.
@@ -94,8 +95,8 @@ class PatternSearch(LossOnlyOptimizer):
         >>> search.stopped_by, w.tolist()
         ('min_radius', [0.0, 0.0])
 
-    A closure that answers `poll` (see `search/closure.py`) is asked for many candidates at a time; the decisions are
-    the same. `PatternSearch.recommended(model, loss)` makes such closures, and the search of the main command.
+    A closure that answers `poll` (`search/closure.py`) is asked for many candidates at a time, with the same decisions.
+    `PatternSearch.recommended(model, loss)` makes such closures, and the search of the main command.
     """
 
     _polls: "FastPolls | None" = None  # of a recommended search
@@ -116,6 +117,7 @@ class PatternSearch(LossOnlyOptimizer):
         target_loss: float | None = None,
         one_sided: bool = False,
         step_lengths: Sequence[float] = (),
+        search_first: bool = False,
         join_improving: bool = False,
         memory: float = 0.5,
         scale_memory: float | None = 0.9,
@@ -127,7 +129,7 @@ class PatternSearch(LossOnlyOptimizer):
     ):
         self.options: dict[str, Any] = dict(poll=poll, polls_per_step=polls_per_step, last_group_share=last_group_share)
         self.options |= dict(one_sided=one_sided, nodes_per_step=nodes_per_step, step_lengths=list(step_lengths))
-        self.options |= dict(join_improving=join_improving, half_after=half_after)
+        self.options |= dict(join_improving=join_improving, search_first=search_first, half_after=half_after)
         self.options |= dict(memory=memory, scale_memory=scale_memory, fade=fade)
         check_options(self.options | {"orthogonalise": orthogonalise})
         of_groups = dict(radius=radius, contraction=contraction, expansion=expansion)
@@ -135,10 +137,8 @@ class PatternSearch(LossOnlyOptimizer):
         super().__init__(params, of_groups, seed, max_evaluations, max_seconds, target_loss)
         self.saved.update(passes=0, cursor=0, improved=[], nodes=0)  # see `Poll`, `take_step` and `poll_nodes`
         self.state["slopes"] = {}  # type: ignore[index]  # filled by the first step that remembers slopes
-        if orthogonalise and not self._matrices():
-            raise ValueError(
-                f"orthogonalise={orthogonalise} needs a parameter of two dimensions; use 0 for these, which have none"
-            )
+        if orthogonalise and not self.matrices:
+            raise ValueError(f"orthogonalise={orthogonalise} needs a matrix among the parameters; use 0 for these")
         if polls_per_step is not None and polls_per_step > len(self.directions):
             raise ValueError(
                 f"polls_per_step={polls_per_step} is more than the {len(self.directions)} directions of "
@@ -150,8 +150,11 @@ class PatternSearch(LossOnlyOptimizer):
         options, slopes = self.options, self.slopes
         best: Move | None = None
         improving: list[tuple[Tensor, Tensor]] = []
+        searched, first = slopes if options["step_lengths"] else None, options["search_first"]
         if self.saved["cursor"] == 0:
             self.saved["improved"] = [False] * len(self.param_groups)
+        if searched and first and self.saved["steps"] and (found := self._search(evaluate, searched, None, [])):
+            self._accept(found)
         poll = Poll(self.directions, slopes, self._radius_of, self.saved, self.report, options["polls_per_step"])
         if slopes is not None:
             slopes.age()
@@ -162,33 +165,24 @@ class PatternSearch(LossOnlyOptimizer):
             poll.opportunistic(evaluate, self._accept)
         else:
             best, improving = poll.complete(evaluate)
-        if slopes is not None and options["step_lengths"]:
-            joined = improving if options["join_improving"] else []
-            to_beat = self.report.loss_after if best is None else best.loss
-            lengths = [self.shortened * length for length in options["step_lengths"]]
-            found = search_step(evaluate, self._direction(slopes), joined, lengths, self.shortened, to_beat)
-            self.report.search_accepted = found is not None
-            best = found or best
+        if searched and not first:
+            best = self._search(evaluate, searched, best, improving) or best
         if best is not None:
             self._accept(best)
         if self.saved["cursor"] == len(self.directions):
             self.saved["cursor"] = 0
             self._update_radii()
 
-    def _direction(self, slopes: SlopeMemory) -> Tensor:
-        """(n,) downhill, orthogonalised where a group asks for it."""
-        direction = slopes.direction
-        for iterations, matrices in self._matrices().items():
-            direction = orthogonalised(direction, slopes.mean(), matrices, iterations)
-        return direction
-
-    def _matrices(self) -> dict[int, list[tuple[slice, torch.Size]]]:
-        """The matrices to orthogonalise, their coordinates and shapes, by the number of iterations."""
-        found: dict[int, list[tuple[slice, torch.Size]]] = {}
-        ends = self.coordinates.ends
-        for group, p, end in zip(self.group_of.tolist(), self.coordinates.parameters, ends, strict=True):
-            if p.ndim == 2 and (iterations := self.param_groups[group]["orthogonalise"]):
-                found.setdefault(iterations, []).append((slice(end - p.numel(), end), p.shape))
+    def _search(
+        self, evaluate: Evaluator, slopes: SlopeMemory, best: Move | None, improving: list[tuple[Tensor, Tensor]]
+    ) -> Move | None:
+        """The search step, if it is better than the best of the poll, or than the incumbent."""
+        direction = orthogonalised(slopes.direction, slopes.mean, self.matrices)
+        joined = improving if self.options["join_improving"] else []
+        lengths = [self.shortened * length for length in self.options["step_lengths"]]
+        to_beat = self.report.loss_after if best is None else best.loss
+        found = search_step(evaluate, direction, joined, lengths, self.shortened, to_beat)
+        self.report.search_accepted = found is not None
         return found
 
     def _accept(self, move: Move) -> None:
@@ -235,6 +229,8 @@ class PatternSearch(LossOnlyOptimizer):
         share, one_sided = self.options["last_group_share"], self.options["one_sided"]
         self.directions = Directions(list(sizes.values()), share, one_sided, self.seed)
         check_shares(self.options, self.directions.sizes.tolist(), self.directions.shares.tolist())
+        iterations = [self.param_groups[group]["orthogonalise"] for group in self.group_of.tolist()]
+        self.matrices = matrices_of(self.coordinates, iterations)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)

@@ -113,7 +113,7 @@ class GenericClosure:
                 f"two evaluations of {type(self.module).__name__} at the same weights differ ({incumbent}, {plain}): a "
                 "search needs a forward that is deterministic in eval mode; draw random numbers only if self.training"
             )
-        losses = torch.empty(len(coordinates), dtype=torch.float64)
+        losses = torch.empty(len(coordinates), dtype=torch.float64, device="cpu")
         with forward_only(self.module):
             for p, index, rows in self.coordinates.touched(coordinates):
                 size = max(1, min(CHUNK_TOKENS // max(1, self.tokens), CHUNK_WEIGHTS // p.numel()))
@@ -150,7 +150,7 @@ class GenericClosure:
                 moved = p.clone()
                 moved[index] += step
                 losses.append(float(self._loss({self.polls.names[id(p)]: moved})))
-        return torch.tensor(losses, dtype=torch.float64)
+        return torch.tensor(losses, dtype=torch.float64, device="cpu")
 
     def trial(self, changes: Tensor, scales: Tensor) -> Tensor:
         """Losses (S,) of the weights with scales[s] * changes added; changes (n,), of all coordinates, scales (S,)."""
@@ -158,7 +158,7 @@ class GenericClosure:
         parts = [(self.polls.names[id(p)], p, part) for p, part in self.coordinates.with_parts(changes)]
         with forward_only(self.module):  # a few: not worth vmap's own cost
             moved = ({name: p + (scale * part).to(p) for name, p, part in parts} for scale in scales.tolist())
-            return torch.tensor([float(self._loss(tensors)) for tensors in moved], dtype=torch.float64)
+            return torch.tensor([float(self._loss(tensors)) for tensors in moved], dtype=torch.float64, device="cpu")
 
     def _loss(self, tensors: dict[str, Tensor]) -> Tensor:
         """The loss with some of the module's tensors replaced by name."""

@@ -38,7 +38,8 @@ class NodePolls(StructuredPolls):
 
     @cached_property
     def node_parameter(self) -> Tensor:
-        return torch.tensor([next(iter(g.parameters.values())) for g in self.groups for _ in range(g.kind.n)])
+        owners = [next(iter(g.parameters.values())) for g in self.groups for _ in range(g.kind.n)]
+        return torch.tensor(owners, device="cpu")
 
     @cached_property
     def owners(self) -> Tensor:

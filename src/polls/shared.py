@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,17 +19,17 @@ class Incumbent:
     """
 
     def __init__(self) -> None:
-        self.polled = torch.empty(0, dtype=torch.float64)  # the losses of the newest poll
+        self.polled = torch.empty(0, dtype=torch.float64, device="cpu")  # the losses of the newest poll
         self._weights: list[tuple[int, int, torch.dtype]] = []
         self._loss: Tensor | None = None
 
     def __call__(self, weights: Iterable[Tensor], compute: Callable[[], Tensor]) -> Tensor:
-        """The loss in float64; computed only if a weight was changed since the last call."""
+        """The loss in float64, on the CPU; computed only if a weight was changed since the last call."""
         versions = [version(p) for p in weights]
         if self._loss is None or versions != self._weights:
-            loss = compute()
-            same = self.polled[within_rounding(self.polled, loss)]
-            self._weights, self._loss = versions, torch.cat([same, loss.double()[None]]).max()
+            loss = compute().cpu()
+            same = self.polled[np.flatnonzero(within_rounding(self.polled, loss).numpy())]
+            self._weights, self._loss = versions, torch.cat([same, loss.double()[None]]).amax()
         return self._loss
 
 

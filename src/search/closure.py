@@ -81,7 +81,7 @@ class OneByOne:
                 losses.append(float(self.closure()))
             finally:
                 p[index] = weight
-        return torch.tensor(losses, dtype=torch.float64)
+        return torch.tensor(losses, dtype=torch.float64, device="cpu")
 
     @torch.no_grad()
     def trial(self, changes: Tensor, scales: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class OneByOne:
             finally:
                 for p, weights in saved:
                     p.copy_(weights)
-        return torch.tensor(losses, dtype=torch.float64)
+        return torch.tensor(losses, dtype=torch.float64, device="cpu")
 
 
 @contextmanager

@@ -16,12 +16,17 @@ def polls_for(groups: Any) -> int:
 
 
 def split_matrices(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Any:
-    """Parameter groups: the matrices of `model.blocks`, and the rest, not to be orthogonalised; one without blocks."""
-    inside = {id(p) for block in getattr(model, "blocks", ()) for p in block.parameters() if p.ndim == 2}
-    if not inside:
+    """Parameter groups: the matrices of `model.blocks`, and the rest, not to be orthogonalised.
+
+    One group for a model without blocks.
+    """
+    blocks = getattr(model, "blocks", None)
+    if blocks is None:
         return parameters
+    inside = {id(p) for block in blocks for p in block.parameters() if p.ndim == 2}
     matrices, rest = [p for p in parameters if id(p) in inside], [p for p in parameters if id(p) not in inside]
-    return [{"params": group, **own} for group, own in ((matrices, {}), (rest, {"orthogonalise": 0})) if group]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": rest, "orthogonalise": 0}]
+    return [group for group in groups if group["params"]]
 
 
 def split_at_last_block(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Any:

@@ -5,10 +5,23 @@ The slopes of a weight matrix are dominated by a few singular vectors, and a ste
 orthogonal rows or columns: its singular vectors stay, its singular values become about 1.
 """
 
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from search.coordinates import Coordinates
+
 QUINTIC = 3.4445, -4.7750, 2.0315  # Muon's: takes singular values from 0 to 1 near to 1 in five or six iterations
+
+
+class Matrices(NamedTuple):
+    """Weight matrices of one shape, by the coordinates of each, and the iterations of `newton_schulz` for them."""
+
+    shape: torch.Size
+    coordinates: list[slice]
+    iterations: int
 
 
 def newton_schulz(x: Tensor, iterations: int) -> Tensor:
@@ -27,26 +40,27 @@ def newton_schulz(x: Tensor, iterations: int) -> Tensor:
     return x.mT if tall else x
 
 
-def orthogonalised(
-    direction: Tensor, slopes: Tensor, matrices: list[tuple[slice, torch.Size]], iterations: int
-) -> Tensor:
-    """The direction with its part in some matrices replaced by the orthogonalised slopes there.
+def matrices_of(coordinates: Coordinates, iterations: Sequence[int]) -> list[Matrices]:
+    """The matrices among the parameters, those of one shape together, by the iterations asked for; 0 leaves one out."""
+    alike: dict[tuple[torch.Size, int], list[slice]] = {}
+    for p, end, n in zip(coordinates.parameters, coordinates.ends, iterations, strict=True):
+        if p.ndim == 2 and n:
+            alike.setdefault((p.shape, n), []).append(slice(end - p.numel(), end))
+    return [Matrices(shape, some, n) for (shape, n), some in alike.items()]
+
+
+def orthogonalised(direction: Tensor, slopes: Tensor, matrices: Iterable[Matrices]) -> Tensor:
+    """The direction (n,) downhill with its part in some matrices replaced by the orthogonalised slopes (n,) there.
 
     In each matrix its root mean square stays as it was, so that a step is as long as it would have been.
-
-    Args:
-        direction: (n,) downhill.
-        slopes: (n,) uphill, not scaled.
-        matrices: their coordinates, and their shapes.
-        iterations: of `newton_schulz`.
     """
     direction = direction.clone()
-    for shape in dict.fromkeys(shape for _, shape in matrices):
-        alike = [own for own, of in matrices if of == shape]
-        before = torch.stack([direction[own] for own in alike])  # (K, m n)
-        after = -newton_schulz(torch.stack([slopes[own].view(shape) for own in alike]), iterations).flatten(1)
+    for some in matrices:
+        before = torch.stack([direction[own] for own in some.coordinates])  # (K, m n)
+        uphill = torch.stack([slopes[own].view(some.shape) for own in some.coordinates])
+        after = -newton_schulz(uphill, some.iterations).flatten(1)
         length = after.norm(dim=1, keepdim=True).clamp_(min=torch.finfo(after.dtype).tiny)
         after *= before.norm(dim=1, keepdim=True) / length
-        for own, part in zip(alike, after, strict=True):
+        for own, part in zip(some.coordinates, after, strict=True):
             direction[own] = part
     return direction

@@ -32,11 +32,11 @@ class RandomSearch(LossOnlyOptimizer):
         self.samples = samples
 
     def take_step(self, evaluate: Evaluator) -> None:
-        n, ways = len(self.coordinates), torch.tensor([1.0, -1.0])
-        radius = self.by_group(self.coordinates.owner(torch.arange(n)), "radius").float()  # (n,)
+        n, ways = len(self.coordinates), torch.tensor([1.0, -1.0], device="cpu")
+        radius = self.by_group(self.coordinates.owner(torch.arange(n, device="cpu")), "radius").float()  # (n,)
         self.report.planned = 2 * self.samples
         for _ in range(self.samples):
-            change = radius * torch.randn(n, generator=self.generator)
+            change = radius * torch.randn(n, generator=self.generator, device="cpu")
             for way in ways:
                 losses = evaluate.trial(change, way[None])
                 self.report.done += 1

@@ -46,6 +46,7 @@ class SlopeMemory:
         """(n,) downhill, as far as is known; 0 where a coordinate was never polled."""
         return self.state["direction"]
 
+    @property
     def mean(self) -> Tensor:
         """(n,) running means of the slopes, corrected for their start at 0; 0 where there is none."""
         return self.state["mean"] / (1 - torch.pow(self.memory, self.state["visits"].clamp(min=1)))

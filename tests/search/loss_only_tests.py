@@ -171,7 +171,7 @@ class LossOnlyTests:
             assert equal(twin.coordinates.parameters, weights)
 
     def test_the_state_of_another_search_is_refused(self):
-        other = self.make([nn.Parameter(torch.ones(40))])
+        other = self.make([nn.Parameter(torch.ones(8, 5))])
         with pytest.raises(ValueError, match="another search"):
             self.make(self.weights()).load_state_dict(other.state_dict())
 

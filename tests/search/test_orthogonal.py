@@ -1,0 +1,73 @@
+"""The orthogonalised direction: its singular values, its length, and what a search makes of it."""
+
+import pytest
+import torch
+from torch import nn
+
+from optimizer import PatternSearch
+from search.coordinates import Coordinates
+from search.orthogonal import matrices_of, newton_schulz, orthogonalised
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 32), (32, 8)])
+def test_newton_schulz_keeps_the_singular_vectors_and_makes_the_values_about_1(shape):
+    torch.manual_seed(0)
+    x = torch.randn(3, *shape)
+    found = newton_schulz(x, 6)
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    values = u.mT @ found @ v.mT  # diagonal, if the vectors are the same
+    torch.testing.assert_close(values, torch.diag_embed(values.diagonal(dim1=1, dim2=2)), rtol=0, atol=1e-4)
+    assert values.diagonal(dim1=1, dim2=2).min() > 0.6
+    assert values.max() < 1.3
+
+
+def test_the_direction_keeps_its_length_in_each_matrix_and_all_else_as_it_is():
+    torch.manual_seed(1)
+    direction, slopes = torch.randn(100), torch.randn(100)
+    direction[:24] *= 10
+    coordinates = Coordinates([nn.Parameter(torch.ones(shape)) for shape in ((4, 6), (6,), (4, 6), (3, 2), (40,))])
+    matrices = matrices_of(coordinates, [6, 6, 6, 6, 6])
+    found = orthogonalised(direction, slopes, matrices)
+    outside = torch.ones(100, dtype=torch.bool)
+    for some in matrices:
+        for own in some.coordinates:
+            outside[own] = False
+            torch.testing.assert_close(found[own].norm(), direction[own].norm())
+            assert (found[own] * slopes[own]).sum() < 0  # downhill
+            alone = -newton_schulz(slopes[own].view(1, *some.shape), 6).flatten()
+            torch.testing.assert_close(found[own] / found[own].norm(), alone / alone.norm())
+    assert outside.sum() == 46
+    assert torch.equal(found[outside], direction[outside])
+
+
+def test_where_nothing_is_known_the_direction_stays_zero():
+    nothing, coordinates = torch.zeros(12), Coordinates([nn.Parameter(torch.ones(3, 4))])
+    assert torch.equal(orthogonalised(nothing, nothing, matrices_of(coordinates, [6])), nothing)
+
+
+def test_orthogonalising_is_refused_where_it_has_no_meaning():
+    matrix, vector = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))
+    nodes = dict(nodes_per_step=1, step_lengths=[0.1], orthogonalise=6)
+    with pytest.raises(ValueError, match="orthogonalise=6 needs nodes_per_step"):
+        PatternSearch([matrix], orthogonalise=6)
+    with pytest.raises(ValueError, match="orthogonalise=6 needs a matrix"):
+        PatternSearch([vector], **nodes)
+    with pytest.raises(ValueError, match="orthogonalise=-1 must be at least 0"):
+        PatternSearch([matrix], **nodes | dict(orthogonalise=-1))
+    with pytest.raises(ValueError, match="and last_group_share"):
+        PatternSearch([matrix, vector], **nodes, polls_per_step=2, last_group_share=0.5)
+    PatternSearch([{"params": [matrix]}, {"params": [vector], "orthogonalise": 0}], **nodes)
+
+
+def test_the_matrices_of_the_blocks_are_a_group_of_their_own():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(3, 4), nn.Linear(4, 2)
+            self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+
+    model = Model()
+    groups = PatternSearch.parameter_groups(model, list(model.parameters()), orthogonalise=6)
+    assert [len(group["params"]) for group in groups] == [1, 4]
+    assert groups[0]["params"][0] is model.blocks[0].weight
+    assert groups[1]["orthogonalise"] == 0
