@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polls.node_kinds import Kind, Moves, Nodes, Rank1, shares
+from polls.node_kinds import Credit, Kind, Moves, Nodes, Rank1, shares
 from polls.rows import Rows, State
 from polls.stages import Stage, Weights, centred, linear, norm, one_for, times, unit_vectors
 from transformer import Block, frequencies
@@ -239,11 +239,11 @@ class Values(Kind[AttentionState]):
         read = state.reads[name][:, self.stage.head_of(m.i), :, m.j]  # (k, B, queries)
         return m.i, read.transpose(0, 1) * m.step[:, None]
 
-    def slope(self, u: Nodes[AttentionState], credit: Tensor, name: str) -> Tensor:
+    def slope(self, u: Nodes[AttentionState], credit: Credit, name: str) -> Tensor:
         if name != "value":
             return super().slope(u, credit, name)
-        read = u.state.reads[name][:, self.stage.head_of(u.i)]  # (B, k, queries, d)
-        return torch.einsum("bkt,bktf->kf", credit, read)
+        read = u.state.reads[name].transpose(0, 1).flatten(1, 2)[self.stage.head_of(u.i)]  # (k, B queries, d)
+        return (credit.flat[:, None] @ read)[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,10 +280,11 @@ class Scores(Kind[AttentionState]):
     def enter_nodes(self, u: Nodes[AttentionState]) -> Tensor:
         return self.stage.enter_scores(u.rows, u.state, u.i, u.change[..., None], u.key_signs[..., None])
 
-    def slopes(self, u: Nodes[AttentionState], credit: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+    def slopes(self, u: Nodes[AttentionState], credit: Credit, names: Iterable[str]) -> dict[str, Tensor]:
         """Of the weights of all heads; those of heads of which no node was moved are 0."""
         stage, weights, (queries, keys) = self.stage, u.state.weights, self.stage.positions(u.rows)
-        moved = credit[..., None] * u.key_signs[:, :, None]  # (B, k, queries, T)
+        by_query = credit.flat.unflatten(1, (len(weights), -1)).transpose(0, 1)  # (B, k, queries)
+        moved = by_query[..., None] * u.key_signs[:, :, None]  # (B, k, queries, T)
         pairs = torch.zeros_like(weights).index_add_(1, stage.head_of(u.i), moved)  # (B, H, queries, T)
         pairs *= shares(weights.square())
         pairs -= weights * pairs.sum(-1, keepdim=True)  # softmax sees no shift: a query's slopes sum to 0

@@ -71,6 +71,13 @@ class Nodes(Generic[S]):
     key_signs: Tensor
 
 
+class Credit(NamedTuple):
+    """What nodes are worth at every token, (k, B tokens), and in all, (k,)."""
+
+    flat: Tensor
+    total: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Kind(Generic[S]):
     """Nodes of one kind at a stage. The weights of node i are row i of a matrix and number i of a vector.
@@ -104,21 +111,17 @@ class Kind(Generic[S]):
         """What the moved nodes do behind their stage."""
         return self.enter(u.rows, u.state, u.i, u.change)
 
-    def slopes(self, u: Nodes[S], credit: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-        """Of the nodes' weights in some tensors, (k,) or (k, columns) each.
-
-        Args:
-            credit: (B, k, tokens) what the nodes are worth at a token.
-        """
+    def slopes(self, u: Nodes[S], credit: Credit, names: Iterable[str]) -> dict[str, Tensor]:
+        """Of the nodes' weights in some tensors, (k,) or (k, columns) each."""
         return {name: self.slope(u, credit, name) for name in names}
 
-    def slope(self, u: Nodes[S], credit: Tensor, name: str) -> Tensor:
+    def slope(self, u: Nodes[S], credit: Credit, name: str) -> Tensor:
         if name.endswith("bias"):
-            return credit.sum((0, 2))
-        read = u.state.reads[name]
+            return credit.total
+        read = u.state.reads[name].to(credit.flat)
         if name == "gain":
-            return (credit * read[..., u.i].mT).sum((0, 2))
-        return torch.einsum("bkt,btf->kf", credit, read.to(credit))
+            return torch.einsum("kn,nk->k", credit.flat, read[..., u.i].flatten(0, 1))
+        return credit.flat @ read.flatten(0, 1)
 
     def add(self, slopes: Tensor, i: Tensor, found: Tensor) -> None:
         """Add the slopes that were found for the weights of nodes i (k,) to those of their tensor."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from polls.attention import Attention
-from polls.node_kinds import Entry, Nodes, shares
+from polls.node_kinds import Credit, Entry, Nodes, shares
 from polls.rows import Rows
 from polls.structured import NodeGroup, StructuredClosure, StructuredPolls
 from polls.threads import one_thread
@@ -170,7 +170,9 @@ class NodeClosure(StructuredClosure):
             reach, sizes = alike[0][2], [len(nodes.i) for _, nodes, _ in alike]
             part, factor = gains[:, done : done + sum(sizes)], worth[:, chunk[0]][:, done : done + sum(sizes)]
             credit = part * rows.scored(factor[..., None])[..., 0] if reach is None else part @ reach * factor
-            for (group, nodes, _), own in zip(alike, credit.split(sizes, 1), strict=True):  # own (B, k, tokens)
+            flat = credit.transpose(0, 1).flatten(1)  # (B, k, tokens) -> (k, B tokens)
+            parts = map(Credit, flat.split(sizes), flat.sum(1).split(sizes))
+            for (group, nodes, _), own in zip(alike, parts, strict=True):
                 for name, slopes in group.kind.slopes(nodes, own, group.parameters).items():
                     found.append((group, group.parameters[name], nodes.i, slopes))
             done += sum(sizes)

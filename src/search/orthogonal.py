@@ -17,36 +17,43 @@ QUINTIC = 3.4445, -4.7750, 2.0315  # Muon's: takes singular values from 0 to 1 n
 
 
 class Matrices(NamedTuple):
-    """Weight matrices of one shape, by the coordinates of each, and the iterations of `newton_schulz` for them."""
+    """Weight matrices of m rows and n columns, or the other way round, with m <= n.
 
-    shape: torch.Size
-    coordinates: list[slice]
+    Each is given by its coordinates, and whether it is the tall one; `iterations` are those of `newton_schulz`.
+    """
+
+    size: tuple[int, int]
+    members: list[tuple[slice, bool]]
     iterations: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Numbers of all coordinates (n,) -> (K, m, n) of the matrices."""
+        m, n = self.size
+        return torch.stack([flat[own].view(n, m).mT if tall else flat[own].view(m, n) for own, tall in self.members])
 
 
 def newton_schulz(x: Tensor, iterations: int) -> Tensor:
-    """Matrices (K, m, n) -> (K, m, n) with the same singular vectors and singular values of about 1.
+    """Matrices (K, m, n), m <= n -> (K, m, n) with the same singular vectors and singular values of about 1.
 
     Those of 0 stay 0. Every iteration applies a polynomial a s + b s^3 + c s^5 to the singular values s, by products of
     matrices alone.
     """
     a, b, c = QUINTIC
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_(min=torch.finfo(x.dtype).tiny)
     for _ in range(iterations):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return x
 
 
 def matrices_of(coordinates: Coordinates, iterations: Sequence[int]) -> list[Matrices]:
-    """The matrices among the parameters, those of one shape together, by the iterations asked for; 0 leaves one out."""
-    alike: dict[tuple[torch.Size, int], list[slice]] = {}
-    for p, end, n in zip(coordinates.parameters, coordinates.ends, iterations, strict=True):
-        if p.ndim == 2 and n:
-            alike.setdefault((p.shape, n), []).append(slice(end - p.numel(), end))
-    return [Matrices(shape, some, n) for (shape, n), some in alike.items()]
+    """The matrices among the parameters, those of one size together, by the iterations asked for; 0 leaves one out."""
+    alike: dict[tuple[tuple[int, int], int], list[tuple[slice, bool]]] = {}
+    for p, end, k in zip(coordinates.parameters, coordinates.ends, iterations, strict=True):
+        if p.ndim == 2 and k:
+            m, n = sorted(p.shape)
+            alike.setdefault(((m, n), k), []).append((slice(end - p.numel(), end), p.shape != (m, n)))
+    return [Matrices(size, members, k) for (size, k), members in alike.items()]
 
 
 def orthogonalised(direction: Tensor, slopes: Tensor, matrices: Iterable[Matrices]) -> Tensor:
@@ -56,11 +63,9 @@ def orthogonalised(direction: Tensor, slopes: Tensor, matrices: Iterable[Matrice
     """
     direction = direction.clone()
     for some in matrices:
-        before = torch.stack([direction[own] for own in some.coordinates])  # (K, m n)
-        uphill = torch.stack([slopes[own].view(some.shape) for own in some.coordinates])
-        after = -newton_schulz(uphill, some.iterations).flatten(1)
-        length = after.norm(dim=1, keepdim=True).clamp_(min=torch.finfo(after.dtype).tiny)
-        after *= before.norm(dim=1, keepdim=True) / length
-        for own, part in zip(some.coordinates, after, strict=True):
-            direction[own] = part
+        length = some.of(direction).norm(dim=(1, 2), keepdim=True)
+        downhill = -newton_schulz(some.of(slopes), some.iterations)
+        downhill *= length / downhill.norm(dim=(1, 2), keepdim=True).clamp_(min=torch.finfo(downhill.dtype).tiny)
+        for (own, tall), part in zip(some.members, downhill, strict=True):
+            direction[own] = (part.mT if tall else part).flatten()
     return direction
