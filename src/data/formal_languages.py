@@ -9,8 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from config.did_you_mean import one_of
-
 # alphabet, next state by (state, symbol), accepting states; the start is state 0
 REGULAR = {
     "tomita1": ("01", [[1, 0], [1, 1]], [0]),  # 1*
@@ -75,24 +73,6 @@ def _is_nested(string: list[int]) -> bool:
         elif not stack or stack.pop() != symbol - 1:
             return False
     return not stack
-
-
-def is_member(language: str, string: str) -> bool:
-    """Whether `string` is in the language.
-
-    >>> is_member("tomita2", "1010"), is_member("dyck2", "([)]")
-    (True, False)
-
-    Raises:
-        ValueError: an unknown language, or a symbol outside its alphabet.
-    """
-    one_of("language", language, LANGUAGES)
-    alphabet = ALPHABETS[language]
-    for position, symbol in enumerate(string):
-        if symbol not in alphabet:
-            known = ", ".join(alphabet)
-            raise ValueError(f"{symbol!r} at position {position} is not in the alphabet of {language}: {known}")
-    return bool(contains(language, np.array([[alphabet.index(s) for s in string]], dtype=np.int64))[0])
 
 
 def path_counts(language: str, length: int) -> np.ndarray:
@@ -168,7 +148,7 @@ def _edit(strings: np.ndarray, n_symbols: int, rng: np.random.Generator) -> np.n
     return np.where(rng.random((n, 1)) < 0.5, substituted, swapped)
 
 
-def draw_strings(language: str, lengths: Sequence[int], member: bool, n: int, rng: np.random.Generator) -> np.ndarray:
+def draw_strings(language: str, lengths: Sequence[int], member: bool, rng: np.random.Generator, n: int) -> np.ndarray:
     """n members or n non-members, of lengths drawn uniformly: (n, max(lengths)), padded with -1.
 
     Only lengths that have both count, so that the length is no cue. (aa)* has no such length: there
@@ -184,7 +164,9 @@ def draw_strings(language: str, lengths: Sequence[int], member: bool, n: int, rn
     else:
         usable = [k for k in lengths if 0 < members[k] < n_symbols**k]
     if not usable:
-        raise ValueError(f"{language} has no members and non-members of {min(lengths)} to {max(lengths)} symbols")
+        raise ValueError(
+            f"datamodule.language={language} has no members and non-members of {min(lengths)} to {max(lengths)} symbols"
+        )
     sample = sample_members if member else sample_non_members
     length = rng.choice(usable, n)
     rows = np.full((n, max(lengths)), -1, dtype=np.int64)
