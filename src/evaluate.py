@@ -24,14 +24,13 @@ from run.stored import find_weights, with_other_data
 
 if TYPE_CHECKING:  # torch takes seconds, and a run that is not there is refused at once
     from omegaconf import DictConfig
+    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     from data.sequences import SequenceDataModule
     from pattern_search_task import PatternSearchTask
 
 SHOWN = 10  # predictions of each split for --wrong without a number
-MARGIN = 14  # characters in front of a line of words
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -71,7 +70,6 @@ def evaluate(run: Run, weights: str, options: argparse.Namespace) -> None:
     """
     from rich.console import Console
 
-    from data.decoding import decode_rows, wrong_rows
     from run.build import load_run, told
     from run.cpu import prepare_machine
 
@@ -85,17 +83,13 @@ def evaluate(run: Run, weights: str, options: argparse.Namespace) -> None:
     stored, console = (run.summary or {}).get("test") or {}, Console(highlight=False)
     console.print(table(metrics, stored))
     console.print(weights + ("" if stored else ", the run was not tested"), soft_wrap=True, markup=False)
-    for split, n in trained_on(run, data).items() if options.changes else ():
-        console.print(f"{split}: {n:,} of {len(data.splits[split]):,} sequences are among those that were trained on")
-    for split in data.test_names if options.show else ():
-        rows = wrong_rows(task.model, data, split) if options.wrong else range(len(data.splits[split]))
-        what = f"{len(rows):,} wrong of {len(data.splits[split]):,}" if options.wrong else f"{len(rows):,} sequences"
-        console.print(
-            f"\n[bold]{split}[/]: {what}" + (f", the first {options.show}" if options.show < len(rows) else "")
-        )
-        for prediction in decode_rows(task.model, data, split, rows[: options.show]):
-            for line in lines(prediction, console.width):
-                console.print(line, no_wrap=True, overflow="ellipsis")
+    if options.changes:
+        for split, n in trained_on(run, data).items():
+            of_all = f"{n:,} of {len(data.splits[split]):,} sequences"
+            console.print(f"{split}: {of_all} are among those that the run was trained on")
+    if options.show:
+        for split in data.test_names:
+            show(console, task, data, split, options)
 
 
 def tested(task: PatternSearchTask, data: SequenceDataModule, cfg: DictConfig) -> dict[str, float]:
@@ -137,23 +131,29 @@ def trained_on(run: Run, data: SequenceDataModule) -> dict[str, int]:
     return {split: n for split, n in counts.items() if n}
 
 
-def lines(prediction: dict[str, list[str]], width: int) -> Iterator[Text]:
-    """A prediction as lines of at most `width` characters: the input, then the output above the truth."""
-    from rich.text import Text
+def show(
+    console: Console, task: PatternSearchTask, data: SequenceDataModule, split: str, options: argparse.Namespace
+) -> None:
+    """Predictions of a split beside the truth."""
+    from data.decoding import decode_rows, wrong_rows
 
+    n = len(data.splits[split])
+    rows = wrong_rows(task.model, data, split) if options.wrong else range(n)
+    what = f"{len(rows):,} wrong of {n:,}" if options.wrong else f"{n:,} sequences"
+    what += f", the first {options.show}" if options.show < len(rows) else ""
+    console.print(f"\n[bold]{split}[/]: {what}")
+    for prediction in decode_rows(task.model, data, split, rows[: options.show]):
+        for line in lines(prediction, console.width):
+            console.print(line, markup=False, no_wrap=True, overflow="ellipsis")
+
+
+def lines(prediction: dict[str, list[str]], width: int) -> Iterator[str]:
+    """A prediction as lines of at most `width` characters: the input, then the output above the truth."""
     from data.decoding import in_columns
 
-    right = prediction["output"] == prediction["truth"]
-    mark = Text(f"{'right' if right else 'wrong':<7}", "green" if right else "red")
-    for names in (["input"], ["output", "truth"]):
-        for block in in_columns([prediction[name] for name in names], width - MARGIN):
-            for name, words in zip(names, block, strict=True):
-                line = Text.assemble(mark, f"{name:<7}")
-                for word, *column in zip(words, *block, strict=True):
-                    line.append(f"{word} ", "red" if len({*column}) > 1 else "")
-                line.rstrip()
-                yield line
-                mark = Text(" " * len(mark))
+    mark = "right" if prediction["output"] == prediction["truth"] else "wrong"
+    yield from in_columns({f"{mark}  input ": prediction["input"]}, width)
+    yield from in_columns({f"{'':5}  {name:<6}": prediction[name] for name in ("output", "truth")}, width)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Membership: is the query in the set, is the string in the language?
 
-Set membership reads m distinct elements in random order, SEP and a query; a language task reads a
-string and SEP. One position is scored, the last one, with the classes "no" and "yes".
+Set membership reads m distinct elements in random order, SEP and a query; a language task reads a string and SEP. One
+position is scored, the last one, with the classes "no" and "yes".
 Show some data with `python src/show_data.py task=membership datamodule.language=tomita3`.
 """
 
@@ -42,11 +42,10 @@ def balanced(draw: Draw, n: int, rng: np.random.Generator) -> np.ndarray:
 class MembershipDataModule(SequenceDataModule):
     """Sets and queries, or strings, with the answers "no" and "yes".
 
-    Rows are drawn with repetition, since languages have few short strings; train, validation and
-    test share no string, and no pair of a set (in whatever order) and a query. Languages with at
-    most one member a length (Tomita 1 and 2, (aa)*, (ab)*, a^n b^n) can only be tested on unseen
-    lengths: a quarter of the lengths is for the test, an eighth for validation, the others, with
-    the longest among them, for training.
+    Rows are drawn with repetition, since languages have few short strings; train, validation and test share no string,
+    and no pair of a set (in whatever order) and a query. Languages with at most one member a length (Tomita 1 and 2,
+    (aa)*, (ab)*, a^n b^n) can only be tested on unseen lengths: a quarter of the lengths is for the test, an eighth for
+    validation, the others, with the longest among them, for training.
 
     Args:
         language: "sets" or one of LANGUAGES.
@@ -54,9 +53,8 @@ class MembershipDataModule(SequenceDataModule):
         set_size: sets: elements of a set, or a list of sizes to draw from.
         test_set_sizes: sets: sizes of further test sets, e.g. [7, 8] -> "test/size_7", "test/size_8".
         length: languages: longest string, in symbols; strings of 1 to `length` symbols are drawn.
-        test_lengths: languages: upper ends of further bins of test strings, e.g. [24, 48] after
-            length=12 -> "test/length_13_24", "test/length_25_48". Learned positions beyond
-            `length` are never trained.
+        test_lengths: languages: upper ends of further bins of test strings, e.g. [24, 48] after length=12 ->
+            "test/length_13_24", "test/length_25_48". Learned positions beyond `length` are never trained.
         n_samples: training rows; None for 2,000 sets or 4,000 strings.
         batch_size, seed: as in `SequenceDataModule`.
 

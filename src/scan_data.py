@@ -1,9 +1,8 @@
 """SCAN: translate commands into actions (Lake and Baroni 2018, "Generalization without Systematicity").
 
-The grammar is small enough to be the data, and every split that is a rule on the command is that
-rule here. x is the command, SEP and the actions; scored are the actions and EOS, which ends each
-output and is never read, so it is a class and no token.
-Show some data with `python src/show_data.py task=scan datamodule.split=length`.
+The grammar is small enough to be the data, and every split that is a rule on the command is that rule here. x is the
+command, SEP and the actions; scored are the actions and EOS, which ends each output and is never read, so it is a class
+and no token. Show some data with `python src/show_data.py task=scan datamodule.split=length`.
 """
 
 import re
@@ -117,25 +116,19 @@ def carve_validation(sides: dict[str, list[Example]], rng: np.random.Generator) 
     return {"train": [example for example in train if example[0] not in chosen], "val": val, "test": test}
 
 
-def subset(examples: list[Example], n: int) -> list[Example]:
-    """The first n examples, the last of them replaced by the longest of all, if it is not among them."""
-    longest = max(examples, key=lambda example: len(example[0].split()) + len(example[1]))
-    return examples[:n] if longest in examples[:n] else [*examples[: n - 1], longest]
-
-
 class ScanDataModule(SequenceDataModule):
     """Commands and their actions.
 
-    Validation is a tenth of the distinct training commands, 1,000 at most; commands that training
-    repeats stay there. The vocabulary holds the words that occur, and no other.
+    Validation is a tenth of the distinct training commands, 1,000 at most; commands that training repeats stay there.
+    The vocabulary holds the words that occur, and no other.
 
     Args:
         split: one of RULE_SPLITS, "random", "scan_s", or with `data_dir` any split that has files.
         max_actions: leave out commands with more actions, on all sides; None for no limit.
         oversample: repeat the primitive of the addprim splits as the official files do.
         data_dir: folder with the official files, e.g. a clone of github.com/brendenlake/SCAN.
-        n_samples: training examples, a random subset with one of the longest in it, so that no
-            position goes untrained; None for all.
+        n_samples: training examples, a random subset with one of the longest in it, so that no position goes untrained;
+            None for all.
         batch_size, seed: as in `SequenceDataModule`.
 
     Raises:
@@ -164,7 +157,9 @@ class ScanDataModule(SequenceDataModule):
                 f"n_samples={n_samples}; raise max_actions, lower n_samples, or take another split"
             )
         super().__init__(batch_size, available if n_samples is None else n_samples, seed)
-        self.examples["train"] = subset(self.examples["train"], self.n_samples)
+        train, first = self.examples["train"], self.examples["train"][: self.n_samples]
+        longest = max(train, key=lambda example: len(example[0].split()) + len(example[1]))
+        self.examples["train"] = first if longest in first else [*first[:-1], longest]
         occurring = {word for examples in self.examples.values() for command, _ in examples for word in command.split()}
         self.tokens = (*(word for word in WORDS if word in occurring), *ACTIONS, "SEP")
         self.classes = (*ACTIONS, "EOS")

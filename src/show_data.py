@@ -43,17 +43,7 @@ def align(datamodule: SequenceDataModule, split: str, row: int, width: int) -> I
     end = max(t for t, target in enumerate(y) if target != IGNORE) + 1
     tokens = [datamodule.tokens[i] for i in x[:end]]
     targets = [datamodule.classes[c] if c != IGNORE else "" for c in y[:end]]
-    for block in in_columns([tokens, targets], width - len("x  ")):
-        for name, words in zip("xy", block, strict=True):
-            yield f"{name}  {' '.join(words)}".rstrip()
-
-
-def sizes(datamodule: SequenceDataModule) -> Table:
-    """One row for each split."""
-    table = Table("split", "sequences", "longest x (tokens)", "scored positions", box=None, header_style="bold")
-    for name, split in datamodule.splits.items():
-        table.add_row(name, f"{len(split):,}", str(split.x.shape[1]), f"{int(split.scored.sum()):,}")
-    return table
+    return in_columns({"x ": tokens, "y ": targets}, width)
 
 
 def main(arguments: list[str]) -> None:
@@ -61,8 +51,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", help="as for train.py, e.g. task=membership datamodule.language=dyck1")
     console = Console(highlight=False)
     datamodule = load_datamodule(parser.parse_args(arguments).overrides)
-    console.print(sizes(datamodule))
-    console.print()
+    table = Table("split", "sequences", "longest x (tokens)", "scored positions", box=None, header_style="bold")
+    for name, split in datamodule.splits.items():
+        table.add_row(name, f"{len(split):,}", str(split.x.shape[1]), f"{int(split.scored.sum()):,}")
+    console.print(table, "")
     for name, split in datamodule.splits.items():
         console.print(f"[bold]{name}[/bold]")
         for row in pd.DataFrame(split.x.numpy()).drop_duplicates().index[:N_EXAMPLES]:

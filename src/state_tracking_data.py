@@ -1,10 +1,9 @@
 """State tracking: parity, cyclic groups, permutation groups and their products.
 
-A sequence x_1 .. x_n of group elements, drawn uniformly, and the state after each of them,
-y_t = x_1 x_2 ... x_t. Parity counts ZEROS: y_t = (number of zeros among x_1 .. x_t) mod 2.
-Task and product follow Merrill, Petty and Sabharwal 2024, "The Illusion of State in State-Space
-Models"; A5, A4xZ5 and Z60 all have 60 elements and are non-solvable, solvable but not abelian,
-and abelian. Show some data with `python src/show_data.py task=state_tracking`.
+A sequence x_1 .. x_n of group elements, drawn uniformly, and the state after each of them, y_t = x_1 x_2 ... x_t.
+Parity counts ZEROS: y_t = (number of zeros among x_1 .. x_t) mod 2. Task and product follow Merrill, Petty and
+Sabharwal 2024, "The Illusion of State in State-Space Models"; A5, A4xZ5 and Z60 all have 60 elements and are
+non-solvable, solvable but not abelian, and abelian. Show some data with `python src/show_data.py task=state_tracking`.
 """
 
 import itertools
@@ -87,10 +86,10 @@ class StateTrackingDataModule(SequenceDataModule):
     Args:
         group: "parity", "Z<n>", "S<n>", "A<n>" or a product such as "A4xZ5".
         length: elements a sequence, in training, validation and test.
-        format: "seq" reads the input, a separator, and then writes the states (x has 2 * length
-            tokens, length of them scored); "tag" writes the state below each input token.
-        n_samples: training strings. Spaces of up to 65,536 strings are cut without repetition and
-            the rest is shared by validation and test; of larger ones both hold 1,000.
+        format: "seq" reads the input, a separator, and then writes the states (x has 2 * length tokens, length of them
+            scored); "tag" writes the state below each input token.
+        n_samples: training strings. Spaces of up to 65,536 strings are cut without repetition and the rest is shared by
+            validation and test; of larger ones both hold 1,000.
         test_lengths: lengths of further test sets, e.g. [16, 32] -> "test/length_16", "test/length_32".
         batch_size, seed: as in `SequenceDataModule`.
 

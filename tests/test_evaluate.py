@@ -176,7 +176,7 @@ def test_shorter_inputs_are_read_by_every_model(runs, evaluated):
 
 def test_test_sequences_that_were_trained_on_are_counted(runs, evaluated):
     text = evaluated(f"run={runs / 'parity'}", "datamodule.seed=1")
-    assert "test: 19 of 28 sequences are among those that were trained on" in text
+    assert "test: 19 of 28 sequences are among those that the run was trained on" in text
     assert "trained on" not in evaluated(f"run={runs / 'parity'}", "datamodule.test_lengths=[4]")
 
 
@@ -219,7 +219,7 @@ def test_columns_stand_below_each_other_and_long_lines_are_cut_between_tokens(ru
     task, data, _ = load_run(runs / "scan")
     for prediction in decode_rows(task.model, data, "test", range(20)):
         for width in (40, 80, 1000):
-            text = [line.plain for line in lines(prediction, width)]
+            text = list(lines(prediction, width))
             assert max(map(len, text)) <= width
             labels = [line[7:14].strip() for line in text]
             of = {name: [line[14:] for line, at in zip(text, labels, strict=True) if at == name] for name in labels}

@@ -72,16 +72,19 @@ def wrong_rows(model: nn.Module, data: SequenceDataModule, split: str) -> list[i
     return (~torch.cat(right).all(1)).nonzero().flatten().tolist()
 
 
-def in_columns(rows: Sequence[Sequence[str]], width: int) -> Iterator[list[list[str]]]:
-    """Rows of words, each filled up with spaces to the longest word of its column, cut into blocks of columns.
+def in_columns(rows: dict[str, list[str]], width: int) -> Iterator[str]:
+    """Rows of words, each behind its label, as lines of at most `width` characters.
 
-    The words of a row of a block, with a space between them, have at most `width` characters.
+    The words of a column stand below each other. Rows that are too long go on below the others, with their labels.
     """
-    block: list[list[str]] = []
-    for words in zip_longest(*rows, fillvalue=""):
-        longest = max(map(len, words))
-        if block and sum(len(column[0]) + 1 for column in block) + longest > width:
-            yield [list(row) for row in zip(*block, strict=True)]
-            block = []
-        block.append([word.ljust(longest) for word in words])
-    yield [list(row) for row in zip(*block, strict=True)]
+    margin, used, blocks = max(map(len, rows)) + 1, 0, list[list[list[str]]]([[]])
+    for words in zip_longest(*rows.values(), fillvalue=""):
+        column = max(map(len, words)) + 1
+        if blocks[-1] and margin + used + column - 1 > width:
+            blocks.append([])
+            used = 0
+        blocks[-1].append([word.ljust(column) for word in words])
+        used += column
+    for block in blocks:
+        for label, words in zip(rows, zip(*block, strict=True), strict=True):
+            yield f"{label:<{margin}}{''.join(words)}".rstrip()

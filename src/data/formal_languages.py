@@ -1,8 +1,7 @@
 """Thirteen formal languages: membership, exact counts, uniform members and near misses.
 
-The seven of Tomita 1982 (as in Weiss, Goldberg and Yahav 2018), parity, (aa)*, (ab)*, a^n b^n,
-Dyck-1 and Dyck-2; the empty string is a member of each. Strings are rows of symbol indices here;
-`membership_data.py` makes a task of them.
+The seven of Tomita 1982 (as in Weiss, Goldberg and Yahav 2018), parity, (aa)*, (ab)*, a^n b^n, Dyck-1 and Dyck-2; the
+empty string is a member of each. Strings are rows of symbol indices here; `membership_data.py` makes a task of them.
 """
 
 from collections.abc import Sequence
@@ -78,8 +77,8 @@ def _is_nested(string: list[int]) -> bool:
 def path_counts(language: str, length: int) -> np.ndarray:
     """(length + 1, S): entry [r, s] counts the strings of r symbols that lead from state s to acceptance.
 
-    For Dyck-2 it counts shapes, i.e. the strings with both kinds of bracket written alike. Row 0 of
-    Dyck-1 holds the ballot numbers. Exact up to 2^53.
+    For Dyck-2 it counts shapes, i.e. the strings with both kinds of bracket written alike. Row 0 of Dyck-1 holds the
+    ballot numbers. Exact up to 2^53.
     """
     table, accepting = automaton("dyck1" if language == "dyck2" else language, length)
     counts = [accepting.astype(np.float64)]
@@ -151,8 +150,8 @@ def _edit(strings: np.ndarray, n_symbols: int, rng: np.random.Generator) -> np.n
 def draw_strings(language: str, lengths: Sequence[int], member: bool, rng: np.random.Generator, n: int) -> np.ndarray:
     """n members or n non-members, of lengths drawn uniformly: (n, max(lengths)), padded with -1.
 
-    Only lengths that have both count, so that the length is no cue. (aa)* has no such length: there
-    the label is the length.
+    Only lengths that have both count, so that the length is no cue. (aa)* has no such length: there the label is the
+    length.
 
     Raises:
         ValueError: no length has members and non-members.

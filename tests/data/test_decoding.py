@@ -127,9 +127,6 @@ def test_a_task_that_says_nothing_writes_as_much_as_in_its_data():
 
 
 def test_words_stand_in_columns_that_are_as_wide_as_they_may_be():
-    rows = [["a", "bcd", "e", "f"], ["", "b", "efg"]]
-    assert list(in_columns(rows, 9)) == [
-        [["a", "bcd", "e  "], [" ", "b  ", "efg"]],
-        [["f"], [" "]],
-    ]
-    assert list(in_columns([["long", "b"]], 1)) == [[["long"]], [["b"]]]
+    rows = {"x": ["a", "bcd", "e", "f"], "of": ["", "b", "efg"]}
+    assert list(in_columns(rows, 12)) == ["x  a bcd e", "of   b   efg", "x  f", "of"]
+    assert list(in_columns({"x": ["long", "b"]}, 1)) == ["x long", "x b"]
