@@ -18,7 +18,6 @@ Candidates are uniform over all parameters. The last line printed is JSON, in ev
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from pattern_search_task import Batch, batch_loss
@@ -51,12 +51,9 @@ Rate = Callable[[float], float]  # seconds of measuring -> evaluations per secon
 
 
 def rate_of(call: Callable[[], Any], seconds: float) -> float:
-    """Calls of a function per second; it is called at least once."""
-    done, start = 0, time.perf_counter()
-    while not done or time.perf_counter() - start < seconds:
-        call()
-        done += 1
-    return done / (time.perf_counter() - start)
+    """Calls of a function per second."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return 1 / timer.blocked_autorange(min_run_time=seconds).median
 
 
 def ways(model: DecoderOnlyTransformer, batch: Batch) -> dict[str, Rate]:

@@ -85,7 +85,7 @@ class MembershipDataModule(SequenceDataModule):
         if language == "sets":
             self.tokens, self.unread = (*map(str, range(universe)), "SEP"), ("length", "test_lengths")
             check_range("universe", universe, 2, MAX_LENGTH)
-            check_range("set_size", self.set_sizes, 1, universe - 1)  # so that there are queries of both labels
+            check_range("set_size", set_size, 1, universe - 1)  # so that there are queries of both labels
             check_range("test_set_sizes", test_set_sizes, 1, universe - 1)
             if not self.set_sizes or {*self.set_sizes} & {*test_set_sizes}:
                 given = f"datamodule.set_size={list(self.set_sizes)}, test_set_sizes={list(test_set_sizes)}"

@@ -265,7 +265,7 @@ def test_balanced_accuracy_of_a_constant_answer_is_half():
     ("options", "message"),
     [
         (dict(language="dyck3"), r"datamodule.language=dyck3 is not known; did you mean dyck[12]"),
-        (dict(set_size=16), r"datamodule.set_size=\(16,\) must lie between 1 and 15"),
+        (dict(set_size=16), r"datamodule.set_size=16 must lie between 1 and 15"),
         (dict(set_size=[]), r"datamodule.set_size=\[\], .*: training needs a size"),
         (dict(test_set_sizes=[0]), r"datamodule.test_set_sizes=\[0\] must lie between 1 and 15"),
         (dict(test_set_sizes=[4]), r"test_set_sizes=\[4\]: .* further test sets need other ones"),
