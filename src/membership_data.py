@@ -83,8 +83,8 @@ class MembershipDataModule(SequenceDataModule):
         self.test_set_sizes, self.test_lengths = tuple(test_set_sizes), tuple(test_lengths)
         self.classes = CLASSES
         if language == "sets":
-            self.tokens, self.unread = (*map(str, range(universe)), "SEP"), ("length", "test_lengths")
             check_range("universe", universe, 2, MAX_LENGTH)
+            self.tokens, self.unread = (*map(str, range(universe)), "SEP"), ("length", "test_lengths")
             check_range("set_size", set_size, 1, universe - 1)  # so that there are queries of both labels
             check_range("test_set_sizes", test_set_sizes, 1, universe - 1)
             if not self.set_sizes or {*self.set_sizes} & {*test_set_sizes}:
