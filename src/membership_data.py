@@ -1,7 +1,7 @@
 """Membership: is the query in the set, is the string in the language?
 
-Set membership reads m distinct elements in random order, SEP and a query; a language task reads a
-string and SEP. One position is scored, the last one, with the classes "no" and "yes".
+Set membership reads m distinct elements in random order, SEP and a query; a language task reads a string and SEP. One
+position is scored, the last one, with the classes "no" and "yes".
 Show some data with `python src/show_data.py task=membership datamodule.language=tomita3`.
 """
 
@@ -13,23 +13,16 @@ from functools import partial
 import numpy as np
 
 from config.did_you_mean import one_of
-from data.formal_languages import ALPHABETS, LANGUAGES, ONE_MEMBER_A_LENGTH, contains, draw_strings, is_member
-from data.sequences import MAX_LENGTH, SequenceDataModule, Sequences, lay_out, split_by_hash
-
-__all__ = ["LANGUAGES", "MembershipDataModule", "draw_sets", "is_member"]
+from data.formal_languages import ALPHABETS, LANGUAGES, ONE_MEMBER_A_LENGTH, contains, draw_strings
+from data.sequences import MAX_LENGTH, SequenceDataModule, Sequences, check_range, lay_out, split_by_hash
 
 CLASSES = ("no", "yes")
 N_SETS, N_STRINGS = 2000, 4000  # default sizes of the training set
 N_HELD_OUT = 1000  # rows of validation and of each test set, at most
-Draw = Callable[[bool, int, np.random.Generator], np.ndarray]  # (member, n, rng) -> n rows
+Draw = Callable[[bool, np.random.Generator, int], np.ndarray]  # (member, rng, n) -> n rows
 
 
-def draw_of_label(draw: Draw, member: bool, rng: np.random.Generator, n: int) -> np.ndarray:
-    """The rows of one label, with the arguments that `split_by_hash` gives."""
-    return draw(member, n, rng)
-
-
-def draw_sets(universe: int, sizes: Sequence[int], member: bool, n: int, rng: np.random.Generator) -> np.ndarray:
+def draw_sets(universe: int, sizes: Sequence[int], member: bool, rng: np.random.Generator, n: int) -> np.ndarray:
     """n sets with a query in (or not in) each: the sorted set, filled up with `universe`, then the query.
 
     Sets and queries are uniform, sizes too. Returns (n, max(sizes) + 1).
@@ -43,17 +36,16 @@ def draw_sets(universe: int, sizes: Sequence[int], member: bool, n: int, rng: np
 
 def balanced(draw: Draw, n: int, rng: np.random.Generator) -> np.ndarray:
     """n rows, half of them members, in random order."""
-    return rng.permutation(np.concatenate([draw(False, n // 2, rng), draw(True, n - n // 2, rng)]))
+    return rng.permutation(np.concatenate([draw(False, rng, n // 2), draw(True, rng, n - n // 2)]))
 
 
 class MembershipDataModule(SequenceDataModule):
     """Sets and queries, or strings, with the answers "no" and "yes".
 
-    Rows are drawn with repetition, since languages have few short strings; train, validation and
-    test share no string, and no pair of a set (in whatever order) and a query. Languages with at
-    most one member a length (Tomita 1 and 2, (aa)*, (ab)*, a^n b^n) can only be tested on unseen
-    lengths: a quarter of the lengths is for the test, an eighth for validation, the others, with
-    the longest among them, for training.
+    Rows are drawn with repetition, since languages have few short strings; train, validation and test share no string,
+    and no pair of a set (in whatever order) and a query. Languages with at most one member a length (Tomita 1 and 2,
+    (aa)*, (ab)*, a^n b^n) can only be tested on unseen lengths: a quarter of the lengths is for the test, an eighth for
+    validation, the others, with the longest among them, for training.
 
     Args:
         language: "sets" or one of LANGUAGES.
@@ -61,14 +53,13 @@ class MembershipDataModule(SequenceDataModule):
         set_size: sets: elements of a set, or a list of sizes to draw from.
         test_set_sizes: sets: sizes of further test sets, e.g. [7, 8] -> "test/size_7", "test/size_8".
         length: languages: longest string, in symbols; strings of 1 to `length` symbols are drawn.
-        test_lengths: languages: upper ends of further bins of test strings, e.g. [24, 48] after
-            length=12 -> "test/length_13_24", "test/length_25_48". Learned positions beyond
-            `length` are never trained.
+        test_lengths: languages: upper ends of further bins of test strings, e.g. [24, 48] after length=12 ->
+            "test/length_13_24", "test/length_25_48". Learned positions beyond `length` are never trained.
         n_samples: training rows; None for 2,000 sets or 4,000 strings.
         batch_size, seed: as in `SequenceDataModule`.
 
     Raises:
-        ValueError: an unknown language, an impossible size or length, or more rows than inputs exist.
+        ValueError: an unknown language, or an impossible size or length.
     """
 
     def __init__(
@@ -86,70 +77,43 @@ class MembershipDataModule(SequenceDataModule):
         one_of("datamodule.language", language, ("sets", *LANGUAGES))
         default = N_SETS if language == "sets" else N_STRINGS
         super().__init__(batch_size, default if n_samples is None else n_samples, seed)
-        if self.n_samples < 2:
-            raise ValueError(f"datamodule.n_samples={n_samples} must be at least 2: one row of each label")
+        check_range("n_samples", self.n_samples, 2)  # one row of each label
         self.language, self.universe, self.length = language, universe, length
         self.set_sizes = (set_size,) if isinstance(set_size, int) else tuple(set_size)
         self.test_set_sizes, self.test_lengths = tuple(test_set_sizes), tuple(test_lengths)
         self.classes = CLASSES
-        self.unread = ("length", "test_lengths") if language == "sets" else ("universe", "set_size", "test_set_sizes")
         if language == "sets":
-            self._check_sets()
-            self.tokens = (*map(str, range(universe)), "SEP")
-            inputs = sum(universe * math.perm(universe, m) for m in set(self.set_sizes))
-            self._distinct = sum(universe * math.comb(universe, m) for m in set(self.set_sizes))
+            check_range("universe", universe, 2, MAX_LENGTH)
+            self.tokens, self.unread = (*map(str, range(universe)), "SEP"), ("length", "test_lengths")
+            check_range("set_size", set_size, 1, universe - 1)  # so that there are queries of both labels
+            check_range("test_set_sizes", test_set_sizes, 1, universe - 1)
+            if not self.set_sizes or {*self.set_sizes} & {*test_set_sizes}:
+                given = f"datamodule.set_size={list(self.set_sizes)}, test_set_sizes={list(test_set_sizes)}"
+                raise ValueError(f"{given}: training needs a size, and further test sets need other ones")
+            self._distinct = sum(universe * math.comb(universe, m) for m in {*self.set_sizes})
         else:
-            self._check_lengths()
-            self.tokens = (*ALPHABETS[language], "SEP")
-            inputs = self._distinct = sum(len(ALPHABETS[language]) ** n for n in range(1, length + 1))
-        if self.n_samples > max(default, inputs):
-            raise ValueError(
-                f"datamodule.n_samples={n_samples} is too large: datamodule.language={language} has only {inputs:,} "
-                f"inputs of this size; try n_samples={max(1, inputs // 2)} or n_samples=null"
-            )
-
-    def _check_sets(self) -> None:
-        sizes = (*self.set_sizes, *self.test_set_sizes)
-        if self.universe > MAX_LENGTH:
-            raise ValueError(f"datamodule.universe={self.universe} is too large; at most {MAX_LENGTH:,} elements")
-        if not self.set_sizes or any(not 1 <= m < self.universe for m in sizes):
-            raise ValueError(
-                f"datamodule.set_size={list(self.set_sizes)}, test_set_sizes={list(self.test_set_sizes)}: a size must "
-                f"lie between 1 and {self.universe - 1}, so that universe={self.universe} has queries of both labels"
-            )
-        if both := set(self.set_sizes) & set(self.test_set_sizes):
-            raise ValueError(f"datamodule.test_set_sizes: size {min(both)} is a training size and has its test split")
-
-    def _check_lengths(self) -> None:
-        ends = [self.length, *self.test_lengths]
-        if self.length < 1 or ends[-1] > MAX_LENGTH or any(b <= a for a, b in itertools.pairwise(ends)):
-            raise ValueError(
-                f"datamodule.length={self.length}, test_lengths={list(self.test_lengths)}: "
-                f"lengths start at 1, end at {MAX_LENGTH:,}, and each bin must end behind the one before"
-            )
-
-    def n_outputs(self, prompt_length: int) -> int:
-        return 1
+            self.tokens, self.unread = (*ALPHABETS[language], "SEP"), ("universe", "set_size", "test_set_sizes")
+            check_range("length", length, 1, MAX_LENGTH)
+            check_range("test_lengths", test_lengths, length + 1, MAX_LENGTH)
+            if [*test_lengths] != sorted({*test_lengths}):
+                raise ValueError(f"datamodule.test_lengths={list(test_lengths)}: each bin ends behind the one before")
+            self._distinct = sum(len(ALPHABETS[language]) ** n for n in range(1, length + 1))
 
     def make_splits(self) -> dict[str, Sequences]:
         rng = np.random.default_rng((self.seed, 1))
         if self.language == "sets":
-            rows = self._split_by_hash(partial(draw_sets, self.universe, self.set_sizes), rng)
-            for m in self.test_set_sizes:
-                rows[f"test/size_{m}"] = balanced(partial(draw_sets, self.universe, [m]), N_HELD_OUT, rng)
-            return {name: self._lay_out_sets(split, rng) for name, split in rows.items()}
-        if self.language in ONE_MEMBER_A_LENGTH:
-            lengths, sizes = self._split_lengths(rng), {"train": self.n_samples}
-            rows = {
-                name: balanced(partial(draw_strings, self.language, part), sizes.get(name, N_HELD_OUT), rng)
-                for name, part in lengths.items()
-            }
+            draw: Draw = partial(draw_sets, self.universe, self.set_sizes)
+            further = {f"test/size_{m}": partial(draw_sets, self.universe, [m]) for m in self.test_set_sizes}
         else:
-            rows = self._split_by_hash(partial(draw_strings, self.language, range(1, self.length + 1)), rng)
-        for low, high in itertools.pairwise([self.length, *self.test_lengths]):
-            draw = partial(draw_strings, self.language, range(low + 1, high + 1))
-            rows[f"test/length_{low + 1}_{high}"] = balanced(draw, N_HELD_OUT, rng)
-        return {name: self._lay_out_strings(split) for name, split in rows.items()}
+            draw = partial(draw_strings, self.language, range(1, self.length + 1))
+            further = {
+                f"test/length_{low + 1}_{high}": partial(draw_strings, self.language, range(low + 1, high + 1))
+                for low, high in itertools.pairwise([self.length, *self.test_lengths])
+            }
+        by_length = self.language in ONE_MEMBER_A_LENGTH
+        rows = self._split_by_length(rng) if by_length else self._split_by_hash(draw, rng)
+        rows |= {name: balanced(draw, N_HELD_OUT, rng) for name, draw in further.items()}
+        return {name: self._lay_out(of_split, rng) for name, of_split in rows.items()}
 
     def _split_by_hash(self, draw: Draw, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Half of each split are members. Held-out rows are distinct: a few short strings would be most of them."""
@@ -157,12 +121,7 @@ class MembershipDataModule(SequenceDataModule):
         by_label = []
         for member, n in ((False, self.n_samples // 2), (True, self.n_samples - self.n_samples // 2)):
             sizes = {"train": n, "val": held_out, "test": held_out}
-            try:
-                by_label.append(split_by_hash(partial(draw_of_label, draw, member), sizes, self.seed))
-            except ValueError as error:
-                size = f"universe={self.universe}" if self.language == "sets" else f"length={self.length}"
-                where = f"datamodule.{size} is too small for datamodule.language={self.language}"
-                raise ValueError(f"{where}: {error}") from None
+            by_label.append(split_by_hash(partial(draw, member), sizes, self.seed))
         splits = {"train": rng.permutation(np.concatenate([part["train"] for part in by_label]))}
         for name in ("val", "test"):
             distinct = [rng.permutation(np.unique(part[name], axis=0)) for part in by_label]
@@ -170,8 +129,8 @@ class MembershipDataModule(SequenceDataModule):
             splits[name] = rng.permutation(np.concatenate([rows[:n] for rows in distinct]))
         return splits
 
-    def _split_lengths(self, rng: np.random.Generator) -> dict[str, list[int]]:
-        """Lengths for each split; an odd one and the next even one stay together, so that both labels are in each."""
+    def _split_by_length(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """A length is in one split; an odd one and the next even one stay together, so that both labels are in it."""
         pairs = [[k - 1, k] for k in range(2, self.length - 1, 2)]  # the longest are for training
         if len(pairs) < 3:
             raise ValueError(
@@ -180,18 +139,21 @@ class MembershipDataModule(SequenceDataModule):
             )
         val, test, _ = np.split(rng.permutation(pairs), np.cumsum([-(-len(pairs) // 8), -(-len(pairs) // 4)]))
         train = np.setdiff1d(np.arange(1, self.length + 1), [*val.flatten(), *test.flatten()])
-        return {name: lengths.flatten().tolist() for name, lengths in (("train", train), ("val", val), ("test", test))}
+        splits = {"train": (train, self.n_samples), "val": (val, N_HELD_OUT), "test": (test, N_HELD_OUT)}
+        return {
+            name: balanced(partial(draw_strings, self.language, lengths.flatten().tolist()), n, rng)
+            for name, (lengths, n) in splits.items()
+        }
 
-    def _lay_out_sets(self, rows: np.ndarray, rng: np.random.Generator) -> Sequences:
-        prompts, labels = [], []
-        for *elements, query in rows.tolist():
-            context = rng.permutation([e for e in elements if e < self.universe]).tolist()
-            prompts.append([*context, self.universe, query])  # SEP is token number `universe`
-            labels.append([int(query in context)])
+    def _lay_out(self, rows: np.ndarray, rng: np.random.Generator) -> Sequences:
+        prompts, labels, separator = [], [], len(self.tokens) - 1
+        for row in rows:
+            if self.language == "sets":
+                context, query = rng.permutation(row[:-1][row[:-1] < self.universe]), row[-1]
+                prompts.append([*context, separator, query])
+                labels.append([int(query in context)])
+            else:
+                string = row[row >= 0]
+                prompts.append([*string, separator])
+                labels.append([int(contains(self.language, string[None])[0])])
         return lay_out(prompts, labels, ())
-
-    def _lay_out_strings(self, rows: np.ndarray) -> Sequences:
-        separator = len(self.tokens) - 1
-        strings = [row[row >= 0] for row in rows]
-        labels = [[int(contains(self.language, string[None])[0])] for string in strings]
-        return lay_out([[*string, separator] for string in strings], labels, ())

@@ -11,15 +11,10 @@ from pattern_search_task import PatternSearchTask, Scores
 class MembershipScores(Scores):
     """Adds `accuracy_no`, `accuracy_yes` and their mean, `balanced_accuracy`: .5 for a constant answer."""
 
-    def measure(self, logits: Tensor, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def measure(self, logits: Tensor, y: Tensor) -> dict[str, Tensor]:
         scored = y != IGNORE  # one position a row
-        labels, right = y[scored], (logits.argmax(-1) == y)[scored].float()  # (B,), (B,)
-        by_label = {}
-        for c, name in enumerate(CLASSES):
-            of_label = right[labels == c]
-            if len(of_label):
-                by_label[f"accuracy_{name}"] = (of_label, torch.ones(len(of_label)))
-        return super().measure(logits, y) | by_label
+        labels, right = y[scored], (logits.argmax(-1) == y)[scored]  # (B,), (B,)
+        return super().measure(logits, y) | {f"accuracy_{name}": right[labels == c] for c, name in enumerate(CLASSES)}
 
     def compute(self) -> dict[str, Tensor]:
         scores = super().compute()

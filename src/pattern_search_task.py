@@ -8,7 +8,6 @@ Lightning's automatic optimization. Loss, metrics and logs are the same for both
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import lightning as L
@@ -36,43 +35,41 @@ def masked_loss(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def batch_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """The same of a batch, as the fast polls want it."""
+    """The same of a batch, as the polls want it."""
     return masked_loss(logits, batch["y"])
 
 
 class Scores:
-    """Metrics of one split, micro-averaged: sums over the whole split, never means of batch means.
+    """Metrics of one split: means over all tokens or rows of the split, never means of batch means.
 
-    A family adds its own by extending `measure`, which maps a name to (values, weights): the metric
-    is the sum of values * weights divided by the sum of weights.
+    A family adds its own by extending `measure`, which maps a name to the values of a batch that the mean is of.
     """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.weights: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
 
-    def measure(self, logits: Tensor, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def measure(self, logits: Tensor, y: Tensor) -> dict[str, Tensor]:
         scored = y != IGNORE  # (B, T)
-        right = (logits.argmax(-1) == y) & scored
+        right = logits.argmax(-1) == y
         last = scored.shape[1] - 1 - scored.flip(1).int().argmax(1, keepdim=True)  # (B, 1) last scored position
-        rows = torch.ones(len(y))
         return {
-            "loss": (masked_loss(logits, y), scored.sum()),
-            "token_accuracy": (right[scored].float(), torch.ones(int(scored.sum()))),
-            "exact_match": ((right == scored).all(1).float(), rows),
-            "last_accuracy": (right.gather(1, last).flatten().float(), rows),
+            "loss": F.cross_entropy(
+                logits[scored], y[scored], reduction="none"
+            ),  # (scored tokens, C) -> (scored tokens,)
+            "token_accuracy": right[scored],
+            "exact_match": (right | ~scored).all(1),  # (B,)
+            "last_accuracy": right.gather(1, last).flatten(),
         }
 
     def update(self, logits: Tensor, y: Tensor) -> None:
-        # torchmetrics' MeanMetric either drops NaN losses or, told not to, drops the weights (1.9)
-        for name, (values, weights) in self.measure(logits, y).items():
-            weights = weights.to(values.device, torch.float64)
-            self.sums[name] = self.sums.get(name, 0) + (values * weights).sum()
-            self.weights[name] = self.weights.get(name, 0) + weights.sum()
+        for name, values in self.measure(logits, y).items():
+            self.sums[name] = self.sums.get(name, 0) + values.double().sum()
+            self.counts[name] = self.counts.get(name, 0) + len(values)
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics of everything since the start."""
-        return {name: total / self.weights[name] for name, total in self.sums.items()}
+        return {name: total / self.counts[name] for name, total in self.sums.items() if self.counts[name]}
 
 
 class PatternSearchTask(L.LightningModule):
@@ -104,20 +101,20 @@ class PatternSearchTask(L.LightningModule):
         self.make_optimizer = optimizer
         self.parameters_trained = chosen_parameters(model, parameters)
         self.pattern_search_radius = pattern_search_radius
-        self.automatic_optimization = not losses_only(optimizer)
+        kind, _ = optimizer_class(optimizer)
+        self.automatic_optimization = not (isinstance(kind, type) and issubclass(kind, LossOnlyOptimizer))
         self._evaluations_saved = 0  # when the checkpoint that a run goes on from was written
         self.seconds = 0.0  # wall-clock seconds in training steps: no validation, no setup
         self.fast_polls = fast_polls
         self._polls: FastPolls | None = None
         self._scores: dict[str, Scores] = {}
-        self._newest_batch: Batch | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids (B, T) -> class logits (B, T, C)."""
         return self.model(tokens)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        if not losses_only(self.make_optimizer):
+        if self.automatic_optimization:
             return self.make_optimizer(self.parameters_trained)
         kind, options = optimizer_class(self.make_optimizer)
         optimizer = self.make_optimizer(kind.parameter_groups(self.model, self.parameters_trained, **options))
@@ -183,7 +180,6 @@ class PatternSearchTask(L.LightningModule):
             logger.log_metrics({name: float(value) for name, value in (metrics | axes).items()}, step)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        self._newest_batch = batch
         self._step_started = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -207,61 +203,40 @@ class PatternSearchTask(L.LightningModule):
 
     # --- evaluation ---
 
-    def on_validation_epoch_start(self) -> None:
-        if self._newest_batch is not None:  # what was trained last, to compare validation with
-            self._scores["train"] = Scores()
-            self._evaluate("train", self._newest_batch)
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate("val", batch)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        names = data.test_names if data else ["test"]  # without its data, a task does not know other names
-        self._evaluate(names[dataloader_idx] if dataloader_idx < len(names) else f"test/{dataloader_idx}", batch)
-
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """The most likely class at every position, (B, T), the tokens so far being the true ones."""
-        return self(batch["x"]).argmax(-1)
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_scores()
-
-    def on_test_epoch_end(self) -> None:
-        self._log_scores()
+        self._evaluate(data.test_names[dataloader_idx] if data else f"test/{dataloader_idx}", batch)
 
     def _evaluate(self, split: str, batch: Batch) -> None:
-        scores = self._scores.setdefault(split, self.scores_class())
-        scores.update(self.model(batch["x"]), batch["y"])
+        self._scores.setdefault(split, self.scores_class()).update(self.model(batch["x"]), batch["y"])
 
-    def _log_scores(self) -> None:
+    def on_test_epoch_end(self) -> None:
+        self.on_validation_epoch_end()
+
+    def on_validation_epoch_end(self) -> None:
         for split, scores in self._scores.items():
             metrics: dict[str, Any] = {f"{split}/{name}": value for name, value in scores.compute().items()}
-            metrics.pop("train/loss", None)  # logged in every step, before the step moved
             self.log_dict(metrics | {"evaluations": float(self.evaluations), "seconds": self.seconds})
         self._scores.clear()
 
 
 def chosen_parameters(model: nn.Module, names: list[str] | None) -> list[nn.Parameter]:
-    """The parameters whose names begin with one of `names`; all of them for None.
+    """The parameters with one of `names`, or in a part of the model with one of them; all parameters for None.
 
     Raises:
-        ValueError: a name that no parameter begins with.
+        ValueError: a name that neither a parameter nor a part has.
     """
     named = dict(model.named_parameters())
+    parts = [name for name, _ in model.named_modules() if name]
     for name in names or []:
-        if not any(f"{known}.".startswith(f"{name}.") for known in named):
-            parts = [part for known in named for part in accumulate(known.split("."), "{}.{}".format)]
-            raise ValueError(unknown(f"task.parameters: {name}", name, list(dict.fromkeys(parts))))
+        if name not in (*parts, *named):
+            raise ValueError(unknown(f"task.parameters: {name}", name, [*parts, *named]))
     return [p for known, p in named.items() if names is None or f"{known}.".startswith(tuple(f"{n}." for n in names))]
 
 
 def optimizer_class(optimizer: Callable) -> tuple[Any, dict[str, Any]]:
     """The class behind `optimizer`, which is one or a partial of one, and the options that are set already."""
     return (optimizer.func, optimizer.keywords) if isinstance(optimizer, partial) else (optimizer, {})
-
-
-def losses_only(optimizer: Callable) -> bool:
-    """Whether `optimizer`, a class or a partial of one, makes a `LossOnlyOptimizer`."""
-    kind, _ = optimizer_class(optimizer)
-    return isinstance(kind, type) and issubclass(kind, LossOnlyOptimizer)

@@ -1,9 +1,8 @@
 """SCAN: translate commands into actions (Lake and Baroni 2018, "Generalization without Systematicity").
 
-The grammar is small enough to be the data, and every split that is a rule on the command is that
-rule here. x is the command, SEP and the actions; scored are the actions and EOS, which ends each
-output and is never read, so it is a class and no token.
-Show some data with `python src/show_data.py task=scan datamodule.split=length`.
+The grammar is small enough to be the data, and every split that is a rule on the command is that rule here. x is the
+command, SEP and the actions; scored are the actions and EOS, which ends each output and is never read, so it is a class
+and no token. Show some data with `python src/show_data.py task=scan datamodule.split=length`.
 """
 
 import re
@@ -13,10 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from config.did_you_mean import one_of
-from data.scan_grammar import ACTIONS, VERBS, WORDS, corpus, interpret, sentences
+from data.scan_grammar import ACTIONS, VERBS, WORDS, corpus, sentences
 from data.sequences import SequenceDataModule, Sequences, lay_out
-
-__all__ = ["RULE_SPLITS", "ScanDataModule", "corpus", "interpret", "read_file", "split_by_rule"]
 
 Example = tuple[str, list[str]]  # a command and its actions
 OFFICIAL = "https://github.com/brendenlake/SCAN"
@@ -38,7 +35,6 @@ TEMPLATES = {
     "filler_num3": ("around right", ("jump",), ("jump",)),
 }
 RULE_SPLITS = ("length", *PRIMITIVES, *TEMPLATES)
-RANDOM_SPLITS = ("random", "scan_s")
 LONGEST_TRAINED = 22  # actions, in the length split
 
 
@@ -61,18 +57,11 @@ def split_by_rule(split: str, oversample: bool = True) -> tuple[list[str], list[
     return train, test
 
 
-def split_at_random(split: str, seed: int) -> tuple[list[str], list[str]]:
-    """A seeded 80/20 cut of all commands ("random") or of the 102 short ones ("scan_s"): 16728/4182, 82/20."""
-    commands = np.random.default_rng(seed).permutation(list(corpus() if split == "random" else sentences())).tolist()
-    n_test = len(commands) // 5
-    return commands[n_test:], commands[:n_test]
-
-
 def read_file(path: Path) -> list[Example]:
     """The examples of an official file, one "IN: <command> OUT: <actions>" a line.
 
     Raises:
-        ValueError: there is none, or a line is not of this form, or has an unknown word; file, line and text are named.
+        ValueError: a line is not of this form, or has an unknown word; file, line and text are named.
     """
     examples = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -83,8 +72,6 @@ def read_file(path: Path) -> list[Example]:
             why = f"unknown words: {', '.join(unknown)}" if match else 'expected "IN: <command> OUT: <actions>"'
             raise ValueError(f"{path}, line {number}: {line!r}: {why}; take the file as it is from {OFFICIAL}")
         examples.append((" ".join(command), actions))
-    if not examples:
-        raise ValueError(f"{path} is empty; take the file as it is from {OFFICIAL}")
     return examples
 
 
@@ -94,29 +81,26 @@ def read_split(data_dir: str, split: str) -> dict[str, list[Example]]:
     Raises:
         ValueError: a file is missing (the splits that are there are listed) or malformed.
     """
-    found = {path.name: path for path in sorted(Path(data_dir).rglob("tasks_*.txt"))}
-    names = [name[len("tasks_train_") : -len(".txt")] for name in found if name.startswith("tasks_train_")]
-    known = [name for name in names if f"tasks_test_{name}.txt" in found]
+    found = {path.stem: path for path in sorted(Path(data_dir).rglob("tasks_*.txt"))}
+    names = [name.removeprefix("tasks_train_") for name in found if name.startswith("tasks_train_")]
+    known = [name for name in names if f"tasks_test_{name}" in found]
     if not known:
         raise ValueError(
-            f"datamodule.data_dir={data_dir} {'holds no' if Path(data_dir).is_dir() else 'is not a folder with'} "
-            f"tasks_train_<split>.txt with its tasks_test_<split>.txt; clone {OFFICIAL} there, or use "
-            "datamodule.data_dir=null, which makes the same splits from the grammar"
+            f"datamodule.data_dir={data_dir} holds no tasks_train_<split>.txt with its tasks_test_<split>.txt; clone "
+            f"{OFFICIAL} there, or use datamodule.data_dir=null, which makes the same splits from the grammar"
         )
     one_of("datamodule.split", split, known)
-    return {side: read_file(found[f"tasks_{side}_{split}.txt"]) for side in ("train", "test")}
+    return {side: read_file(found[f"tasks_{side}_{split}"]) for side in ("train", "test")}
 
 
-def load_examples(split: str, oversample: bool, data_dir: str | None, seed: int) -> dict[str, list[Example]]:
-    """Training and test examples of a split, from the grammar or from the official files."""
-    if data_dir is not None:
-        return read_split(data_dir, split)
-    if split == "simple":
-        raise ValueError(
-            "datamodule.split=simple is in its official files only: set datamodule.data_dir, or split=random"
-        )
-    one_of("datamodule.split", split, (*RANDOM_SPLITS, *RULE_SPLITS))
-    train, test = split_by_rule(split, oversample) if split in RULE_SPLITS else split_at_random(split, seed)
+def split_corpus(split: str, oversample: bool, seed: int) -> dict[str, list[Example]]:
+    """Training and test examples by a rule; or a seeded 80/20 cut, of all ("random") or of the 102 short ones."""
+    one_of("datamodule.split", split, ("random", "scan_s", *RULE_SPLITS))
+    if split in RULE_SPLITS:
+        train, test = split_by_rule(split, oversample)
+    else:
+        commands = np.random.default_rng(seed).permutation([*(corpus() if split == "random" else sentences())]).tolist()
+        test, train = commands[: len(commands) // 5], commands[len(commands) // 5 :]
     return {side: [(c, corpus()[c]) for c in commands] for side, commands in (("train", train), ("test", test))}
 
 
@@ -132,25 +116,19 @@ def carve_validation(sides: dict[str, list[Example]], rng: np.random.Generator) 
     return {"train": [example for example in train if example[0] not in chosen], "val": val, "test": test}
 
 
-def subset(examples: list[Example], n: int) -> list[Example]:
-    """The first n examples, the last of them replaced by the longest of all, if it is not among them."""
-    longest = max(examples, key=lambda example: len(example[0].split()) + len(example[1]))
-    return examples[:n] if longest in examples[:n] else [*examples[: n - 1], longest]
-
-
 class ScanDataModule(SequenceDataModule):
     """Commands and their actions.
 
-    Validation is a tenth of the distinct training commands, 1,000 at most; commands that training
-    repeats stay there. The vocabulary holds the words that occur, and no other.
+    Validation is a tenth of the distinct training commands, 1,000 at most; commands that training repeats stay there.
+    The vocabulary holds the words that occur, and no other.
 
     Args:
         split: one of RULE_SPLITS, "random", "scan_s", or with `data_dir` any split that has files.
         max_actions: leave out commands with more actions, on all sides; None for no limit.
         oversample: repeat the primitive of the addprim splits as the official files do.
         data_dir: folder with the official files, e.g. a clone of github.com/brendenlake/SCAN.
-        n_samples: training examples, a random subset with one of the longest in it, so that no
-            position goes untrained; None for all.
+        n_samples: training examples, a random subset with one of the longest in it, so that no position goes untrained;
+            None for all.
         batch_size, seed: as in `SequenceDataModule`.
 
     Raises:
@@ -167,41 +145,29 @@ class ScanDataModule(SequenceDataModule):
         batch_size: int = 64,
         seed: int = 0,
     ):
-        sides = load_examples(split, oversample, data_dir, seed)
+        sides = split_corpus(split, oversample, seed) if data_dir is None else read_split(data_dir, split)
         if max_actions is not None:
             sides = {side: [e for e in examples if len(e[1]) <= max_actions] for side, examples in sides.items()}
-        rng = np.random.default_rng((seed, 1))
-        self.examples = carve_validation(sides, rng)
-        for side, examples in self.examples.items():
-            if not examples:
-                raise ValueError(
-                    f"datamodule.split={split} with max_actions={max_actions} leaves no {side} examples; "
-                    "raise datamodule.max_actions or take another split"
-                )
+        self.examples = carve_validation(sides, np.random.default_rng((seed, 1)))
         available = len(self.examples["train"])
-        super().__init__(batch_size, available if n_samples is None else n_samples, seed)
-        if self.n_samples > available:
+        if not all(self.examples.values()) or (n_samples or 1) > available:
+            sizes = ", ".join(f"{len(examples):,} {side}" for side, examples in self.examples.items())
             raise ValueError(
-                f"datamodule.n_samples={n_samples} is too large: datamodule.split={split} leaves "
-                f"{available:,} training examples beside validation; use n_samples={available} or n_samples=null"
+                f"datamodule.split={split}, max_actions={max_actions} leaves {sizes} examples, too few for "
+                f"n_samples={n_samples}; raise max_actions, lower n_samples, or take another split"
             )
-        self.examples["train"] = subset(self.examples["train"], self.n_samples)
+        super().__init__(batch_size, available if n_samples is None else n_samples, seed)
+        train, first = self.examples["train"], self.examples["train"][: self.n_samples]
+        longest = max(train, key=lambda example: len(example[0].split()) + len(example[1]))
+        self.examples["train"] = first if longest in first else [*first[:-1], longest]
         occurring = {word for examples in self.examples.values() for command, _ in examples for word in command.split()}
         self.tokens = (*(word for word in WORDS if word in occurring), *ACTIONS, "SEP")
         self.classes = (*ACTIONS, "EOS")
         self.unread = () if split in PRIMITIVES and data_dir is None else ("oversample",)
         self.output_tokens = [self.tokens.index(action) for action in ACTIONS]  # by class; EOS is never read
 
-    def prompt(self, text: str) -> list[int]:
-        """Token ids of a command and SEP, which may be left out.
-
-        Raises:
-            ValueError: the command has a word that the examples of this split do not have.
-        """
-        words = text.removesuffix(" SEP").split()
-        for word in words:
-            one_of("word", word, [token for token in self.tokens if token in WORDS])
-        return [self.tokens.index(word) for word in (*words, "SEP")]
+    def n_outputs(self, prompt_length: int) -> int:
+        return max(1, self.max_len - prompt_length + 1)
 
     def make_splits(self) -> dict[str, Sequences]:
         classes = {name: c for c, name in enumerate(self.classes)}

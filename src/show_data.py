@@ -17,6 +17,7 @@ from config.compose import compose_config, job_config
 from config.draft import Draft
 from config.nodes import check_text
 from config.refusal import ConfigError, refuse
+from data.decoding import in_columns
 from data.sequences import IGNORE, SequenceDataModule
 
 N_EXAMPLES = 2  # of each split, different ones
@@ -42,22 +43,7 @@ def align(datamodule: SequenceDataModule, split: str, row: int, width: int) -> I
     end = max(t for t, target in enumerate(y) if target != IGNORE) + 1
     tokens = [datamodule.tokens[i] for i in x[:end]]
     targets = [datamodule.classes[c] if c != IGNORE else "" for c in y[:end]]
-    above, below = "x ", "y "
-    for token, target in zip(tokens, targets, strict=True):
-        cell = max(len(token), len(target))
-        if len(above) + 1 + cell > width and len(above) > 2:
-            yield from (above, below)
-            above, below = "x ", "y "
-        above, below = f"{above} {token:<{cell}}", f"{below} {target:<{cell}}"
-    yield from (above, below)
-
-
-def sizes(datamodule: SequenceDataModule) -> Table:
-    """One row for each split."""
-    table = Table("split", "sequences", "longest x (tokens)", "scored positions", box=None, header_style="bold")
-    for name, split in datamodule.splits.items():
-        table.add_row(name, f"{len(split):,}", str(split.x.shape[1]), f"{int(split.scored.sum()):,}")
-    return table
+    return in_columns({"x ": tokens, "y ": targets}, width)
 
 
 def main(arguments: list[str]) -> None:
@@ -65,14 +51,16 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", help="as for train.py, e.g. task=membership datamodule.language=dyck1")
     console = Console(highlight=False)
     datamodule = load_datamodule(parser.parse_args(arguments).overrides)
-    console.print(sizes(datamodule))
-    console.print()
+    table = Table("split", "sequences", "longest x (tokens)", "scored positions", box=None, header_style="bold")
+    for name, split in datamodule.splits.items():
+        table.add_row(name, f"{len(split):,}", str(split.x.shape[1]), f"{int(split.scored.sum()):,}")
+    console.print(table, "")
     for name, split in datamodule.splits.items():
         console.print(f"[bold]{name}[/bold]")
         for row in pd.DataFrame(split.x.numpy()).drop_duplicates().index[:N_EXAMPLES]:
             for line in align(datamodule, name, row, console.width):
                 style = "bold green" if line.startswith("y") else None
-                console.print(line.rstrip(), style=style, markup=False, no_wrap=True, overflow="ellipsis")
+                console.print(line, style=style, markup=False, no_wrap=True, overflow="ellipsis")
             console.print()
     console.print(f"input tokens   {datamodule.vocab_size}: {' '.join(datamodule.tokens)}", markup=False)
     console.print(f"classes        {datamodule.n_classes}: {' '.join(datamodule.classes)}", markup=False)

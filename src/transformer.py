@@ -87,9 +87,7 @@ class DecoderOnlyTransformer(nn.Module):
             eval mode, where dropout is off.
 
     Raises:
-        ValueError: a size is not positive, n_heads does not divide d_model, rotary positions with
-            an odd head width, or an unknown kind of positions. `forward` raises it for inputs
-            longer than max_len.
+        ValueError: an impossible size or option; in `forward`, an input that is longer than max_len.
     """
 
     def __init__(
@@ -107,9 +105,8 @@ class DecoderOnlyTransformer(nn.Module):
     ):
         super().__init__()
         d_ff = 4 * d_model if d_ff is None else d_ff
-        check_sizes(vocab_size, n_classes, max_len, d_model, n_layers, n_heads, d_ff, positions, dropout)
-        if not 0 < embedding_std < math.inf:
-            raise ValueError(f"model.embedding_std={embedding_std} must be above 0")
+        sizes = dict(vocab_size=vocab_size, n_classes=n_classes, max_len=max_len, d_model=d_model)
+        check_options(sizes | dict(n_layers=n_layers, n_heads=n_heads, d_ff=d_ff), positions, dropout, embedding_std)
         self.max_len, self.positions = max_len, positions
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         if positions == "learned":
@@ -181,27 +178,28 @@ def rotate(x: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
-def check_sizes(vocab_size, n_classes, max_len, d_model, n_layers, n_heads, d_ff, positions, dropout) -> None:
+def check_options(sizes: dict[str, int], positions: str, dropout: float, embedding_std: float) -> None:
     """Raise a ValueError that names the key and a fix."""
-    sizes = dict(vocab_size=vocab_size, n_classes=n_classes, max_len=max_len, d_model=d_model)
-    sizes |= dict(n_layers=n_layers, n_heads=n_heads, d_ff=d_ff)
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"model.{name}={size} must be at least 1")
+    n_layers, d_model, n_heads = (sizes[name] for name in ("n_layers", "d_model", "n_heads"))
     if n_layers > MAX_LAYERS:
         raise ValueError(f"model.n_layers={n_layers} is too many; at most {MAX_LAYERS:,}")
-    if d_model % n_heads:
+    width, rest = divmod(d_model, n_heads)
+    if rest:
         near = next(h for h in range(n_heads, 0, -1) if d_model % h == 0)
-        fits = max(1, round(d_model / n_heads)) * n_heads
         raise ValueError(
             f"model.d_model={d_model} is not divisible by model.n_heads={n_heads}; "
-            f"try model.d_model={fits} or model.n_heads={near}"
+            f"try model.d_model={max(1, round(d_model / n_heads)) * n_heads} or model.n_heads={near}"
         )
     one_of("model.positions", positions, POSITIONS)
-    if positions == "rotary" and (d_model // n_heads) % 2:
+    if positions == "rotary" and width % 2:
         raise ValueError(
-            f"model.positions=rotary turns pairs, but a head has {d_model // n_heads} columns "
+            f"model.positions=rotary turns pairs, but a head has {width} columns "
             f"(model.d_model={d_model} / model.n_heads={n_heads}); use an even head width"
         )
     if not 0 <= dropout < 1:
         raise ValueError(f"model.dropout={dropout} must lie in [0, 1)")
+    if not 0 < embedding_std < math.inf:
+        raise ValueError(f"model.embedding_std={embedding_std} must be above 0")

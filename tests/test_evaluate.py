@@ -99,9 +99,9 @@ def test_what_is_decoded_is_right_as_often_as_exact_match_says(runs, name):
     task, data, _ = load_run(runs / name)
     for split in data.test_names:
         predictions = decode_rows(task.model, data, split, range(len(data.splits[split])))
-        right = [prediction.right for prediction in predictions]
+        right = [prediction["output"] == prediction["truth"] for prediction in predictions]
         assert sum(right) / len(right) == pytest.approx(summary(runs / name)["test"][f"{split}/exact_match"])
-        assert wrong_rows(task.model, data.splits[split]) == [row for row, ok in enumerate(right) if not ok]
+        assert wrong_rows(task.model, data, split) == [row for row, ok in enumerate(right) if not ok]
 
 
 def test_the_table_has_both_numbers_and_the_weights_are_named(runs, evaluated):
@@ -109,7 +109,6 @@ def test_the_table_has_both_numbers_and_the_weights_are_named(runs, evaluated):
     (row,) = [line for line in text.splitlines() if "test/exact_match" in line]
     assert row.count(f"{summary(runs / 'parity')['test']['test/exact_match']:.4f}") == 2
     assert "checkpoints/best.ckpt" in text
-    assert "differ" not in text
     assert "accuracy_at" not in text
 
 
@@ -120,7 +119,8 @@ def test_any_checkpoint_of_a_run_can_be_taken(parity, evaluated, monkeypatch):
     torch.save(checkpoint, path)
     text = evaluated(f"run={path}")
     assert "last.ckpt" in text
-    assert "The metrics differ from those in summary.json: these are other weights" in text
+    (row,) = [line for line in text.splitlines() if "test/loss" in line]
+    assert row.count(f"{summary(parity)['test']['test/loss']:.4f}") == 1
     monkeypatch.chdir(path.parent)
     assert evaluated("run=last.ckpt", "--json") == evaluated(f"run={path}", "--json")
 
@@ -138,12 +138,12 @@ def test_a_run_that_has_moved_is_found_with_its_own_weights(runs, parity, evalua
     assert evaluated(f"run={parity}", "--json") == evaluated(f"run={runs / 'parity'}", "--json")
 
 
-def test_a_test_that_was_limited_is_limited_again_and_says_so(parity, evaluated):
+def test_a_test_that_was_limited_is_limited_again(parity, evaluated):
     cfg = OmegaConf.load(parity / "config.yaml")
-    cfg.trainer.limit_test_batches = 1
+    cfg.trainer.limit_test_batches = 0
     OmegaConf.save(cfg, parity / "config.yaml")
-    assert "Only trainer.limit_test_batches=1 of each split" in evaluated(f"run={parity}")
-    assert "Only" not in evaluated(f"run={parity}", "trainer.limit_test_batches=1.0")
+    assert json.loads(evaluated(f"run={parity}", "--json")) == {}
+    assert json.loads(evaluated(f"run={parity}", "--json", "trainer.limit_test_batches=1.0"))
 
 
 # --- other data ---
@@ -219,14 +219,12 @@ def test_columns_stand_below_each_other_and_long_lines_are_cut_between_tokens(ru
     task, data, _ = load_run(runs / "scan")
     for prediction in decode_rows(task.model, data, "test", range(20)):
         for width in (40, 80, 1000):
-            text = [line.plain for line in lines(prediction, width)]
+            text = list(lines(prediction, width))
             assert max(map(len, text)) <= width
             labels = [line[7:14].strip() for line in text]
             of = {name: [line[14:] for line, at in zip(text, labels, strict=True) if at == name] for name in labels}
-            assert " ".join(of["input"]).split() == prediction.input
-            assert " ".join(of["output"]).split() == prediction.output
-            assert " ".join(of["truth"]).split() == prediction.truth
-            if width == 1000 and prediction.right:
+            assert {name: " ".join(parts).split() for name, parts in of.items()} == prediction
+            if width == 1000 and prediction["output"] == prediction["truth"]:
                 assert of["output"] == of["truth"]
 
 
@@ -235,13 +233,13 @@ def test_columns_stand_below_each_other_and_long_lines_are_cut_between_tokens(ru
 
 def test_two_lines_of_python_use_a_trained_model(runs):
     task, data, _ = load_run(runs / "scan")
-    row = next(p for p in decode_rows(task.model, data, "train", range(74)) if p.right)
-    assert predict(task, data, [" ".join(row.input[:-1])]) == [" ".join(row.truth)]
+    row = next(p for p in decode_rows(task.model, data, "train", range(74)) if p["output"] == p["truth"])
+    assert predict(task, data, [" ".join(row["input"][:-1])]) == [" ".join(row["truth"])]
     assert not task.training
 
 
 @pytest.mark.parametrize("name", ["parity", "strings"])
-def test_lightning_can_test_validate_and_predict_with_a_loaded_run(runs, name):
+def test_lightning_can_test_and_validate_a_loaded_run(runs, name):
     task, data, _ = load_run(runs / name)
     quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False)
     trainer = L.Trainer(accelerator="cpu", **quiet)
@@ -251,11 +249,6 @@ def test_lightning_can_test_validate_and_predict_with_a_loaded_run(runs, name):
     assert {key: joined[key] for key in stored} == pytest.approx(stored, rel=1e-5)
     assert trainer.validate(task, datamodule=data, verbose=False)[0]["val/loss"] > 0
     assert trainer.test(task, dataloaders=data.test_dataloader(), verbose=False)
-    batches = trainer.predict(task, datamodule=data)
-    first = batches[0] if name == "parity" else batches[0][0]
-    split = data.splits["test"]
-    right = (first == split.y) | ~split.scored
-    assert right.all(1).float().mean().item() == pytest.approx(stored["test/exact_match"])
 
 
 def test_data_of_a_generator_of_a_library_are_made_again_and_it_is_left_alone(runs, monkeypatch):
@@ -348,17 +341,16 @@ def test_a_config_that_does_not_build_any_more_is_refused_with_the_reason(parity
 
 
 def test_paths_that_are_no_run_are_refused(runs, parity, refused):
-    assert refused() == "give a run, such as run=runs/2026-11-26_00-33-10-441156"
     assert "is the directory of 5 run(s); give one of them, such as" in refused(f"run={runs}")
     assert "config.yaml is no checkpoint of a run" in refused(f"run={parity / 'config.yaml'}")
     lost = shutil.copy(parity / "checkpoints/best.ckpt", parity.parent / "lost.ckpt")
     assert "lost.ckpt is no checkpoint of a run" in refused(f"run={lost}")
 
 
-@pytest.mark.parametrize("flags", [["--show", "-1"], ["--show", "x"], ["--json", "--wrong"], ["run=b"]])
-def test_flags_that_make_no_sense_are_refused(flags, capsys):
+@pytest.mark.parametrize("words", [["run=a", "--show", "x"], ["run=a", "run=b"], ["--wrong"]])
+def test_words_that_make_no_sense_are_refused(words, capsys):
     with pytest.raises(SystemExit) as end:
-        main(["run=a", *flags])
+        main(words)
     assert end.value.code == 2
     assert "error: " in capsys.readouterr().err
 

@@ -120,19 +120,6 @@ def test_one_optimizer_step_a_batch_is_logged_once_with_the_report(model, parity
         assert int(logged[step, "train/loss"][1]) == evaluations
 
 
-def test_each_validation_also_scores_the_newest_training_batch(model, parity, tmp_path):
-    task = StateTrackingTask(model, partial(torch.optim.SGD, lr=0.0))
-    batches = []
-    task.on_train_batch_end = lambda outputs, batch, *_: batches.append(batch)
-    fit(task, parity, MetricsTable(tmp_path))
-    right = (model(batches[-1]["x"]).argmax(-1) == batches[-1]["y"])[batches[-1]["y"] != IGNORE]
-    rows = [row.split(",") for row in (tmp_path / "metrics.csv").read_text().splitlines()]
-    assert [float(row[4]) for row in rows if row[3] == "train/token_accuracy"] == pytest.approx(
-        [right.float().mean().item()]
-    )
-    assert sum(row[3] == "train/loss" for row in rows) == len(batches)
-
-
 def test_a_radius_is_logged_for_every_group(model, parity, tmp_path):
     class TwoGroups(PatternSearch):
         @classmethod

@@ -8,11 +8,11 @@ from collections import Counter
 import pytest
 import torch
 
-from data.decoding import greedy_decode
-from data.scan_grammar import ACTIONS, WORDS, sentences
+from data.decoding import decode_rows
+from data.scan_grammar import ACTIONS, WORDS, corpus, sentences
 from data.sequences import IGNORE
 from pattern_search_task import masked_loss
-from scan_data import RULE_SPLITS, ScanDataModule, corpus, interpret, read_file, split_by_rule
+from scan_data import RULE_SPLITS, ScanDataModule, read_file, split_by_rule
 from scan_task import ScanScores
 from transformer import DecoderOnlyTransformer
 
@@ -67,7 +67,7 @@ def rewrite(command):
 
 
 def test_two_definitions_agree_on_every_command():
-    assert all(rewrite(command) == actions == interpret(command) for command, actions in corpus().items())
+    assert all(rewrite(command) == actions for command, actions in corpus().items())
 
 
 def test_lengths_of_commands_and_actions():
@@ -75,42 +75,6 @@ def test_lengths_of_commands_and_actions():
     assert {n for n, _ in lengths} == set(range(1, 10))
     assert (min(m for _, m in lengths), max(m for _, m in lengths)) == (1, 48)
     assert sum(m <= 8 for _, m in lengths) == 6268
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "",
-        "turn",
-        "turn twice",
-        "walk twice thrice",
-        "left walk",
-        "walk opposite",
-        "walk and",
-        "and walk",
-        "walk and run and jump",
-        "walk after run and jump",
-        "walk  twice",
-        " walk",
-        "walk around",
-        "turn around",
-        "run left right",
-        "Walk",
-    ],
-)
-def test_interpret_refuses_what_the_grammar_does_not_make(command):
-    with pytest.raises(ValueError, match=re.escape(f"{command!r} is not in the grammar of SCAN")):
-        interpret(command)
-
-
-def test_interpret_names_unknown_words():
-    with pytest.raises(ValueError, match=r"unknown words: dance"):
-        interpret("dance twice")
-
-
-def test_interpret_returns_a_list_of_its_own():
-    interpret("walk").append("I_RUN")
-    assert interpret("walk") == ["I_WALK"]
 
 
 # --- splits ---
@@ -279,10 +243,10 @@ def test_missing_files(tmp_path):
     ("options", "message"),
     [
         (dict(split="lenght"), r"datamodule.split=lenght is not known; did you mean length"),
-        (dict(split="simple"), r"split=simple is in its official files only: set datamodule.data_dir, or split=random"),
-        (dict(split="length", max_actions=22), r"split=length with max_actions=22 leaves no test examples"),
-        (dict(max_actions=0), r"leaves no train examples"),
-        (dict(split="scan_s", n_samples=75), r"n_samples=75 is too large: .*split=scan_s leaves 74 .* n_samples=74"),
+        (dict(split="simple"), r"datamodule.split=simple is not known"),
+        (dict(split="length", max_actions=22), r"split=length, max_actions=22 leaves 15,990 train, 1,000 val, 0 test"),
+        (dict(max_actions=0), r"leaves 0 train, 0 val, 0 test examples"),
+        (dict(split="scan_s", n_samples=75), r"leaves 74 train, .* too few for n_samples=75; .* lower n_samples"),
         (dict(split="scan_s", n_samples=0), r"n_samples=0 must be at least 1"),
         (dict(split="scan_s", batch_size=75), r"batch_size=75 is larger than the training set of 74"),
     ],
@@ -290,13 +254,6 @@ def test_missing_files(tmp_path):
 def test_bad_input_is_refused_with_a_way_out(options, message):
     with pytest.raises(ValueError, match=message):
         ScanDataModule(**options).setup()
-
-
-def test_a_prompt_refuses_words_that_the_split_does_not_have():
-    datamodule = module(split="scan_s", batch_size=8)
-    assert datamodule.prompt("walk left") == [datamodule.tokens.index(t) for t in ("walk", "left", "SEP")]
-    with pytest.raises(ValueError, match=r"word=and is not known"):
-        datamodule.prompt("walk and run")
 
 
 # --- decoding and metrics ---
@@ -327,31 +284,14 @@ def test_teacher_forced_exact_match_is_that_of_greedy_decoding(steps, expected):
         with torch.no_grad():
             logits = model(x)
         forced = ((logits.argmax(-1) == y) | (y == IGNORE)).all(1)
-        prompts = [datamodule.prompt(command) for command, _ in datamodule.examples[side]]
-        limits = [datamodule.n_outputs(len(prompt)) for prompt in prompts]
-        outputs = greedy_decode(model, prompts, datamodule.output_tokens, limits)
-        names = [[datamodule.classes[c] for c in output] for output in outputs]
-        greedy = [
-            name == [*actions, "EOS"] for name, (_, actions) in zip(names, datamodule.examples[side], strict=True)
-        ]
+        predictions = decode_rows(model, datamodule, side, range(len(y)))
+        greedy = [prediction["output"] == prediction["truth"] for prediction in predictions]
         assert forced.tolist() == greedy
         scores = ScanScores()
         scores.update(logits, y)
         assert scores.compute()["exact_match"] == pytest.approx(sum(greedy) / len(greedy))
         if side == "train":
             assert expected[0] <= sum(greedy) / len(greedy) <= expected[1]
-
-
-def test_greedy_decoding_does_not_depend_on_the_other_prompts():
-    datamodule, model = module(split="scan_s", batch_size=8), trained_model(60)
-    prompts = [datamodule.prompt(c) for c in ("walk", "jump around left thrice", "turn opposite right twice", "run")]
-    limits = [datamodule.n_outputs(len(prompt)) for prompt in prompts]
-    together = greedy_decode(model, prompts, datamodule.output_tokens, limits)
-    alone = [
-        greedy_decode(model, [prompt], datamodule.output_tokens, [limit])[0]
-        for prompt, limit in zip(prompts, limits, strict=True)
-    ]
-    assert together == alone
 
 
 def test_metrics():

@@ -1,15 +1,12 @@
 """Thirteen formal languages: membership, exact counts, uniform members and near misses.
 
-The seven of Tomita 1982 (as in Weiss, Goldberg and Yahav 2018), parity, (aa)*, (ab)*, a^n b^n,
-Dyck-1 and Dyck-2; the empty string is a member of each. Strings are rows of symbol indices here;
-`membership_data.py` makes a task of them.
+The seven of Tomita 1982 (as in Weiss, Goldberg and Yahav 2018), parity, (aa)*, (ab)*, a^n b^n, Dyck-1 and Dyck-2; the
+empty string is a member of each. Strings are rows of symbol indices here; `membership_data.py` makes a task of them.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-
-from config.did_you_mean import one_of
 
 # alphabet, next state by (state, symbol), accepting states; the start is state 0
 REGULAR = {
@@ -77,29 +74,11 @@ def _is_nested(string: list[int]) -> bool:
     return not stack
 
 
-def is_member(language: str, string: str) -> bool:
-    """Whether `string` is in the language.
-
-    >>> is_member("tomita2", "1010"), is_member("dyck2", "([)]")
-    (True, False)
-
-    Raises:
-        ValueError: an unknown language, or a symbol outside its alphabet.
-    """
-    one_of("language", language, LANGUAGES)
-    alphabet = ALPHABETS[language]
-    for position, symbol in enumerate(string):
-        if symbol not in alphabet:
-            known = ", ".join(alphabet)
-            raise ValueError(f"{symbol!r} at position {position} is not in the alphabet of {language}: {known}")
-    return bool(contains(language, np.array([[alphabet.index(s) for s in string]], dtype=np.int64))[0])
-
-
 def path_counts(language: str, length: int) -> np.ndarray:
     """(length + 1, S): entry [r, s] counts the strings of r symbols that lead from state s to acceptance.
 
-    For Dyck-2 it counts shapes, i.e. the strings with both kinds of bracket written alike. Row 0 of
-    Dyck-1 holds the ballot numbers. Exact up to 2^53.
+    For Dyck-2 it counts shapes, i.e. the strings with both kinds of bracket written alike. Row 0 of Dyck-1 holds the
+    ballot numbers. Exact up to 2^53.
     """
     table, accepting = automaton("dyck1" if language == "dyck2" else language, length)
     counts = [accepting.astype(np.float64)]
@@ -168,11 +147,11 @@ def _edit(strings: np.ndarray, n_symbols: int, rng: np.random.Generator) -> np.n
     return np.where(rng.random((n, 1)) < 0.5, substituted, swapped)
 
 
-def draw_strings(language: str, lengths: Sequence[int], member: bool, n: int, rng: np.random.Generator) -> np.ndarray:
+def draw_strings(language: str, lengths: Sequence[int], member: bool, rng: np.random.Generator, n: int) -> np.ndarray:
     """n members or n non-members, of lengths drawn uniformly: (n, max(lengths)), padded with -1.
 
-    Only lengths that have both count, so that the length is no cue. (aa)* has no such length: there
-    the label is the length.
+    Only lengths that have both count, so that the length is no cue. (aa)* has no such length: there the label is the
+    length.
 
     Raises:
         ValueError: no length has members and non-members.
@@ -184,7 +163,9 @@ def draw_strings(language: str, lengths: Sequence[int], member: bool, n: int, rn
     else:
         usable = [k for k in lengths if 0 < members[k] < n_symbols**k]
     if not usable:
-        raise ValueError(f"{language} has no members and non-members of {min(lengths)} to {max(lengths)} symbols")
+        raise ValueError(
+            f"datamodule.language={language} has no members and non-members of {min(lengths)} to {max(lengths)} symbols"
+        )
     sample = sample_members if member else sample_non_members
     length = rng.choice(usable, n)
     rows = np.full((n, max(lengths)), -1, dtype=np.int64)

@@ -31,30 +31,11 @@ def sentences() -> dict[str, list[str]]:
     return {phrase + word: actions * n for phrase, actions in phrases.items() for word, n in repeats.items()}
 
 
-def interpret(command: str) -> list[str]:
-    """The actions of a command; words are separated by single spaces.
-
-    >>> interpret("jump left after walk twice")
-    ['I_WALK', 'I_WALK', 'I_TURN_LEFT', 'I_JUMP']
-
-    Raises:
-        ValueError: the command is not in the grammar.
-    """
-    known = sentences()
-    if command in known:
-        return list(known[command])
-    for word in ("and", "after"):
-        left, _, right = command.partition(f" {word} ")
-        if left in known and right in known:
-            return known[left] + known[right] if word == "and" else known[right] + known[left]
-    unknown = [word for word in command.split() if word not in WORDS]
-    why = f"unknown words: {', '.join(unknown)}" if unknown else "a command is like: walk left twice and run"
-    raise ValueError(f"{command!r} is not in the grammar of SCAN ({why})")
-
-
 @cache
 def corpus() -> dict[str, list[str]]:
     """All 20,910 commands and their actions."""
-    short = list(sentences())
-    pairs = [f"{a} {word} {b}" for a in short for word in ("and", "after") for b in short]
-    return {command: interpret(command) for command in (*short, *pairs)}
+    short, pairs = sentences(), dict[str, list[str]]()
+    for a in short:
+        pairs |= {f"{a} and {b}": short[a] + short[b] for b in short}
+        pairs |= {f"{a} after {b}": short[b] + short[a] for b in short}
+    return short | pairs

@@ -43,12 +43,13 @@ class Sequences:
         """(N, T) bool: the positions that count in the loss and in the metrics."""
         return self.y != IGNORE
 
-    @property
-    def prompt_lengths(self) -> Tensor:
-        """(N,) tokens that each row reads before it writes: up to the first scored position, or all that are given."""
+    def prompts(self) -> list[tuple[int, ...]]:
+        """The tokens that each row reads before it writes: up to the first scored position, or all that are given."""
         if self.output_tokens is not None:
-            return self.scored.int().argmax(1) + 1
-        return self.x.shape[1] - self.scored.flip(1).int().argmax(1)
+            ends = self.scored.int().argmax(1) + 1  # (N,)
+        else:
+            ends = self.x.shape[1] - self.scored.flip(1).int().argmax(1)
+        return [tuple(row[:end]) for row, end in zip(self.x.tolist(), ends.tolist(), strict=True)]
 
 
 def lay_out(
@@ -109,22 +110,20 @@ def split_by_hash(
     Raises:
         ValueError: a split stays short although many times its size was drawn.
     """
-    rng = np.random.default_rng(seed)
-    names, wanted = list(sizes), np.array(list(sizes.values()))
-    share = np.maximum(wanted / wanted.sum(), 0.05 * (wanted > 0))  # rare splits must not wait forever
+    rng, wanted = np.random.default_rng(seed), np.array(list(sizes.values()))
+    share = np.maximum(wanted / wanted.sum(), 0.05)  # rare splits must not wait forever
     edges = np.cumsum(share / share.sum()) * 2.0**64
-    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in sizes}
     for _ in range(200):
-        missing = [sizes[name] - sum(map(len, found[name])) for name in names]
-        if max(missing) <= 0:
-            return {name: np.concatenate([r for r in found[name] if len(r)])[: sizes[name]] for name in names}
-        rows = draw(rng, 2 * sum(m for m in missing if m > 0) + 64)
+        missing = {name: n - sum(map(len, found[name])) for name, n in sizes.items()}
+        if max(missing.values()) <= 0:
+            return {name: np.concatenate(found[name])[:n] for name, n in sizes.items()}
+        rows = draw(rng, 2 * sum(m for m in missing.values() if m > 0) + 64)
         bucket = np.searchsorted(edges[:-1], hash_rows(rows, seed).astype(np.float64), side="right")
-        for i, name in enumerate(names):
-            if missing[i] > 0:
-                found[name].append(rows[bucket == i])
-    short = [f"{name} has {sizes[name] - m} of {sizes[name]}" for name, m in zip(names, missing, strict=True) if m > 0]
-    raise ValueError(f"could not fill the splits ({', '.join(short)}); ask for fewer samples")
+        for i, name in enumerate(sizes):
+            found[name].append(rows[bucket == i])
+    short = [f"{name} has {sizes[name] - n} of {sizes[name]}" for name, n in missing.items() if n > 0]
+    raise ValueError(f"could not fill the splits ({', '.join(short)}): ask for fewer samples, or for more that differ")
 
 
 def split_strings(n_symbols: int, length: int, sizes: dict[str, int], seed: int) -> dict[str, np.ndarray]:
@@ -143,17 +142,23 @@ def split_strings(n_symbols: int, length: int, sizes: dict[str, int], seed: int)
     left = space - sum(n for n in sizes.values() if n != -1)
     open_splits = [name for name, n in sizes.items() if n == -1]
     if left < len(open_splits):
-        most = space - len(open_splits)
-        smaller = f"try n_samples={min(most, max(1, space * 3 // 4))} or " if most >= 1 else "use "
         raise ValueError(
-            f"datamodule.n_samples={sizes['train']} is too large: there are only {space:,} strings of length "
-            f"{length}, and validation and test need some; {smaller}longer strings, or more symbols"
+            f"datamodule.n_samples={sizes['train']} is too large: there are only {space:,} strings of length {length}, "
+            f"and validation and test need some; try n_samples={space * 3 // 4}, or longer strings"
         )
     sizes = {name: n if n != -1 else left // len(open_splits) for name, n in sizes.items()}
     codes = np.random.default_rng(seed).permutation(space)
     digits = codes[:, None] // n_symbols ** np.arange(length - 1, -1, -1) % n_symbols  # (space, length)
     ends = np.cumsum(list(sizes.values()))
     return {name: digits[end - n : end] for (name, n), end in zip(sizes.items(), ends, strict=True)}
+
+
+def check_range(name: str, values: int | Sequence[int], low: int, high: int | None = None) -> None:
+    """Raise a ValueError that names an option of the data if a value of it is below `low` or above `high`."""
+    for value in [values] if isinstance(values, int) else values:
+        if value < low or (high is not None and value > high):
+            rule = f"be at least {low}" if high is None else f"lie between {low} and {high:,}"
+            raise ValueError(f"datamodule.{name}={values} must {rule}")
 
 
 class SequenceLoader:
@@ -219,9 +224,8 @@ class SequenceDataModule(L.LightningDataModule, ABC):
 
     def __init__(self, batch_size: int, n_samples: int, seed: int):
         super().__init__()
-        for name, value in {"batch_size": batch_size, "n_samples": n_samples}.items():
-            if value < 1:
-                raise ValueError(f"datamodule.{name}={value} must be at least 1")
+        check_range("batch_size", batch_size, 1)
+        check_range("n_samples", n_samples, 1)
         self.batch_size, self.n_samples, self.seed = batch_size, n_samples, seed
 
     @abstractmethod
@@ -231,9 +235,6 @@ class SequenceDataModule(L.LightningDataModule, ABC):
     @cached_property
     def splits(self) -> dict[str, Sequences]:
         splits = self.make_splits()
-        for name, split in splits.items():
-            if len(split) == 0:
-                raise ValueError(f"the {name} split is empty; change the sizes or the split of the datamodule")
         if self.batch_size > len(splits["train"]):
             raise ValueError(
                 f"datamodule.batch_size={self.batch_size} is larger than the training set of "
@@ -269,52 +270,25 @@ class SequenceDataModule(L.LightningDataModule, ABC):
 
     # --- inputs of one's own: `data/decoding.py` ---
 
-    @cached_property
-    def separator(self) -> int | None:
-        """The token with which every prompt ends; None if they end with different ones, or all of x is given."""
-        train = self.splits["train"]
-        last = train.x.gather(1, train.prompt_lengths[:, None] - 1).unique().tolist()
-        return last[0] if train.output_tokens is not None and len(last) == 1 else None
-
     def prompt(self, text: str) -> list[int]:
-        """Token ids of an input in names, such as "0 1 1"; the separator at its end may be left out.
+        """Token ids of an input in names, such as "0 1 1"; a SEP at its end may be left out.
 
         Raises:
-            ValueError: a name that no token has, or no name at all.
+            ValueError: a name that no token has.
         """
         words = text.split()
+        if "SEP" in self.tokens and "SEP" not in words:
+            words.append("SEP")
         for word in words:
             one_of("token", word, self.tokens)
-        if not words:
-            raise ValueError(f"an empty input; give tokens with spaces between them: {' '.join(self.tokens)}")
-        ids = [self.tokens.index(word) for word in words]
-        return ids if self.separator in (None, ids[-1]) else [*ids, self.separator]
+        return [self.tokens.index(word) for word in words]
 
     def n_outputs(self, prompt_length: int) -> int:
-        """How many classes belong to a prompt of so many tokens; the most of them if a class ends an output.
+        """How many classes are written after a prompt of so many tokens; the most of them if a class ends an output.
 
-        Here the data say it, where they have a prompt of this length, or outputs of one length for prompts of several.
-        A task in which it is a rule overrides this.
-
-        Raises:
-            ValueError: the data do not say it.
+        A task whose outputs have several lengths overrides this. Here it is the length of the longest output.
         """
-        if 0 < len(self.splits["train"].output_tokens or ()) < self.n_classes:
-            return max(1, self.max_len - prompt_length + 1)
-        here = {n for length, n in self._lengths if length == prompt_length}
-        everywhere = {n for _, n in self._lengths}
-        if len(here) != 1 and (len(everywhere) != 1 or len(self._lengths) == 1):
-            lengths = ", ".join(str(length) for length, _ in sorted(self._lengths))
-            raise ValueError(
-                f"an input of {prompt_length} tokens: the length of its output is known for {lengths} only"
-            )
-        return min(here or everywhere)
-
-    @cached_property
-    def _lengths(self) -> set[tuple[int, int]]:
-        """The lengths of a prompt and of its output that occur."""
-        pairs = (zip(s.prompt_lengths.tolist(), s.scored.sum(1).tolist(), strict=True) for s in self.splits.values())
-        return {pair for of_split in pairs for pair in of_split}
+        return max(int(split.scored.sum(1).max()) for split in self.splits.values())
 
     # --- loaders ---
 
@@ -326,9 +300,6 @@ class SequenceDataModule(L.LightningDataModule, ABC):
 
     def test_dataloader(self) -> list[SequenceLoader]:
         return [SequenceLoader(self.splits[name], 1000) for name in self.test_names]
-
-    def predict_dataloader(self) -> list[SequenceLoader]:
-        return self.test_dataloader()
 
     @property
     def test_names(self) -> list[str]:

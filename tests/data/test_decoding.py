@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data.decoding import decode, decode_rows, greedy_decode, label, predict, wrong_rows
+from data.decoding import decode, decode_rows, in_columns, predict, wrong_rows
 from data.sequences import SequenceDataModule, lay_out
 from membership_data import MembershipDataModule
 from scan_data import ScanDataModule
@@ -73,38 +73,31 @@ def test_the_right_outputs_are_decoded_from_prompts_alone(data):
     for split in data.test_names:
         rows = range(min(30, len(data.splits[split])))
         model = Oracle(data, split)
-        predictions = decode_rows(model, data, split, rows)
-        assert all(prediction.right for prediction in predictions)
-        assert wrong_rows(model, data.splits[split]) == []
-        texts = [" ".join(prediction.input) for prediction in predictions]
-        assert predict(model, data, texts) == [" ".join(prediction.truth) for prediction in predictions]
+        predictions = [*decode_rows(model, data, split, rows)]
+        assert all(prediction["output"] == prediction["truth"] for prediction in predictions)
+        assert wrong_rows(model, data, split) == []
+        texts = [" ".join(prediction["input"]) for prediction in predictions]
+        assert predict(model, data, texts) == [" ".join(prediction["truth"]) for prediction in predictions]
 
 
 def test_an_output_is_as_long_as_the_task_says(data):
     """Whatever the model writes; where a class ends the output, as long as there is room."""
     for split in data.test_names:
-        sequences = data.splits[split]
-        predictions = decode_rows(Constant(0, data.n_classes), data, split, range(len(sequences)))
-        wrong = [row for row, prediction in enumerate(predictions) if not prediction.right]
-        assert wrong == wrong_rows(Constant(0, data.n_classes), sequences, batch_size=7)
+        predictions = [*decode_rows(Constant(0, data.n_classes), data, split, range(len(data.splits[split])))]
+        wrong = [row for row, prediction in enumerate(predictions) if prediction["output"] != prediction["truth"]]
+        assert wrong == wrong_rows(Constant(0, data.n_classes), data, split)
         for prediction in predictions:
             if "EOS" in data.classes:
-                assert len(prediction.input) + len(prediction.output) - 1 == data.max_len
+                assert len(prediction["input"]) + len(prediction["output"]) - 1 == data.max_len
             else:
-                assert len(prediction.output) == len(prediction.truth)
+                assert len(prediction["output"]) == len(prediction["truth"])
 
 
 def test_a_class_that_is_never_read_ends_an_output():
-    assert greedy_decode(Constant(0, 7), [[1, 2], [3]], range(6), [4, 5]) == [[0] * 4, [0] * 5]
-    assert greedy_decode(Constant(6, 7), [[1, 2], [3]], range(6), [4, 5]) == [[6], [6]]
-    assert greedy_decode(Constant(0, 7), [], range(6), []) == label(Constant(0, 7), [], []) == []
-
-
-def test_inputs_that_are_given_as_a_whole_are_labelled_at_their_end():
-    def repeat(tokens):
-        return torch.nn.functional.one_hot(tokens, 7)
-
-    assert label(repeat, [[4, 5, 6], [1]], [2, 1]) == [[5, 6], [1]]
+    data = DATA["scan"]()
+    prompt = data.prompt("walk")
+    assert decode(Constant(0, 7), data, prompt) == [0] * (data.max_len - 1)
+    assert decode(Constant(6, 7), data, prompt) == [6]
 
 
 def test_a_parity_of_five_digits_has_five_states():
@@ -114,26 +107,26 @@ def test_a_parity_of_five_digits_has_five_states():
         assert predict(Constant(1, 2), parity, [text]) == ["1 1 1 1 1"]
 
 
-def test_the_separator_may_be_left_out_where_all_prompts_end_with_it():
-    separators = {}
-    for name, make in DATA.items():
-        made = make()
-        separators[name] = made.separator if made.separator is None else made.tokens[made.separator]
-    assert separators == {"seq": "SEP", "tag": None, "sets": None, "strings": "SEP", "scan": "SEP", "own": "SEP"}
+def test_the_separator_at_the_end_may_be_left_out():
     data = DATA["strings"]()
     assert data.prompt("( )") == data.prompt("( ) SEP")
     assert len(DATA["sets"]().prompt("3 5 SEP 5")) == 4
+    assert len(DATA["tag"]().prompt("0 1 2")) == 3
 
 
 def test_inputs_that_cannot_be_read_are_refused():
     parity = StateTrackingDataModule()
     with pytest.raises(ValueError, match=r"token=2 is not known\. Known: 0, 1, SEP"):
         predict(Constant(1, 2), parity, ["0 2"])
-    with pytest.raises(ValueError, match="an empty input; give tokens with spaces between them: 0 1 SEP"):
-        predict(Constant(1, 2), parity, [" "])
+    with pytest.raises(ValueError, match="token=and is not known"):
+        DATA["scan"]().prompt("walk and run")
 
 
-def test_a_task_that_says_nothing_knows_the_lengths_of_its_data():
-    assert len(decode(Constant(1, 2), Copying(), [[0, 1, 0, 2]])[0]) == 3
-    with pytest.raises(ValueError, match="an input of 2 tokens: the length of its output is known for 4 only"):
-        decode(Constant(1, 2), Copying(), [[0, 2]])
+def test_a_task_that_says_nothing_writes_as_much_as_in_its_data():
+    assert len(decode(Constant(1, 2), Copying(), [0, 1, 0, 2])) == 3
+
+
+def test_words_stand_in_columns_that_are_as_wide_as_they_may_be():
+    rows = {"x": ["a", "bcd", "e", "f"], "of": ["", "b", "efg"]}
+    assert list(in_columns(rows, 12)) == ["x  a bcd e", "of   b   efg", "x  f", "of"]
+    assert list(in_columns({"x": ["long", "b"]}, 1)) == ["x long", "x b"]
