@@ -216,6 +216,10 @@ class PatternSearchTask(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         self.on_validation_epoch_end()
 
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """The most likely class at every position, (B, T), the tokens so far being the true ones."""
+        return self(batch["x"]).argmax(-1)
+
     def on_validation_epoch_end(self) -> None:
         for split, scores in self._scores.items():
             metrics: dict[str, Any] = {f"{split}/{name}": value for name, value in scores.compute().items()}

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from config.compose import compose_config, job_config
 from conftest import ROOT
 from data.decoding import decode_rows, predict, wrong_rows
-from data.sequences import Sequences
+from data.sequences import IGNORE, Sequences
 from evaluate import lines, main
 from run.build import data_of_run, load_run
 from state_tracking_data import StateTrackingDataModule
@@ -239,7 +239,7 @@ def test_two_lines_of_python_use_a_trained_model(runs):
 
 
 @pytest.mark.parametrize("name", ["parity", "strings"])
-def test_lightning_can_test_and_validate_a_loaded_run(runs, name):
+def test_lightning_can_test_validate_and_predict_with_a_loaded_run(runs, name):
     task, data, _ = load_run(runs / name)
     quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False)
     trainer = L.Trainer(accelerator="cpu", **quiet)
@@ -249,6 +249,10 @@ def test_lightning_can_test_and_validate_a_loaded_run(runs, name):
     assert {key: joined[key] for key in stored} == pytest.approx(stored, rel=1e-5)
     assert trainer.validate(task, datamodule=data, verbose=False)[0]["val/loss"] > 0
     assert trainer.test(task, dataloaders=data.test_dataloader(), verbose=False)
+    batches = trainer.predict(task, datamodule=data)
+    first, y = batches[0] if name == "parity" else batches[0][0], data.splits["test"].y
+    right = (first == y) | (y == IGNORE)
+    assert right.all(1).float().mean().item() == pytest.approx(stored["test/exact_match"])
 
 
 def test_data_of_a_generator_of_a_library_are_made_again_and_it_is_left_alone(runs, monkeypatch):

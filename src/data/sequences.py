@@ -301,6 +301,9 @@ class SequenceDataModule(L.LightningDataModule, ABC):
     def test_dataloader(self) -> list[SequenceLoader]:
         return [SequenceLoader(self.splits[name], 1000) for name in self.test_names]
 
+    def predict_dataloader(self) -> list[SequenceLoader]:
+        return self.test_dataloader()
+
     @property
     def test_names(self) -> list[str]:
         """The test splits, in the order of the loaders: "test", then "test/<name>" for further ones."""
