@@ -4,7 +4,6 @@
     python src/benchmark.py --seconds 60 --batches 32   shorter
     python src/benchmark.py --sizes                     cost against width and depth, on models of other sizes
     python src/benchmark.py --threads 2
-    python src/benchmark.py --startup                   seconds and memory that commands take beside the libraries alone
 
 The ways, each measured in turn, several times over; the medians are reported:
 
@@ -36,7 +35,6 @@ import torch
 from lightning.pytorch.utilities import disable_possible_user_warnings
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
-from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,8 +43,7 @@ from pattern_search_task import masked_loss
 from polls.generic import GenericPolls, plain_attention
 from polls.structured import StructuredPolls
 from polls.threads import available_cores
-from results.startup import measure_startup
-from run.cpu import keep_freed_memory
+from run.cpu import prepare_machine
 from search.closure import OneByOne, forward_only
 from search.coordinates import Coordinates
 from state_tracking_data import StateTrackingDataModule
@@ -281,18 +278,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads that torch may use")
     parser.add_argument("--block", type=int, help="candidates per poll; as many as each way likes best if left out")
     parser.add_argument("--sizes", action="store_true", help="measure models of other widths and depths instead")
-    parser.add_argument("--startup", action="store_true", help="measure how commands start instead")
     parser.add_argument("--output", type=Path, default=Path("benchmark.png"), help="the figure to write")
     args = parser.parse_args()
     if any(not 1 <= batch <= 200 for batch in args.batches) or args.seconds <= 0 or args.threads < 1:
         parser.error("--batches takes sizes from 1 to 200, --seconds and --threads positive numbers")
-    if args.startup:
-        print(json.dumps(measure_startup(rounds=3, console=Console())))
-        return
     disable_possible_user_warnings()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    keep_freed_memory()
-    torch.set_num_threads(args.threads)
+    prepare_machine(args.threads)
     measure_all = measure_sizes if args.sizes else measure_batches
     measure_all(StateTrackingDataModule(), args)
 

@@ -20,9 +20,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from results.runs import Run, RunError, by_position
-from run.files import print_any_character, typed
-from run.stored import find_weights, with_other_data
+from results.runs import Run, RunError, by_position, find_run
+from run.directory import print_any_character, typed
 
 if TYPE_CHECKING:  # torch takes seconds, and a run that is not there is refused at once
     from omegaconf import DictConfig
@@ -44,8 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         if options.run is None:
             raise RunError("give a run, such as run=runs/2026-11-26_00-33-10-441156")
-        run, checkpoint = find_weights(options.run)
-        with_other_data(run.config, options.changes)
+        run, checkpoint = find_run(options.run)
         stored = (run.summary or {}).get("test") or {}
         evaluate(run, checkpoint, stored, options)
     except RunError as error:
