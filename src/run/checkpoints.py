@@ -95,10 +95,8 @@ class Checkpoints(Checkpoint):
         table = next(logger for logger in trainer.loggers if isinstance(logger, MetricsTable))
         self._to_add = {
             "fit_loop": trainer.fit_loop.state_dict(),
-            "generators": {
-                "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all(),
-            },  # dropout draws from it
+            "cpu_generator": torch.get_rng_state(),  # dropout draws from them
+            "cuda_generators": torch.cuda.get_rng_state_all(),
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "table_bytes": table.sync(),
             "run_dir": str(self.run_dir),
@@ -130,8 +128,8 @@ def restore(trainer: L.Trainer, state: dict[str, Any]) -> None:
     trainer.fit_loop.load_state_dict(state["fit_loop"])
     trainer.fit_loop.restarting = False
     trainer.callback_metrics.update({name: torch.tensor(x) for name, x in state["metrics"].items()})
-    torch.set_rng_state(state["generators"]["cpu"])
-    torch.cuda.set_rng_state_all(state["generators"]["cuda"])
+    torch.set_rng_state(state["cpu_generator"])
+    torch.cuda.set_rng_state_all(state["cuda_generators"])
 
 
 def as_lightning_restarts(fit_loop: dict[str, Any]) -> dict[str, Any]:

@@ -94,11 +94,12 @@ def read_jobs(directory: Path, metric: str) -> list[dict[str, Any]]:
     The status is done, failed or interrupted.
     """
     jobs = []
-    for file in by_number(directory.rglob(".hydra/overrides.yaml")):  # Hydra writes it when a job begins
-        place = file.parents[1]
+    begun = {file.parents[1] for file in directory.rglob(".hydra/overrides.yaml")}  # Hydra writes it when a job begins
+    for place in by_number(begun | {file.parent for file in directory.rglob("error.txt")}):  # or it was told not to
+        overrides = place / ".hydra" / "overrides.yaml"
         job: dict[str, Any] = {
             "job": str(place.relative_to(directory)),
-            "override": " ".join(yaml.safe_load(file.read_text())),
+            "override": " ".join(yaml.safe_load(overrides.read_text()) if overrides.exists() else []),
             "status": "interrupted",
             **dict.fromkeys([metric, "seconds", "error"]),
         }
