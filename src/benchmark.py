@@ -36,7 +36,7 @@ from polls.generic import GenericPolls
 from polls.structured import StructuredPolls
 from polls.threads import available_cores
 from results.startup import measure_startup
-from run.cpu import keep_freed_memory
+from run.cpu import prepare_machine
 from search.closure import OneByOne, forward_only
 from search.coordinates import Coordinates
 from state_tracking_data import StateTrackingDataModule
@@ -137,8 +137,7 @@ def main() -> None:
     if args.startup:
         print(json.dumps(measure_startup(rounds=3, console=Console())))
         return
-    keep_freed_memory()
-    torch.set_num_threads(args.threads)
+    prepare_machine(args.threads)
     torch.manual_seed(0)
     data = StateTrackingDataModule()
     model, split = DecoderOnlyTransformer(data.vocab_size, data.n_classes, data.max_len), data.splits["train"]

@@ -18,9 +18,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from results.runs import Run, RunError, by_position
-from run.files import print_any_character, typed
-from run.stored import find_weights, with_other_data
+from results.runs import Run, RunError, by_position, find_run
+from run.directory import print_any_character, typed
 
 if TYPE_CHECKING:  # torch takes seconds, and a run that is not there is refused at once
     from omegaconf import DictConfig
@@ -37,8 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     """Evaluate as the arguments say; exit code 2, after one line, if they name nothing that can be evaluated."""
     options = parse(arguments)
     try:
-        run, checkpoint = find_weights(options.run)
-        with_other_data(run.config, options.changes)
+        run, checkpoint = find_run(options.run)
         evaluate(run, f"Weights: {typed(checkpoint)}", options)
     except RunError as error:
         print(f"evaluate: {error}", file=sys.stderr)

@@ -14,7 +14,7 @@ import sys
 
 from config.refusal import ConfigError, refuse
 from results.runs import RunError
-from run.files import print_any_character
+from run.directory import print_any_character
 
 COMMANDS = ("tables", "figures", "collect", "ablation", "diagnosis")
 

@@ -335,7 +335,7 @@ def test_an_optimizer_that_counts_elsewhere_is_refused_when_it_goes_on(copy, tmp
         text.replace("search.one_plus_one.OnePlusOne", "search.own_count.OwnCount")
     )
     command = "python src/train.py optimizer=own_count model=tiny logger=none"
-    done = run(f"{command} trainer.max_steps=3", tmp_path, cwd=copy)
+    done = run(f"{command} trainer.max_steps=3 checkpoint.every_steps=1", tmp_path, cwd=copy)
     assert done.returncode == 0, done.stderr
     (run_dir,) = run_dirs(tmp_path)
     done = run(f"{command} trainer.max_steps=6 resume={run_dir}", tmp_path, cwd=copy)

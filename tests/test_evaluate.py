@@ -113,24 +113,24 @@ def test_the_table_has_both_numbers_and_the_weights_are_named(runs, evaluated):
 
 
 def test_any_checkpoint_of_a_run_can_be_taken(parity, evaluated, monkeypatch):
-    path = parity / "checkpoints/last.ckpt"
+    path = parity / "checkpoints/end.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["state_dict"]["model.head.bias"][0] += 1
     torch.save(checkpoint, path)
     text = evaluated(f"run={path}")
-    assert "last.ckpt" in text
+    assert "end.ckpt" in text
     (row,) = [line for line in text.splitlines() if "test/loss" in line]
     assert row.count(f"{summary(parity)['test']['test/loss']:.4f}") == 1
     monkeypatch.chdir(path.parent)
-    assert evaluated("run=last.ckpt", "--json") == evaluated(f"run={path}", "--json")
+    assert evaluated("run=end.ckpt", "--json") == evaluated(f"run={path}", "--json")
 
 
 def test_a_run_that_was_not_tested_is_evaluated_with_its_newest_weights(parity, evaluated):
-    whole = evaluated(f"run={parity}/checkpoints/last.ckpt", "--json")
+    whole = evaluated(f"run={parity}/checkpoints/end.ckpt", "--json")
     (parity / "summary.json").unlink()
     assert evaluated(f"run={parity}", "--json") == whole
     text = evaluated(f"run={parity}")
-    assert "last.ckpt, the run was not tested" in text
+    assert "end.ckpt, the run was not tested" in text
     assert "summary.json" not in text
 
 
@@ -278,18 +278,18 @@ def test_data_of_a_generator_of_a_library_are_made_again_and_it_is_left_alone(ru
     ("changes", "message"),
     [
         (["datamodule.test_lenghts=[4]"], r"did you mean datamodule.test_lengths\?"),
-        (["datamodule.test_lengths"], "give key=value, such as"),
-        (["test_lengths=[4]"], r"did you mean datamodule.test_lengths\?"),
-        (["model.d_model=4"], "model.d_model belongs to the training of the run; only datamodule"),
-        (["seed=1"], "seed belongs to the training"),
+        (["datamodule.test_lengths"], "give options of the data only"),
+        (["test_lengths=[4]"], "give options of the data only, such as datamodule.test_lengths"),
+        (["model.d_model=4"], "give options of the data only"),
+        (["seed=1"], "give options of the data only"),
         (["datamodule.test_lengths=[8]"], "length 8 is the training length"),
-        (["datamodule.group=Z3"], "the model does not read 2$"),
-        (["datamodule.format=tag"], "the model numbers what it reads otherwise: it is 0, 1, SEP"),
+        (["datamodule.group=Z3"], "these data have 0, 1, 2, SEP, and the model has learned to read 0, 1, SEP$"),
+        (["datamodule.format=tag"], "the model has learned to read 0, 1, SEP"),
         (["datamodule.group=Z0"], "group=Z0 is not known"),
         (["datamodule.test_lengths=5"], "datamodule.test_lengths=5: expected Sequence"),
         (["datamodule.n_samples=null"], "datamodule.n_samples=null: expected int"),
         (["datamodule.test_lengths=[4"], r"datamodule.test_lengths=\[4: "),
-        (["datamodule._target_=os.system"], "not known"),
+        (["datamodule._target_=os.system"], "package os is not allowed"),
     ],
 )
 def test_other_data_that_cannot_be_is_refused(runs, refused, changes, message):
@@ -297,7 +297,7 @@ def test_other_data_that_cannot_be_is_refused(runs, refused, changes, message):
 
 
 def test_an_option_without_effect_is_refused(runs, refused):
-    assert "datamodule.universe has no effect" in refused(f"run={runs / 'strings'}", "datamodule.universe=8")
+    assert "datamodule.universe=8: it has no effect" in refused(f"run={runs / 'strings'}", "datamodule.universe=8")
 
 
 def damage(path):
@@ -318,7 +318,7 @@ def damage(path):
         (lambda run: (run / "config.yaml").write_text(""), "config.yaml is not the config of a run"),
         (lambda run: (run / "config.yaml").write_text("seed: [1"), "config.yaml is not the config of a run"),
         (lambda run: (run / "summary.json").write_text('{"test":'), "summary.json is empty or cut off"),
-        (lambda run: shutil.rmtree(run), "does not exist"),
+        (lambda run: shutil.rmtree(run), "holds no run"),
     ],
 )
 def test_a_run_that_cannot_be_read_is_refused_in_one_line(parity, refused, harm, message):
@@ -346,9 +346,9 @@ def test_a_config_that_does_not_build_any_more_is_refused_with_the_reason(parity
 
 def test_paths_that_are_no_run_are_refused(runs, parity, refused):
     assert "is the directory of 5 run(s); give one of them, such as" in refused(f"run={runs}")
-    assert "config.yaml is no checkpoint of a run" in refused(f"run={parity / 'config.yaml'}")
+    assert "config.yaml is not the config of a run" in refused(f"run={parity / 'config.yaml'}")
     lost = shutil.copy(parity / "checkpoints/best.ckpt", parity.parent / "lost.ckpt")
-    assert "lost.ckpt is no checkpoint of a run" in refused(f"run={lost}")
+    assert "holds no run" in refused(f"run={lost}")
 
 
 @pytest.mark.parametrize("words", [["run=a", "--show", "x"], ["run=a", "run=b"], ["--wrong"]])
@@ -359,10 +359,10 @@ def test_words_that_make_no_sense_are_refused(words, capsys):
     assert "error: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("words", "code"), [("--help", 0), ("run=nowhere", 2), ("run={parity} datamodule.x=1", 2)])
-def test_help_and_what_is_not_there_need_no_torch(parity, words, code):
+@pytest.mark.parametrize(("words", "code"), [("--help", 0), ("run=nowhere", 2)])
+def test_help_and_what_is_not_there_need_no_torch(words, code):
     program = "import sys, evaluate\ntry: evaluate.main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
-    command = [sys.executable, "-c", program, *words.format(parity=parity).split()]
+    command = [sys.executable, "-c", program, words]
     done = subprocess.run(command, cwd=ROOT / "src", capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr

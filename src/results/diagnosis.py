@@ -3,23 +3,17 @@
 python src/report.py diagnosis                                         the main command, looked at in every step
 python src/report.py diagnosis experiment=z5 seed=1 --output z5.png    any options of src/train.py
 
-Draws the figure and prints, for each part of the model, what its polls cost and what the moves of its weights gained,
-and for polls of nodes the cosine of the slopes that they sample with the gradient of the same batch.
+Draws the figure and prints, for each part of the model, what the moves of its weights gained, and for polls of nodes
+the cosine of the slopes that they sample with the gradient of the same batch.
 Gradients appear here and nowhere else beside a search: its slopes and moves are compared with them.
 """
 
-import math
-import signal
-import time
 from argparse import ArgumentParser
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
@@ -33,24 +27,15 @@ from config.refusal import ConfigError
 from data.sequences import SequenceDataModule
 from optimizer import PatternSearch
 from pattern_search_task import PatternSearchTask, masked_loss, optimizer_class
+from results.figures import save
 from run.build import build_datamodule, build_task
 from run.cpu import prepare_machine
 from run.start import silence_libraries
 from search.base import seeded
-from search.closure import AnswersNodes, Candidates, forward_only
+from search.closure import AnswersNodes, forward_only
 
 SEQUENCES = 1000  # of the training set, at the most, that stand for all of it
 AGES = torch.tensor([1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90, 140, 200, 1000])  # steps since a poll: edges of bins
-POLLS = 96  # candidates of a part whose polls are timed
-
-
-@dataclass
-class Before:
-    """What a step begins with."""
-
-    weights: Tensor  # (P,) all that the search moves
-    gradient: Tensor  # (P,) of the loss of the training set
-    loss: float  # of the training set
 
 
 class Diagnosis(L.Callback):
@@ -70,7 +55,6 @@ class Diagnosis(L.Callback):
         self.agreement = torch.zeros(len(AGES) - 1, 4, dtype=torch.float64)
         weights = sum(p.numel() for p in task.parameters_trained if p.requires_grad)
         self.visits, self.polled_at = torch.zeros(weights), torch.zeros(weights)
-        self._before: Before | None = None  # while a step runs
 
     @property
     def search(self) -> PatternSearch:
@@ -92,27 +76,22 @@ class Diagnosis(L.Callback):
         """(P,) of the loss, by coordinate."""
         return parameters_to_vector(torch.autograd.grad(loss, self.search.coordinates.parameters))
 
-    def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):  # nothing is saved, so a signal need not wait for the step's end
-            signal.signal(number, signal.SIG_DFL)
-
     def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, batch: Any, batch_idx: int) -> None:
         with torch.enable_grad():  # the one gradient, and the search never sees it
             loss = self._training_loss()
-            gradient = self.gradient(loss)
-        self._before = Before(self._weights(), gradient, float(loss.detach()))
+            self._gradient = self.gradient(loss)
+        self._weights_before, self._loss_before = self._weights(), float(loss.detach())
         if self.search.slopes is not None:
-            self._compare_slopes(self.search.slopes.state, trainer.global_step, gradient)
+            self._compare_slopes(self.search.slopes.state, trainer.global_step, self._gradient)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        before, report = self._before, self.search.report
-        assert before is not None
+        report, gains = self.search.report, -(self._weights() - self._weights_before) * self._gradient
         with torch.no_grad():
-            losses = dict(train_before=before.loss, train_after=float(self._training_loss()))
-        losses |= dict(batch_before=report.loss_before, batch_after=report.loss_after)
-        gains = -(self._weights() - before.weights) * before.gradient
-        gains_of_parts = {part: float(gains[own].sum()) for part, own in self.parts.items()}
-        self.steps.append({**losses, "search_accepted": report.search_accepted, **gains_of_parts})
+            loss = float(self._training_loss())
+        seen: dict[str, Any] = dict(train_before=self._loss_before, train_after=loss)
+        seen |= dict(batch_before=report.loss_before, batch_after=report.loss_after)
+        seen |= dict(search_accepted=report.search_accepted)
+        self.steps.append(seen | {part: float(gains[own].sum()) for part, own in self.parts.items()})
 
     def _weights(self) -> Tensor:
         return parameters_to_vector(self.search.coordinates.parameters).detach()
@@ -153,10 +132,12 @@ def diagnose(overrides: list[str]) -> tuple[Diagnosis, pd.DataFrame]:
     quiet = dict(logger=False, enable_checkpointing=False)
     trainer = instantiate(cfg.trainer, callbacks=[*callbacks, diagnosis], **quiet)
     trainer.fit(task, datamodule=datamodule)
+    gains = pd.DataFrame(diagnosis.steps)[[*diagnosis.parts]].sum()
+    sizes = {part: len(own) for part, own in diagnosis.parts.items()}
+    table = pd.DataFrame({"weights": sizes, "share of decrease": gains / gains.sum()})
     batch = next(iter(datamodule.train_dataloader()))
     with forward_only(task.model):
         closure = task.make_closure(batch)
-        table = table_of_parts(diagnosis, poll_rates(closure, diagnosis.parts))
         if isinstance(closure, AnswersNodes) and diagnosis.search.needs_nodes:
             with torch.enable_grad():
                 gradient = diagnosis.gradient(task.loss(batch))
@@ -167,88 +148,48 @@ def diagnose(overrides: list[str]) -> tuple[Diagnosis, pd.DataFrame]:
 def sample_cosines(closure: AnswersNodes, diagnosis: Diagnosis, gradient: Tensor) -> dict[str, float]:
     """Of the slopes that one evaluation per node gives to each part, with the gradient (P,) of the same batch."""
     steps = torch.full((closure.n_nodes,), diagnosis.search.param_groups[0]["radius"])
-    where, found = closure.nodes(torch.arange(closure.n_nodes), steps, seeded(0, 0))
-    slopes = torch.zeros(len(gradient), dtype=torch.float64).index_put_((where,), found)
+    slopes, _ = closure.nodes(torch.arange(closure.n_nodes), steps, seeded(0, 0))
     return {
-        part: float(torch.cosine_similarity(slopes[own], gradient[own].double(), dim=0))
-        for part, own in diagnosis.parts.items()
+        part: float(torch.cosine_similarity(slopes[own], gradient[own], dim=0)) for part, own in diagnosis.parts.items()
     }
 
 
-def poll_rates(closure: Callable[[], Tensor], parts: dict[str, Tensor]) -> dict[str, float]:
-    """Candidates per second of polls of each part alone; the median of 5."""
-    if not isinstance(closure, Candidates):
-        return dict.fromkeys(parts, math.nan)
-    rates = {}
-    for part, own in parts.items():
-        chosen, steps = own[torch.randint(len(own), (POLLS,))], torch.full((POLLS,), 0.05, dtype=torch.float64)
-        times = []
-        for _ in range(6):
-            start = time.perf_counter()
-            closure.poll(chosen, steps)
-            times.append(time.perf_counter() - start)
-        rates[part] = POLLS / float(np.median(times[1:]))
-    return rates
-
-
-def table_of_parts(diagnosis: Diagnosis, rates: dict[str, float]) -> pd.DataFrame:
-    """A row per part: weights, candidates per second, share of the seconds of uniform polls, share of the decrease.
-
-    `gain a second` is the second share over the first: 1 is what uniform polls get on the whole model.
-    """
-    steps = pd.DataFrame(diagnosis.steps)
-    sizes = {part: len(own) for part, own in diagnosis.parts.items()}
-    table = pd.DataFrame({"weights": sizes, "polls per second": rates})
-    cost, gain = table.weights / table["polls per second"], steps[list(table.index)].sum()
-    table["share of time"], table["share of decrease"] = cost / cost.sum(), gain / gain.sum()
-    table["gain a second"] = table["share of decrease"] / table["share of time"]
-    return table
-
-
 def draw_diagnosis(diagnosis: Diagnosis, table: pd.DataFrame, command: str) -> Figure:
-    """Losses by step, decrease on the batch against decrease on all, age of slopes, and parts by time and cost."""
+    """Losses by step, decrease on the batch against decrease on all, age of slopes, and parts by time."""
     sns.set_theme(style="whitegrid", context="notebook")
     figure = Figure(figsize=(13, 9), layout="constrained")
     figure.suptitle(command)
     (losses, decreases), (ages, parts) = figure.subplots(2, 2)
     steps = pd.DataFrame(diagnosis.steps)
-    colours = sns.color_palette()
+    batch, train = "batch that decided", "all training strings"
 
-    losses.plot(steps.batch_before, color=colours[0], alpha=0.35, linewidth=0.8, label="batch at hand")
-    losses.plot(steps.train_before, color=colours[1], label="all training strings")
+    lines = pd.DataFrame({batch: steps.batch_before, train: steps.train_before})
     fell = (steps.train_after < steps.train_before)[steps.batch_after < steps.batch_before].mean()
     title = f"{fell:.0%} of the accepted steps lowered the loss of all strings"
-    losses.set(xlabel="step", ylabel="loss before the step, nats a token", ylim=0, title=title)
+    lines.plot(ax=losses, xlabel="step", ylabel="loss before the step, nats a token", ylim=(0, None), title=title)
 
     window = min(max(10, len(steps) // 30), len(steps))
-    batch, train = (steps[f"{of}_before"] - steps[f"{of}_after"] for of in ("batch", "train"))
-    decreases.plot(batch.rolling(window).mean(), color=colours[0], label="on the batch that decided")
-    decreases.plot(train.rolling(window).mean(), color=colours[1], label="on all training strings")
+    lines = pd.DataFrame({batch: steps.batch_before - steps.batch_after, train: steps.train_before - steps.train_after})
+    lines.rolling(window).mean().plot(ax=decreases, xlabel="step", ylabel=f"decrease per step, mean of {window}")
     decreases.axhline(0, color="0.4", linewidth=1)
-    decreases.set(xlabel="step", ylabel=f"decrease of the loss a step, mean of {window}")
     if steps.search_accepted.notna().any():
         decreases.set_title(f"the search step wins in {steps.search_accepted.mean():.0%} of the steps")
 
-    seen = diagnosis.agreement[:, 0].numpy() > 0
-    middle = (AGES[:-1] * (AGES[1:] - 1).clamp_min(1)).double().sqrt().numpy()[seen]
-    count, right, weighted, size = diagnosis.agreement.numpy()[seen].T
-    ages.plot(middle, right / count, marker="o", color=colours[2], label="coordinates")
-    ages.plot(middle, weighted / size, marker="o", color=colours[3], label="weighted by the gradient's size")
+    middle = (AGES[:-1] * (AGES[1:] - 1).clamp_min(1)).double().sqrt().numpy()
+    count, right, weighted, size = diagnosis.agreement.numpy().T
+    shares = {"coordinates": right / count.clip(1), "weighted by the gradient's size": weighted / size.clip(1e-12)}
+    lines = pd.DataFrame(shares, index=middle)[count > 0]
+    title = "against the gradient of all training strings"
+    lines.plot(ax=ages, marker="o", logx=True, xlabel="age of a remembered slope, steps", title=title)
+    ages.set_ylabel("share that points downhill")
     ages.axhline(0.5, color="0.4", linestyle="--", linewidth=1)
-    ages.set(xlabel="age of a remembered slope, steps", ylabel="share that points downhill", xscale="log")
-    ages.set_title("against the gradient of all training strings")
 
-    for panel in (losses, decreases, ages):
-        panel.legend()
-
-    shares = steps[list(table.index)].rolling(window).sum().iloc[window - 1 :]
-    shares = shares.clip(lower=0).div(shares.clip(lower=0).sum(axis=1), axis=0)
-    labels = [f"{part} ({row['gain a second']:.1f})" for part, row in table.iterrows()]
-    parts.stackplot(shares.index, shares.to_numpy().T, labels=labels, colors=sns.color_palette("husl", len(labels)))
-    parts.set(xlabel="step", ylabel="share of the decrease", ylim=(0, 1), xlim=(window - 1, len(steps) - 1))
-    parts.set_title("where moves lower the loss")
-    legend = parts.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, reverse=True)
-    legend.set_title("part (gain a second of its\npolls; 1: uniform polls)")
+    gains = steps[[*table.index]].rolling(window).sum().iloc[window - 1 :].clip(lower=0)
+    gains.div(gains.sum(axis=1), axis=0).plot.area(
+        ax=parts, colormap="viridis", linewidth=0, xlabel="step", ylim=(0, 1)
+    )
+    parts.set(ylabel="share of the decrease", title="where moves lower the loss")
+    parts.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, reverse=True)
     return figure
 
 
@@ -258,8 +199,6 @@ def main(parser: ArgumentParser, arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     silence_libraries()
     diagnosis, table = diagnose(args.overrides)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    draw_diagnosis(diagnosis, table, " ".join(["python src/train.py", *args.overrides])).savefig(args.output, dpi=100)
-    formats = ["{:,.0f}".format] * 2 + ["{:.1%}".format] * 2 + ["{:.2f}".format] * (len(table.columns) - 4)
-    print(table.to_string(formatters=formats))
-    print(f"\nDrew {len(diagnosis.steps)} steps: {args.output}")
+    print(table.to_string(float_format="{:.3f}".format), end="\n\n")
+    figure = draw_diagnosis(diagnosis, table, " ".join(["python src/train.py", *args.overrides]))
+    save(figure, args.output, f"{len(diagnosis.steps)} steps")

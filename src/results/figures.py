@@ -5,69 +5,58 @@ python src/report.py figures runs/A runs/B --output ab.png
 python src/report.py figures --wandb my_team/my_project    runs on W&B, from anywhere
 """
 
-import itertools
 import math
 from argparse import ArgumentParser
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from results.runs import RunError, read_runs, read_wandb
 
-PANELS = {"loss": "loss, nats a token", "exact_match": "exact match"}
-SPLITS: dict[str, dict[str, Any]] = {
-    "train": dict(alpha=0.5, linewidth=0.8),
-    "val": dict(marker="o", markersize=4, markeredgewidth=0),
-}
+PANELS = {"loss": "loss, nats per token", "exact_match": "exact match"}
+WIDTHS = {"train": 0.7, "val": 2.0}  # of the lines of a split
 AXES = {"evaluations": "evaluations (a gradient step: one)", "seconds": "training seconds"}
-LABELS = ["model", "optimizer", "variant", "settings"]  # what colours and line styles tell apart
-STYLES = ["-", "--", ":", "-."]  # one for each round of the colours
+LABELS = ["model", "optimizer", "variant", "settings"]  # what colours tell apart
 WIDE = 30  # a range of values whose ends differ by more than this factor gets a logarithmic axis
-BESIDE = 12  # labels; a legend of more of them stands beside the panels, in small letters
 
 
 def draw_runs(table: pd.DataFrame) -> Figure:
-    """Loss and exact match, training (thin) and validation (dots), against evaluations and seconds.
+    """Loss and exact match, training (thin) and validation (thick), against evaluations and seconds.
 
-    A line per run and split. Colour and style tell what differs between the runs; if nothing does, the split. Tasks do
-    not share a panel: one row of four for each, with its chance loss; a single task gets two rows of two.
+    A line per run and split; colours tell what differs between the runs. Each task has two rows of two panels, with its
+    loss at chance where that is known.
 
     Args:
         table: as `results.runs.read_runs` returns it; RunError if there is nothing to draw yet.
     """
-    split = table.metric.map(lambda name: name.partition("/")[0])
-    panel = table.metric.map(lambda name: name.partition("/")[2])
-    table = table.assign(split=split, panel=panel)
-    table = table[table.split.isin(SPLITS) & table.panel.isin(PANELS)]
+    parts = table.metric.map(lambda name: name.partition("/"))
+    table = table.assign(split=parts.str[0], panel=parts.str[2]).replace(math.inf, math.nan).dropna(subset="value")
+    table = table[table.split.isin(WIDTHS) & table.panel.isin(PANELS)]
     if table.empty:
         raise RunError("no metrics yet in these runs")
-    table = table.assign(label=label_runs(table, LABELS) if table[LABELS].nunique().max() > 1 else table.split)
+    table = table.assign(label=label_runs(table, LABELS), row=table.task + ": " + table.panel.map(PANELS))
+    rows = table.sort_values(["task", "panel"], ascending=[True, False]).melt(
+        ["row", "panel", "label", "split", "run", "value", "chance_loss"], [*AXES], "axis", "cost"
+    )
+    looks: dict[str, Any] = dict(hue="label", size="split", sizes=WIDTHS, units="run", estimator=None)
+    looks |= dict(palette="husl" if rows.label.nunique() > 10 else None)
+    places: dict[str, Any] = dict(row="row", col="axis", facet_kws=dict(sharex=False, sharey=False))
     sns.set_theme(style="whitegrid", context="notebook")
-    styles = itertools.product(STYLES, sns.color_palette())  # they begin anew only when all have been taken
-    pairs = zip(table.label.unique(), itertools.cycle(styles))
-    looks = {label: dict(linestyle=line, color=colour) for label, (line, colour) in pairs}
-    tasks = table.task.unique()
-    shape = (2, 2) if len(tasks) == 1 else (len(tasks), 4)
-    width = 5.5 if shape[1] == 2 else 4  # four stand beside each other on a page: narrower, or their letters get small
-    figure = Figure(figsize=(width * shape[1], 3.2 * shape[0] + 0.8), layout="constrained")
-    panels = figure.subplots(*shape, squeeze=False).reshape(len(tasks), 4)
-    for row, task in zip(panels, tasks, strict=True):
-        row[2].sharex(row[0])
-        row[3].sharex(row[1])
-        for place, (panel, axis) in zip(row, itertools.product(PANELS, AXES), strict=True):
-            draw_panel(place, table[(table.task == task) & (table.panel == panel)], axis, looks)
-            place.set(xlabel=AXES[axis], ylabel=PANELS[panel], title=task if len(tasks) > 1 else "")
-            if panel == "exact_match":
-                place.set_ylim(-0.03, 1.03)
-    add_legend(figure, table, looks)
-    return figure
+    grid = sns.relplot(rows, kind="line", x="cost", y="value", height=3.2, aspect=1.6, **looks, **places)
+    grid.set_titles("{row_name}").set_axis_labels("", "")
+    for (row, axis), place in grid.axes_dict.items():
+        here = rows[(rows.row == row) & (rows.axis == axis)]
+        of_loss = (here.panel == "loss").all()
+        longest = here.groupby("run").cost.max()
+        place.set(xlabel=AXES[axis], xscale="log" if is_wide(longest) else "linear")
+        place.set(yscale="log" if of_loss and is_wide(here.value) else "linear")
+        if of_loss and here.chance_loss.notna().any():
+            place.axhline(here.chance_loss.max(), color="0.4", linestyle="--", linewidth=1)
+    return closed(grid)
 
 
 def label_runs(table: pd.DataFrame, columns: list[str]) -> pd.Series:
@@ -76,58 +65,32 @@ def label_runs(table: pd.DataFrame, columns: list[str]) -> pd.Series:
     return table[differing].agg(lambda names: " · ".join(filter(None, names)), axis=1)
 
 
-def draw_panel(place: Axes, rows: pd.DataFrame, axis: str, looks: Mapping[str, dict]) -> None:
-    """A line per run and split, of one metric of one task; and the loss at chance where it is known."""
-    for (label, split, _), of in rows.groupby(["label", "split", "run"], sort=False):
-        of = of[np.isfinite(of.value)].sort_values(axis, kind="stable")
-        place.plot(of[axis], of.value, **looks[label], **SPLITS[split])
-    if is_wide(rows.groupby("run")[axis].max()):  # a linear axis would hide the shorter runs
-        place.set_xscale("log")
-    if (rows.panel == "loss").all():
-        if is_wide(rows.value):  # and the losses near zero
-            place.set_yscale("log")
-        if rows.chance_loss.notna().any():
-            place.axhline(rows.chance_loss.max(), color="0.4", linestyle="--", linewidth=1)
-
-
 def is_wide(values: pd.Series) -> bool:
     """Whether values, all above 0, have ends so far apart that a logarithmic axis shows them better."""
-    values = values[np.isfinite(values)]
-    return bool(len(values)) and values.max() > WIDE * values.min() > 0
+    return values.max() > WIDE * values.min() > 0
 
 
-def add_legend(figure: Figure, table: pd.DataFrame, looks: Mapping[str, dict]) -> None:
-    """The splits, chance where it is known, and the labels with their numbers of runs."""
-    lines = {}
-    for name, (split, look) in zip(("training batch", "validation"), SPLITS.items(), strict=True):
-        lines[name] = Line2D([], [], **(looks.get(split) or {"color": "0.4"}), **look)
-    if table.chance_loss.notna().any():
-        lines["chance"] = Line2D([], [], color="0.4", linestyle="--", linewidth=1)
-    if not looks.keys() <= SPLITS.keys():
-        runs = table.groupby("label").run.nunique()
-        for label, look in looks.items():
-            lines[f"{label} ({runs[label]} run{'s' if runs[label] > 1 else ''})"] = Line2D([], [], **look)
-    longest = max(map(len, lines))
-    if len(looks) > BESIDE:
-        rows = int(figure.get_figheight() / 0.17)  # lines of small letters, 0.17 inches high
-        columns = math.ceil(len(lines) / rows)
-        figure.set_figwidth(figure.get_figwidth() + columns * (0.6 + 0.07 * longest))  # the panels keep their size
-        place: dict[str, Any] = dict(loc="outside right upper", ncols=columns, fontsize="x-small")
-    else:
-        columns = int(9 * figure.get_figwidth() / (longest + 8))  # about 9 letters an inch, and 8 for a line
-        place = dict(loc="outside upper center", ncols=max(1, min(columns, 4, len(lines))))
-    figure.legend(list(lines.values()), list(lines), frameon=False, **place)
+def closed(grid: sns.FacetGrid) -> Figure:
+    """The figure of a grid, which pyplot forgets: a notebook would show it twice."""
+    grid.tight_layout()
+    plt.close(grid.figure)
+    return grid.figure
 
 
-def draw_progress(run_dir: str | Path) -> Path:
-    """Draw a run as `progress.png` in its own directory, as every run does when it ends; returns the file."""
-    table, file = read_runs(run_dir), Path(run_dir) / "progress.png"
-    run = table.iloc[0]
-    figure = draw_runs(table)
+def save(figure: Figure, output: Path, what: str) -> None:
+    """Write a picture, and say what is in it."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=100, bbox_inches="tight")
+    print(f"Drew {what}: {output}")
+
+
+def draw_progress(run_dir: str | Path) -> None:
+    """Draw a run as `progress.png` in its own directory, as every run does when it ends."""
+    table = read_runs(run_dir)
+    run, figure = table.iloc[0], draw_runs(table)
     title = " · ".join(filter(None, [run.optimizer, run.variant, run.task, run.model, f"seed {run.seed}"]))
-    figure.legends[0].set_title(title)
-    figure.savefig(file, dpi=80)
-    return file
+    figure.suptitle(title, y=1.03)
+    figure.savefig(Path(run_dir) / "progress.png", dpi=80, bbox_inches="tight")
 
 
 def draw_accuracy(table: pd.DataFrame) -> Figure:
@@ -138,12 +101,10 @@ def draw_accuracy(table: pd.DataFrame) -> Figure:
         raise RunError("none of these runs has been tested yet")
     rows = rows.assign(label=label_runs(rows, ["task", *LABELS]))
     sns.set_theme(style="whitegrid", context="notebook")
-    figure = Figure(figsize=(9, 1.2 + 0.36 * rows.label.nunique()), layout="constrained")
-    panel = figure.subplots()
-    sns.stripplot(data=rows, y="label", x="value", hue="metric", dodge=True, size=6, ax=panel)
-    panel.set(ylabel="", xlabel="held-out test", xlim=(-0.02, 1.02))
-    sns.move_legend(panel, "lower center", bbox_to_anchor=(0.5, 1), ncols=2, title=None, frameon=False)
-    return figure
+    size: dict[str, Any] = dict(height=1.2 + 0.36 * rows.label.nunique(), aspect=4)
+    grid = sns.catplot(rows, kind="strip", y="label", x="value", hue="metric", dodge=True, **size)
+    grid.set(ylabel="", xlabel="held-out test", xlim=(-0.02, 1.02))
+    return closed(grid)
 
 
 def main(parser: ArgumentParser, arguments: list[str]) -> None:
@@ -153,13 +114,7 @@ def main(parser: ArgumentParser, arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     if bool(args.paths) == bool(args.wandb):
         parser.error("give run directories, or --wandb ENTITY/PROJECT")
-    if args.wandb:
-        entity, _, project = args.wandb.rpartition("/")
-        table, default = read_wandb(entity or None, project), Path("runs.png")
-    else:
-        table, default = read_runs(*args.paths), args.paths[0] / "runs.png"
-    output = args.output or default
-    figure = draw_runs(table)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=120)
-    print(f"Drew {table.run.nunique()} run(s): {output}")
+    entity, _, project = (args.wandb or "").rpartition("/")
+    table = read_wandb(entity or None, project) if args.wandb else read_runs(*args.paths)
+    output = args.output or Path(*args.paths[:1], "runs.png")
+    save(draw_runs(table), output, f"{table.run.nunique()} run(s)")

@@ -11,8 +11,8 @@ import json
 import math
 import re
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 AXES = ["step", "evaluations", "seconds"]
 COLUMNS = [*AXES, "metric", "value"]  # of metrics.csv
+OUTCOME = ("steps", "evaluations", "seconds", "stopped_by", "test")  # of summary.json; the last are the metrics
+RESUMABLE = ("last.ckpt", "previous.ckpt")  # what a run goes on from, in checkpoints/, newest first
 KIND = ["task", "model", "optimizer", "variant"]  # runs that have these in common are of a kind
 SETTINGS = ("datamodule.", "model.", "task.", "optimizer.", "trainer.")  # nodes of the config that decide a result
-OF_THE_TASK = ("datamodule.", "trainer.max_", "trainer.limit_")  # and those that hold for other kinds as well
 PER_RUN = ("seed", "_target_", "task.pattern_search_radius")  # no settings: the last stands at the optimizer too
 
 T = TypeVar("T")
@@ -56,8 +57,8 @@ class Run:
             return None
         except (OSError, ValueError) as error:
             raise RunError(f"{path} is empty or cut off: {error}") from error
-        if not isinstance(summary, dict) or "stopped_by" not in summary:
-            raise RunError(f"{path} is not the summary of a run: it has no stopped_by")
+        if missing := [name for name in OUTCOME if not isinstance(summary, dict) or name not in summary]:
+            raise RunError(f"{path} is not the summary of a run: it has no {', '.join(missing)}")
         return summary
 
     @property
@@ -66,19 +67,15 @@ class Run:
         return self.summary is not None and self.summary["stopped_by"] != "interrupted"
 
     @property
-    def name(self) -> str:
-        """The directory, from the nearest one above it on that is called runs."""
-        parts = self.directory.absolute().parts
-        if "runs" in parts[:-1]:
-            return "/".join(parts[len(parts) - parts[::-1].index("runs", 1) :])
-        return "/".join(parts[-2:])
-
-    def of_summary(self, *names: str) -> dict[str, Any]:
-        """Values of the summary; RunError if the run has not ended, or its summary lacks one of them."""
-        summary = self.summary or {}
-        if missing := [name for name in names if name not in summary]:
-            raise RunError(f"{self.directory / 'summary.json'} has no {', '.join(missing)}")
-        return {name: summary[name] for name in names}
+    def checkpoint(self) -> Path:
+        """The checkpoint that was tested, where it lies now, else the newest one; RunError if there is none."""
+        kept = [self.directory / "checkpoints" / name for name in ("end.ckpt", *RESUMABLE)]
+        if tested := (self.summary or {}).get("checkpoint"):
+            kept = [self.directory / "checkpoints" / Path(tested).name]
+        for path in kept:
+            if path.exists():
+                return path
+        raise RunError(f"{self.directory} has no checkpoint ({', '.join(path.name for path in kept)})")
 
     def metrics(self) -> pd.DataFrame:
         """The metrics table, columns COLUMNS, without a last row that is being written; RunError if it is damaged."""
@@ -108,20 +105,26 @@ def read_run(directory: str | Path) -> Run:
         raise RunError(f"{path} is not the config of a run: {error}".splitlines()[0]) from error
 
 
+def find_run(path: str | Path) -> tuple[Run, Path]:
+    """The run and the checkpoint that a path means, the directory of a run or a checkpoint in it; RunError if none."""
+    path = Path(path).expanduser()
+    if path.suffix == ".ckpt" and path.is_file():
+        return read_run(path.absolute().parents[1]), path
+    if jobs := by_number(file.parent for file in path.glob("*/config.yaml") if file.parent.name != ".hydra"):
+        raise RunError(f"{path} is the directory of {len(jobs)} run(s); give one of them, such as {jobs[0]}")
+    run = read_run(path)
+    return run, run.checkpoint
+
+
 def read_all(*paths: str | Path, read: Callable[[Run], T], finished_only: bool = False) -> list[T]:
     """What `read` makes of each run at or below the paths that has begun, by directory.
 
-    A run that is damaged, or of which `read` raises a RunError, is named on stderr and left out.
-
-    Raises:
-        RunError: none is left.
+    A run that is damaged, or of which `read` raises a RunError, is named on stderr and left out. RunError if none is
+    left.
     """
-    found = {file.parent for path in paths for file in Path(path).rglob("summary.json")}
-    tables = {file.parent for path in paths for file in Path(path).rglob("metrics.csv")}
-    found |= {directory for directory in tables if (directory / "config.yaml").exists()}  # not those of CSVLogger
+    files = [file for path in paths for name in ("metrics.csv", "summary.json") for file in Path(path).rglob(name)]
     results = []
-    # by number: job 2 comes before job 10
-    for directory in sorted(found, key=lambda path: re.sub(r"\d+", lambda digits: digits[0].zfill(20), str(path))):
+    for directory in by_number({file.parent for file in files if file.with_name("config.yaml").exists()}):
         try:
             run = read_run(directory)
             if run.finished or not finished_only:
@@ -132,6 +135,11 @@ def read_all(*paths: str | Path, read: Callable[[Run], T], finished_only: bool =
         kind = "finished run" if finished_only else "run"
         raise RunError(f"no {kind} that can be read lies below {', '.join(map(str, paths))}")
     return results
+
+
+def by_number(paths: Iterable[Path]) -> list[Path]:
+    """Paths in order: job 2 comes before job 10."""
+    return sorted(paths, key=lambda path: re.sub(r"\d+", lambda digits: digits[0].zfill(20), str(path)))
 
 
 def by_position(metric: str) -> bool:
@@ -145,17 +153,16 @@ def by_position(metric: str) -> bool:
 def read_runs(*paths: str | Path) -> pd.DataFrame:
     """The metrics tables of all runs below the paths as one, with columns that say of which run a row is.
 
-    They are run, chance_loss (NaN for a run that has not ended yet), those of `describe`, and settings, as
-    `name_settings` gives them. RunError if no run that can be read lies there.
+    They are run (its directory), chance_loss (NaN for a run that has not ended yet), those of `describe`, and settings,
+    as `name_settings` gives them. RunError if no run that can be read lies there.
     """
 
     def table_of(run: Run) -> pd.DataFrame:
-        return run.metrics().assign(chance_loss=(run.summary or {}).get("chance_loss", math.nan))
+        chance_loss = (run.summary or {}).get("chance_loss", math.nan)
+        return run.metrics().assign(run=str(run.directory), chance_loss=chance_loss)
 
-    found = read_all(*paths, read=lambda run: (run, table_of(run)))
-    times = Counter(run.name for run, _ in found)
-    tables = [table.assign(run=run.name if times[run.name] == 1 else str(run.directory)) for run, table in found]
-    return joined(tables, [run.config for run, _ in found])
+    found = read_all(*paths, read=lambda run: (table_of(run), run.config))
+    return joined([table for table, _ in found], [config for _, config in found])
 
 
 def read_wandb(entity: str | None, project: str) -> pd.DataFrame:
@@ -204,36 +211,22 @@ def describe(config: Mapping) -> dict[str, Any]:
 
 
 def name_settings(configs: Sequence[Mapping]) -> list[str]:
-    """What tells each run from the others of its kind, such as "length=16, max_steps=100"; the seed does not.
-
-    Settings of the task's data, and limits, also tell it from runs of the same task with another model or optimizer.
-    """
-    settings = [settings_of(config) for config in configs]
-    groups: defaultdict[tuple, list[int]] = defaultdict(list)  # the runs of each task, and of each kind
-    for i, run in enumerate(map(describe, configs)):
-        groups[OF_THE_TASK, run["task"]].append(i)
-        groups[SETTINGS, *(run[name] for name in KIND)].append(i)
-    telling: list[set[str]] = [set() for _ in configs]
-    for (prefixes, *_), members in groups.items():
-        for key in {key for i in members for key in settings[i] if key.startswith(prefixes)}:
-            if len({str(settings[i].get(key)) for i in members}) > 1:
-                for i in members:
-                    telling[i].add(key)
+    """What tells each run from the others of its kind, such as "length=16, max_steps=100"; the seed does not."""
+    runs = [(tuple(describe(config)[name] for name in KIND), settings_of(config)) for config in configs]
+    values: defaultdict[tuple, set[str]] = defaultdict(set)  # of a setting among the runs of a kind
+    for kind, settings in runs:
+        for key, value in settings.items():
+            values[kind, key].add(value)
     return [
-        ", ".join(f"{key.rpartition('.')[2]}={own[key]}" for key in sorted(keys & own.keys()))
-        for own, keys in zip(settings, telling, strict=True)
+        ", ".join(f"{key.rpartition('.')[2]}={settings[key]}" for key in sorted(settings) if len(values[kind, key]) > 1)
+        for kind, settings in runs
     ]
 
 
-def settings_of(config: Mapping) -> dict[str, Any]:
-    """The settings that may tell runs apart, by dotted key; a limit that is none is no setting."""
-    return {
-        key: value
-        for key, value in flat(config).items()
-        if key.startswith(SETTINGS)
-        and not key.endswith(PER_RUN)
-        and not (key.rpartition(".")[2].startswith("max_") and value in (None, -1))
-    }
+def settings_of(config: Mapping) -> dict[str, str]:
+    """The settings that may tell runs apart, by dotted key."""
+    found = flat(config).items()
+    return {key: str(value) for key, value in found if key.startswith(SETTINGS) and not key.endswith(PER_RUN)}
 
 
 def flat(config: Mapping, prefix: str = "") -> dict[str, Any]:

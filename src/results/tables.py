@@ -6,31 +6,35 @@ python src/report.py tables report/results/solved.csv    from rows that were kep
 """
 
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from results.runs import KIND, Run, RunError, name_settings, read_all
+from results.runs import KIND, OUTCOME, Run, RunError, name_settings, read_all
 
 SOLVED = 0.99  # a run with at least this value of the metric counts as solved
 
 
-def read_summaries(*paths: str | Path) -> pd.DataFrame:
-    """One row per finished run below the paths, or kept in a CSV: what it was, its settings, outcome and metrics."""
+def read_summaries(*paths: str | Path, more: Callable[[Run], dict[str, Any]] = lambda run: {}) -> pd.DataFrame:
+    """One row per finished run below the paths, or kept in a CSV: what it was, its settings, outcome and metrics.
+
+    Args:
+        paths: directories, or CSVs that `report.py collect` wrote.
+        more: what else is told of a run.
+    """
     if kept := [path for path in paths if Path(path).suffix == ".csv"]:
         return pd.concat(pd.read_csv(path, keep_default_na=False, na_values=["nan"]) for path in kept)
 
-    def values(run: Run) -> tuple[Run, dict[str, Any]]:
-        summary = run.of_summary("test", "steps", "evaluations", "seconds", "stopped_by")
-        return run, summary.pop("test") | summary
+    def row_of(run: Run) -> dict[str, Any]:
+        outcome = {name: (run.summary or {})[name] for name in OUTCOME}
+        metrics = outcome.pop("test")
+        return run.description | {"settings": ""} | more(run) | outcome | metrics
 
-    found = read_all(*paths, read=values, finished_only=True)
-    settings = name_settings([run.config for run, _ in found])
-    return pd.DataFrame(
-        run.description | {"settings": of_run} | row for (run, row), of_run in zip(found, settings, strict=True)
-    )
+    found = read_all(*paths, read=lambda run: (row_of(run), run.config), finished_only=True)
+    settings = name_settings([config for _, config in found])
+    return pd.DataFrame(row for row, _ in found).assign(settings=settings)
 
 
 def summary_table(runs: pd.DataFrame, metric: str = "test/exact_match") -> str:

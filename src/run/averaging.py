@@ -13,9 +13,6 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 class WeightAverage(EMAWeightAveraging):
     """Validates, keeps and tests an exponential average of the weights; the steps go on from the weights themselves.
 
-    Checkpoints hold the average as `state_dict`, which is what a test loads, and the weights as `current_model_state`,
-    from which a run goes on.
-
     Args:
         decay: of the average, per step: it looks back about 1 / (1 - decay) steps.
     """
@@ -25,10 +22,7 @@ class WeightAverage(EMAWeightAveraging):
             raise ValueError(f"decay={decay} must lie in [0, 1); 0 takes the weights of the last step")
         super().__init__(decay=decay)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the weights as they are, where Lightning would replace them: the run may be prolonged."""
-
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore both in a run that goes on; a test has been given the average already."""
+        """Restore average and weights in a run that goes on; a test has been given the average already."""
         if trainer.state.fn == "fit":
             super().on_load_checkpoint(trainer, pl_module, checkpoint)

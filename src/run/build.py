@@ -14,18 +14,13 @@ from config.nodes import check_node, check_target
 from config.refusal import reason
 from data.sequences import SequenceDataModule
 from pattern_search_task import PatternSearchTask
-from results.runs import RunError
+from results.runs import RunError, find_run
 from run.checkpoints import read_checkpoint
-from run.stored import find_weights, with_other_data
 from transformer import DecoderOnlyTransformer
 
 
 def build_datamodule(cfg: DictConfig) -> SequenceDataModule:
-    """The data of the task, made and split.
-
-    Raises:
-        ValueError: the data module refuses its options.
-    """
+    """The data of the task, made and split; ValueError if the data module refuses its options."""
     datamodule = instantiate(cfg.datamodule)
     datamodule.setup()
     return datamodule
@@ -57,6 +52,9 @@ def build_task(cfg: DictConfig, datamodule: SequenceDataModule) -> PatternSearch
     return instantiate(cfg.task, model=build_model(cfg, datamodule), optimizer=instantiate(cfg.optimizer))
 
 
+# --- a run that was trained ---
+
+
 def load_run(path: str | Path, changes: Sequence[str] = ()) -> tuple[PatternSearchTask, SequenceDataModule, DictConfig]:
     """A run's task with the weights that were tested, in eval mode, its data, and its config.
 
@@ -73,32 +71,40 @@ def load_run(path: str | Path, changes: Sequence[str] = ()) -> tuple[PatternSear
     Raises:
         RunError: no run is there, none with a checkpoint that can be read, or one that these data do not fit.
     """
-    run, checkpoint = find_weights(path)
-    changed = with_other_data(run.config, changes)
-    config_file = run.directory / "config.yaml"
-    try:
-        content = read_checkpoint(checkpoint)
-    except (OSError, ValueError) as error:
-        raise RunError(reason(error)) from error
+    run, checkpoint = find_run(path)
+    config_file, what = run.directory / "config.yaml", " ".join(changes)
+    cfg = with_changes(run.config, changes)
+    with told(f"{checkpoint} cannot be read"):
+        weights = read_checkpoint(checkpoint)["state_dict"]
     with told(f"{config_file} does not build any more"):
         trained = data_of_run(run.config)
-    data = other_data(changed, trained, changes) if changes else trained
+    with told(what):
+        data = data_of_run(cfg) if changes else trained
+        check_fit(cfg, trained, data, changes)
+    max_len = max(cfg.model.get("max_len") or trained.max_len, data.max_len)
+    OmegaConf.update(cfg, "model.max_len", max_len, force_add=True)
     with told(f"{config_file} does not build any more"):
-        check_nodes(changed, "model", "task")
-        task = build_task(changed, trained)
+        check_nodes(cfg, "model", "task")
+        task = build_task(cfg, trained)
     with told(f"{checkpoint} does not fit the model of {config_file}"):
-        weights = content["state_dict"]
         task.to(next(w.dtype for w in weights.values() if w.is_floating_point()))  # 64 bits if trained with so many
         task.load_state_dict(weights)
-    return task.eval(), data, changed
+    return task.eval(), data, cfg
+
+
+def with_changes(config: DictConfig, changes: Sequence[str]) -> DictConfig:
+    """The config of a run with other options of its data; RunError for a change of anything else."""
+    for change in changes:
+        if not change.startswith(("datamodule.", "trainer.limit_test_batches=")) or "=" not in change:
+            raise RunError(f"{change}: give options of the data only, such as datamodule.test_lengths=[16,32]")
+    with told(" ".join(changes)):
+        merged = OmegaConf.merge(config, OmegaConf.from_dotlist(list(changes)))
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def data_of_run(cfg: DictConfig) -> SequenceDataModule:
-    """The data as a run of this config makes them, whatever generator they are drawn from.
-
-    Raises:
-        ValueError: the data module refuses its options.
-    """
+    """The data as a run of this config makes them, whatever generator they are drawn from; errors as `check_nodes`."""
     check_nodes(cfg, "datamodule")
     with isolate_rng():
         L.seed_everything(cfg.seed, verbose=False)
@@ -106,11 +112,7 @@ def data_of_run(cfg: DictConfig) -> SequenceDataModule:
 
 
 def check_nodes(cfg: DictConfig, *nodes: str) -> None:
-    """Check keys and types as before a run.
-
-    Raises:
-        RunError: a key is not known any more, or a value has the wrong type.
-    """
+    """RunError if a key of the nodes is not known any more, or a value has the wrong type."""
     draft = Draft(cfg)
     for name in nodes:
         check_target(draft, name)
@@ -120,39 +122,25 @@ def check_nodes(cfg: DictConfig, *nodes: str) -> None:
         raise RunError("; ".join(draft.problems.values()))
 
 
-def other_data(cfg: DictConfig, trained: SequenceDataModule, changes: Sequence[str]) -> SequenceDataModule:
-    """The data of a changed config for a model that was trained on others; `cfg.model.max_len` becomes what it needs.
-
-    Raises:
-        RunError: a change has no effect, or the model does not read or write such data.
-    """
-    with told("these data cannot be made"):
-        data = data_of_run(cfg)
+def check_fit(cfg: DictConfig, trained: SequenceDataModule, data: SequenceDataModule, changes: Sequence[str]) -> None:
+    """RunError if a model that was trained on some data does not read or write others, or a change has no effect."""
     for name in data.unread:
         if any(change.startswith(f"datamodule.{name}=") for change in changes):
-            raise RunError(f"datamodule.{name} has no effect: the other options of the data leave it out")
+            raise RunError("it has no effect: the other options of the data leave it out")
     for what, old, new in (("read", trained.tokens, data.tokens), ("write", trained.classes, data.classes)):
-        if more := [name for name in new if name not in old]:
-            raise RunError(f"{' '.join(changes)}: the model does not {what} {', '.join(more)}")
-        if old != new:
-            raise RunError(f"{' '.join(changes)}: the model numbers what it {what}s otherwise: it is {', '.join(old)}")
-    positions = OmegaConf.select(cfg, "model.max_len") or trained.max_len
-    if data.max_len > positions and OmegaConf.select(cfg, "model.positions") == "learned":
+        if new != old:
+            raise RunError(f"these data have {', '.join(new)}, and the model has learned to {what} {', '.join(old)}")
+    positions = cfg.model.get("max_len") or trained.max_len
+    if data.max_len > positions and cfg.model.get("positions") == "learned":
         raise RunError(
-            f"{' '.join(changes)}: an input of {data.max_len} tokens is longer than the {positions} positions that "
-            "this model has; train with model.positions=rotary, sinusoidal or none for inputs of any length"
+            f"an input of {data.max_len} tokens is longer than the {positions} positions that this model has; "
+            "train with model.positions=rotary, sinusoidal or none for inputs of any length"
         )
-    OmegaConf.update(cfg, "model.max_len", max(positions, data.max_len), force_add=True)
-    return data
 
 
 @contextmanager
 def told(what: str) -> Iterator[None]:
-    """Tell what cannot be done, and why, in one line.
-
-    Raises:
-        RunError: whatever was raised.
-    """
+    """Whatever is raised becomes a RunError, which tells in one line what cannot be done, and why."""
     try:
         yield
     except Exception as error:  # a class of someone's own may raise anything

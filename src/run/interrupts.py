@@ -1,13 +1,19 @@
-"""Ctrl-C and SIGTERM while a run trains: the step is finished and saved first; a second one stops at once."""
+"""What stops a run: Ctrl-C and SIGTERM let the step finish and be saved first, a second one stops at once."""
 
+import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
-import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from run.directory import TRAIN, quoted, to_type, typed
 
 
 class Interrupted(BaseException):  # no error, like KeyboardInterrupt
@@ -19,11 +25,6 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.received = 0
-
-    @property
-    def exit_code(self) -> int:
-        """130 for Ctrl-C, 143 for SIGTERM, as shells have it."""
-        return 128 + (self.received or signal.SIGINT)
 
     def listen(self) -> None:
         """Take the place of Lightning's handlers, which it puts back when training ends."""
@@ -40,13 +41,26 @@ class Interrupts:
 
 
 @contextmanager
-def undisguised(trainer: L.Trainer) -> Iterator[None]:
-    """What Lightning's trainer does, with KeyboardInterrupt as it is: Lightning turns it into an exit with code 1."""
+def resumable(run_dir: Path, interrupts: Interrupts) -> Iterator[None]:
+    """Whatever stops the run, say how to go on with it, and exit: 130 or 143 after a signal, 1 if it cannot write."""
+    code = 0
     try:
         yield
-    except Interrupted:
-        pass
-    except SystemExit:
-        if trainer.interrupted:
-            raise KeyboardInterrupt from None
-        raise
+    except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
+        code = 128 + signal.SIGINT
+    except OSError as error:  # most often a full disk; the checkpoints on it are whole
+        logging.getLogger(__name__).info("stopped", exc_info=True)
+        print(f"Stopped: {error}", file=sys.stderr)
+        code = 1
+    if interrupts.received:
+        code = 128 + interrupts.received
+    if code and not in_sweep():  # which says it at its end
+        command = to_type([typed(TRAIN)], HydraConfig.get(), f"resume={quoted(typed(run_dir))}")
+        print(f"Go on with: {command}", flush=True)
+    if code:
+        sys.exit(code)
+
+
+def in_sweep() -> bool:
+    """Whether this process runs a job of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

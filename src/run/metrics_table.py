@@ -1,7 +1,6 @@
-"""The local metrics table of a run: one row per value, ready for seaborn.
+"""The local metrics table of a run, `metrics.csv`: one row per value, ready for seaborn.
 
-Every run appends to `metrics.csv` in its own directory, whatever `logger` is: columns `step`,
-`evaluations`, `seconds`, `metric`, `value`. The header never changes and rows are only appended, so a killed run
+Every run appends to it, whatever `logger` is. The header never changes and rows are only appended, so a killed run
 leaves a readable table. `results/runs.py` reads it.
 """
 
@@ -26,8 +25,7 @@ class MetricsTable(Logger):
         self.path = Path(run_dir) / "metrics.csv"
         self._axes = {"evaluations": 0.0, "seconds": 0.0}
         if not self.path.exists():
-            with self.path.open("w", newline="") as file:
-                csv.writer(file).writerow(COLUMNS)
+            self._append([COLUMNS])
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The config is saved beside the table, as config.yaml."""
@@ -35,10 +33,12 @@ class MetricsTable(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         metrics = {name: float(value) for name, value in metrics.items() if name != "epoch"}
         self._axes |= {axis: metrics.pop(axis) for axis in self._axes if axis in metrics}
+        place = [step, int(self._axes["evaluations"]), f"{self._axes['seconds']:.4f}"]
+        self._append([[*place, name, value] for name, value in metrics.items()])
+
+    def _append(self, rows: list[list[Any]]) -> None:
         with self.path.open("a", newline="") as file:
-            rows = csv.writer(file)
-            for name, value in metrics.items():
-                rows.writerow([step, int(self._axes["evaluations"]), f"{self._axes['seconds']:.4f}", name, value])
+            csv.writer(file).writerows(rows)
 
     def sync(self) -> int:
         """Have all rows survive a crash of the machine; returns the bytes of the table, where a resumed run goes on."""

@@ -5,51 +5,25 @@
 
 import logging
 import os
-import shlex
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from config.compose import DEFAULT_CONFIG, given
+from config.compose import shown
 from config.refusal import refuse
-from results.runs import Run, RunError, flat, read_run
+from results.runs import RESUMABLE, Run, RunError, flat, read_run
 from run.checkpoints import read_checkpoint
-from run.directory import RunDirectoryError, unusable
-from run.files import RESUMABLE, quoted, typed
-from run.interrupts import Interrupts
+from run.directory import RunDirectoryError, typed, unusable
 
-# where a run ends, not where it goes: may be changed when it goes on
-LIMITS = (
-    "trainer.max_epochs",
-    "trainer.max_steps",
-    "trainer.max_time",
-    "optimizer.max_evaluations",
-    "optimizer.max_seconds",
-    "optimizer.target_loss",
-    "callbacks.early_stopping.stopping_threshold",
-)
+# keys by their last name that say where a run ends, not where it goes: may be changed when it goes on
+LIMITS = ("max_epochs", "max_steps", "max_time", "max_evaluations", "max_seconds", "target_loss", "stopping_threshold")
 # no step depends on these, nor on what lies below them
-FREE = (
-    "resume.",
-    "output_dir.",
-    "checkpoint.",
-    "choices.",
-    "logger.",
-    "wandb.",
-    "allowed_packages.",
-    "callbacks.progress.",
-    "trainer.enable_progress_bar.",
-    "trainer.enable_model_summary.",
-)
+FREE = ("resume.", "checkpoint.", "choices.", "logger.", "wandb.", "allowed_packages.", "callbacks.progress.")
 
 
 def plan(cfgs: Sequence[DictConfig], overrides: Sequence[str], multirun: bool) -> list[Path]:
@@ -60,50 +34,26 @@ def plan(cfgs: Sequence[DictConfig], overrides: Sequence[str], multirun: bool) -
         overrides: of the command.
         multirun: whether the command is a sweep, whose jobs stay in their own directories.
     """
-    key = "hydra.sweep.dir=" if multirun else "hydra.run.dir="
-    directory_given = any(override.startswith(key) for override in overrides)
-    if multirun and (problems := list(_sweep_problems(cfgs, directory_given))):
-        refuse(problems)
-    run_dirs, found = [], list[str]()
-    for cfg in cfgs:
-        try:
-            run_dirs.append(_run_directory(cfg, multirun or directory_given))
-            found += _problems(cfg, run_dirs[-1])
-        except RunDirectoryError as error:
-            found.append(str(error))
-    if found:
+    key, resume, problems = "hydra.sweep.dir=" if multirun else "hydra.run.dir=", cfgs[0].resume, list[str]()
+    given = any(override.startswith(key) for override in overrides)
+    if multirun and resume is not None and not (resume == "auto" and given):
+        problems.append(f"resume={resume}: a sweep resumes with resume=auto hydra.sweep.dir=<its own>")
+    for run_dir, jobs in Counter(cfg.output_dir for cfg in cfgs).items():
+        if jobs > 1:
+            advice = "leave output_dir and hydra.sweep.subdir out, and each has its own directory"
+            problems.append(f"{jobs} jobs would write to {typed(run_dir)}; {advice}")
+    run_dirs = [_run_directory(cfg, multirun or given) for cfg in cfgs]
+    if found := problems or [p for cfg, run_dir in zip(cfgs, run_dirs, strict=True) for p in _problems(cfg, run_dir)]:
         refuse(found)
     return run_dirs
 
 
-def _sweep_problems(cfgs: Sequence[DictConfig], directory_given: bool) -> Iterator[str]:
-    resume = cfgs[0].resume
-    if resume is not None and not (resume == "auto" and directory_given):
-        yield f"resume={resume}: a sweep resumes with resume=auto hydra.sweep.dir=<its own>"
-    for run_dir, jobs in Counter(cfg.output_dir for cfg in cfgs).items():
-        if jobs > 1:
-            advice = "leave output_dir and hydra.sweep.subdir out, and each has its own directory"
-            yield f"{jobs} jobs would write to {typed(run_dir)}; {advice}"
-
-
-def _run_directory(cfg: DictConfig, directory_given: bool) -> Path:
+def _run_directory(cfg: DictConfig, given: bool) -> Path:
     run_dir = Path(cfg.output_dir)
-    if cfg.resume in (None, "auto"):
-        searched = cfg.resume == "auto" and not directory_given and not run_in(run_dir)
+    if cfg.resume == "auto":
+        searched = not given and not run_in(run_dir)
         return (newest_unfinished(cfg) if searched else None) or run_dir
-    path = Path(cfg.resume).absolute()
-    found = path.parents[1] if path.is_file() else path
-    if not run_in(found):
-        raise RunDirectoryError(f"resume={cfg.resume}: no run is there; give the directory that holds its config.yaml")
-    return found
-
-
-def _problems(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
-    """What speaks against a run in a directory."""
-    if problem := unusable(run_dir):
-        yield problem
-    elif run := run_in(run_dir):
-        yield from _misfits(cfg, run)
+    return Path(cfg.resume or run_dir).absolute()
 
 
 def newest_unfinished(cfg: DictConfig) -> Path | None:
@@ -135,44 +85,43 @@ def saved_summary(run: Run) -> dict[str, Any] | None:
 def finished(cfg: DictConfig) -> dict[str, Any] | None:
     """The summary of the run in `output_dir`, if it is this run, resumed, and nothing is left to do."""
     run = run_in(Path(cfg.output_dir)) if cfg.resume else None
-    if run is None or differences(run.config, cfg) or limits(run.config) != limits(cfg):
+    if run is None or differences(run.config, cfg) or differences(run.config, cfg, limits=True):
         return None
     return saved_summary(run)
 
 
-def limits(cfg: DictConfig) -> dict[str, Any]:
-    return {key: OmegaConf.select(cfg, key) for key in LIMITS}
+def differences(old: DictConfig, new: DictConfig, limits: bool = False) -> dict[str, tuple[Any, Any]]:
+    """The keys by which two configs lead to different weights, or those of limits, each with both values.
 
+    A path in the run's directory counts the same wherever that is.
+    """
 
-def differences(old: DictConfig, new: DictConfig) -> dict[str, tuple[Any, Any]]:
-    """The keys by which two configs lead to different weights, each with both values."""
-    before, after = (_values(OmegaConf.to_container(cfg, resolve=True), cfg.output_dir) for cfg in (old, new))
+    def values(cfg: DictConfig) -> dict[str, Any]:
+        container: Any = OmegaConf.to_container(cfg, resolve=True)
+        return {k: v.replace(cfg.output_dir, "") if isinstance(v, str) else v for k, v in flat(container).items()}
+
+    before, after = values(old), values(new)
     pairs = {key: (before.get(key, "(missing)"), after.get(key, "(missing)")) for key in before | after}
-    counting = {key: pair for key, pair in pairs.items() if key not in LIMITS and not f"{key}.".startswith(FREE)}
-    return {key: pair for key, pair in counting.items() if pair[0] != pair[1]}
+    return {
+        key: pair
+        for key, pair in pairs.items()
+        if pair[0] != pair[1] and not f"{key}.".startswith(FREE) and limits == (key.rpartition(".")[2] in LIMITS)
+    }
 
 
-def _values(config: Any, run_dir: str) -> dict[str, Any]:
-    """Every dotted key with its value; a path in the run's directory counts the same wherever that is."""
-    return {key: value.replace(run_dir, "") if isinstance(value, str) else value for key, value in flat(config).items()}
-
-
-def _misfits(cfg: DictConfig, run: Run) -> Iterator[str]:
-    """What speaks against going on with a run."""
-    where = typed(run.directory)
-    if cfg.resume is None:
+def _problems(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
+    """What speaks against a run in a directory."""
+    run, where = run_in(run_dir), typed(run_dir)
+    if problem := unusable(run_dir):
+        yield problem
+    elif run is None:
+        if cfg.resume not in (None, "auto"):
+            yield f"resume={cfg.resume}: no run is there; give the directory that holds its config.yaml"
+    elif cfg.resume is None:
         yield f"{where} holds a run already; resume=auto goes on with it, or choose another directory"
-        return
-    container: Any = OmegaConf.to_container(cfg)
-    found, written = differences(run.config, cfg), flat(container)
-    for key, (old, new) in found.items():
-        if any(written.get(key) == f"${{{other}}}" for other in found):
-            continue  # it follows from the other one
-        old, new = ("null" if value is None else value for value in (old, new))
-        yield f"{key} is {new} here and was {old} in {where}; a run goes on only as it began"
-    path = Path(cfg.resume)
-    if path.is_file() and (path.parent.name, path.name) not in (("checkpoints", name) for name in RESUMABLE):
-        yield f"resume={cfg.resume}: only checkpoints/last.ckpt and previous.ckpt hold a place to go on from"
+    else:
+        for key, (old, new) in differences(run.config, cfg).items():
+            yield f"{key} is {shown(new)} here and was {shown(old)} in {where}; a run goes on only as it began"
 
 
 def begin(cfg: DictConfig, console: Console) -> Path | None:
@@ -182,78 +131,33 @@ def begin(cfg: DictConfig, console: Console) -> Path | None:
     that `cfg` does not go on with, or no checkpoint of it can be read.
     """
     run_dir = Path(cfg.output_dir)
-    say = partial(console.print, soft_wrap=True, highlight=False)
-    if not (run := run_in(run_dir)):
-        if cfg.resume:
-            say("No unfinished run of this config, so it starts anew.")
-        return None
-    if problems := list(_misfits(cfg, run)):
+    if problems := list(_problems(cfg, run_dir)):
         raise RunDirectoryError("; ".join(problems))
-    chosen = Path(cfg.resume).absolute()
-    paths = [chosen] if chosen.is_file() else [run_dir / "checkpoints" / name for name in RESUMABLE]
-    checkpoint, content = _newest_readable(paths, say)
-    epochs = OmegaConf.select(cfg, "trainer.max_epochs")
-    if checkpoint and epochs is not None and -1 < epochs < content["epoch"]:
-        raise RunDirectoryError(f"trainer.max_epochs={epochs}: {content['epoch']} epochs are done already")
-    (run_dir / "summary.json").unlink(missing_ok=True)
-    if checkpoint is None:
-        (run_dir / "metrics.csv").unlink(missing_ok=True)
-        say(f"{typed(run_dir)} has no checkpoint yet, so it starts anew.")
-        return None
-    for newer in RESUMABLE[: RESUMABLE.index(checkpoint.name)]:  # damaged, or not wanted:
-        (run_dir / "checkpoints" / newer).unlink(missing_ok=True)  # it must not become the spare
-    line = f"Goes on from step {content['global_step']:,}, {typed(checkpoint)}"
-    say(line)
-    logging.getLogger(__name__).info(line)  # in train.log
+    checkpoint, step = newest_readable(run_dir)
+    for outcome in ("summary.json", "checkpoints/end.ckpt", *([] if checkpoint else ["metrics.csv"])):
+        (run_dir / outcome).unlink(missing_ok=True)
+    if cfg.resume:
+        line = f"Goes on from step {step:,}, {typed(checkpoint)}" if checkpoint else "No checkpoint: it starts anew."
+        console.print(line, soft_wrap=True, highlight=False)
+        logging.getLogger(__name__).info(line)  # in train.log
     return checkpoint
 
 
-def _newest_readable(paths: Sequence[Path], say: Callable[[str], None]) -> tuple[Path | None, dict[str, Any]]:
-    damaged = []
-    for path in filter(Path.exists, paths):
+def newest_readable(run_dir: Path) -> tuple[Path | None, int]:
+    """The newest checkpoint that is whole, and its step; RunDirectoryError if there are some, and all are damaged."""
+    damaged: dict[Path, str] = {}
+    for path in (run_dir / "checkpoints" / name for name in RESUMABLE):
         try:
-            content = read_checkpoint(path)
-        except ValueError as error:
-            damaged.append(str(error))
+            step = read_checkpoint(path)["global_step"]
+        except FileNotFoundError:
             continue
-        for line in damaged:
-            say(f"{line}; the one before is taken.")
-        return path, content
+        except ValueError as error:
+            damaged[path] = str(error)
+            continue
+        for other, why in damaged.items():
+            print(f"{why}; the one before is taken.")
+            other.unlink()  # it must not become the spare
+        return path, step
     if damaged:
-        raise RunDirectoryError("; ".join([*damaged, "nothing of this run can go on: begin a new run"]))
-    return None, {}
-
-
-@contextmanager
-def resumable(run_dir: Path, interrupts: Interrupts) -> Iterator[None]:
-    """Whatever stops the run, say how to go on with it, and exit: 130 or 143 after a signal, 1 if it cannot write."""
-    try:
-        yield
-        if not interrupts.received:
-            return
-        code = interrupts.exit_code
-    except KeyboardInterrupt:
-        code = interrupts.exit_code
-    except OSError as error:  # most often a full disk; the checkpoints on it are whole
-        logging.getLogger(__name__).info("stopped", exc_info=True)
-        print(f"Stopped: {error}", file=sys.stderr)
-        code = 1
-    if not in_sweep():  # which says it at its end
-        print(f"Go on with: {resume_command(run_dir)}", flush=True)
-    sys.exit(code)
-
-
-def in_sweep() -> bool:
-    """Whether this process runs a job of a sweep."""
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-
-
-def resume_command(run_dir: Path) -> str:
-    """What to type to go on with a run of this process."""
-    words = ["python", typed(Path(__file__).parents[1] / "train.py")]
-    if HydraConfig.initialized():
-        hydra = HydraConfig.get()
-        if hydra.job.config_name != DEFAULT_CONFIG:
-            words.append(f"--config-name={hydra.job.config_name}")
-        words += [override for override in given(hydra) if not override.startswith("resume=")]
-    return shlex.join([*words, f"resume={quoted(typed(run_dir))}"])
+        raise RunDirectoryError("; ".join([*damaged.values(), "nothing of this run can go on: begin a new run"]))
+    return None, 0

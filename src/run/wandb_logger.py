@@ -3,37 +3,49 @@
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_object, instantiate
-from lightning.fabric.loggers.logger import rank_zero_experiment
+from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from run.directory import starts
-from run.interrupts import Interrupts
+from run.interrupts import Interrupts, in_sweep
 from run.metrics_table import MetricsTable
-from run.resume import in_sweep
 
 os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; without a network wandb would wait for ever
 os.environ.setdefault("WANDB_FINISH_TIMEOUT_RAISES", "true")
 
 
 class WandbRun(WandbLogger):
-    """Lightning's logger; if W&B fails on the way, training goes on."""
+    """Lightning's logger; if W&B fails on the way, training goes on.
+
+    All starts of a run have one id, and all jobs of a sweep one group.
+
+    Args:
+        save_dir: the run's directory.
+        offline: whether to log to the disk only; WANDB_MODE=disabled wins.
+        log_model: whether to log checkpoints too.
+        options: of `wandb.init`.
+    """
 
     lost = False  # whether W&B failed on the way
 
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Any:
-        """The run of wandb; the first look at it begins it."""
+    def __init__(self, save_dir: str, offline: bool = True, log_model: bool = False, **options: Any):
+        disabled = os.environ.get("WANDB_MODE") == "disabled"
+        started, chosen = starts(Path(save_dir)), HydraConfig.get().runtime.choices
+        own: dict[str, Any] = {
+            "mode": "disabled" if disabled else "offline" if offline else "online",
+            "id": started[-1]["wandb_id"] if started else None,  # none yet while the config is checked
+            "tags": [str(chosen.get(axis)) for axis in ("task", "model", "optimizer")],
+            "group": Path(HydraConfig.get().sweep.dir).name if in_sweep() else None,
+        }
+        super().__init__(save_dir=save_dir, log_model=log_model, **own | options)
         self._wandb_init.pop("anonymous", None)  # Lightning passes it, and wandb warns of it
-        return super().experiment
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if self.lost:
@@ -41,28 +53,37 @@ class WandbRun(WandbLogger):
         try:
             super().log_metrics(metrics, step)
         except Exception as error:  # of many kinds: wandb's own, those of its connection and of its process
-            self.lost = True
-            say_lost(error)
+            self.lose(error)
+
+    def finish(self, exit_code: int) -> None:
+        """End the run of wandb: the next job of a sweep begins its own."""
+        import wandb  # only here: it takes a second, and most tests do without it
+
+        try:
+            wandb.finish(exit_code=exit_code)
+        except Exception as error:
+            self.lose(error)
+            wandb.run = None  # else the next job goes on with it and its dead process
+            with suppress(Exception):
+                wandb.teardown()
+
+    def lose(self, error: Exception) -> None:
+        """Say once that W&B is left behind."""
+        if not self.lost:
+            line = f"W&B failed ({type(error).__name__}: {error}); the run does not need it: metrics.csv has everything"
+            logging.getLogger(__name__).info(line)  # in train.log
+            print(line, file=sys.stderr, flush=True)
+        self.lost = True
 
 
 @contextmanager
 def opened_loggers(cfg: DictConfig, interrupts: Interrupts) -> Iterator[list[Logger]]:
-    """The loggers of a run, the metrics table and the one of the config; they are closed when the run ends.
-
-    All starts of a run have one W&B run, whose id its environment.json keeps. The next job of a sweep gets its own.
-    """
-    mode, status = os.environ.get("WANDB_MODE"), "failed"
+    """The loggers of a run, the metrics table and the one of the config; they are closed when the run ends."""
     loggers: list[Logger] = [MetricsTable(cfg.output_dir)]
+    status = "failed"
     try:
         if "_target_" in cfg.logger:
-            target, own, chosen = get_object(cfg.logger["_target_"]), {}, cfg.logger
-            of_wandb = isinstance(target, type) and issubclass(target, WandbLogger)
-            if of_wandb:
-                own["id"] = chosen.get("id") or chosen.get("version") or starts(Path(cfg.output_dir))[-1]["wandb_id"]
-                own["group"] = chosen.get("group") or sweep_name()
-                own["tags"] = chosen.get("tags") or [cfg.choices[axis] for axis in ("task", "model", "optimizer")]
-            if not (of_wandb and mode == "disabled"):  # which WandbLogger(offline=True) would overrule
-                loggers.append(instantiate(cfg.logger, **own))
+            loggers.append(instantiate(cfg.logger))
         for logger in loggers:
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
         yield loggers
@@ -70,33 +91,6 @@ def opened_loggers(cfg: DictConfig, interrupts: Interrupts) -> Iterator[list[Log
         for logger in loggers:
             logger.finalize(status)
     finally:
-        finish_wandb(loggers, exit_code=int(status != "success"))
-        os.environ.pop("WANDB_MODE", None)  # WandbLogger(offline=True) sets it for the whole process
-        if mode is not None:
-            os.environ["WANDB_MODE"] = mode
-
-
-def sweep_name() -> str | None:
-    """The directory of the sweep that this process runs a job of, if it does."""
-    return Path(HydraConfig.get().sweep.dir).name if in_sweep() else None
-
-
-def finish_wandb(loggers: Sequence[Logger], exit_code: int) -> None:
-    """End the W&B run of this process, if it has one."""
-    if (wandb := sys.modules.get("wandb")) is None:
-        return
-    try:
-        wandb.finish(exit_code=exit_code)
-    except Exception as error:
-        if not any(isinstance(logger, WandbRun) and logger.lost for logger in loggers):
-            say_lost(error)
-        wandb.run = None  # type: ignore[attr-defined]  # else the next job goes on with it and its dead process
-        with suppress(Exception):
-            wandb.teardown()
-
-
-def say_lost(error: Exception) -> None:
-    """Say that W&B is left behind."""
-    line = f"W&B failed ({type(error).__name__}: {error}); the run does not need it: metrics.csv has everything"
-    logging.getLogger(__name__).info(line)  # in train.log
-    print(line, file=sys.stderr, flush=True)
+        for logger in loggers:
+            if isinstance(logger, WandbRun):
+                logger.finish(exit_code=int(status != "success"))

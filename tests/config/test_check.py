@@ -257,9 +257,9 @@ def test_flags_may_stand_between_overrides():
 
 def test_a_logger_is_built_by_the_check_and_leaves_the_environment_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "dryrun")
-    (problem,) = problems("+logger.log_model=true")
-    assert "log_model=True and offline=True is an invalid configuration" in problem
-    assert problems() == []
+    (problem,) = problems("+logger.log_model=3")
+    assert problem.startswith("logger.log_model=3: expected bool")
+    assert problems("+logger.log_model=true") == []
     assert os.environ["WANDB_MODE"] == "dryrun"
 
 

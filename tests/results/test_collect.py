@@ -13,8 +13,8 @@ def write_run(path, seed, exact_match, stopped_by="solved"):
     (path / ".hydra").mkdir(parents=True)
     choices = {"task": "state_tracking", "model": "tiny", "optimizer": "adam", "experiment": "z5", "variant": None}
     OmegaConf.save({"choices": choices, "datamodule": {}, "seed": seed}, path / "config.yaml")
-    OmegaConf.save(["experiment=z5", f"seed={seed}"], path / ".hydra" / "overrides.yaml")
-    OmegaConf.save({"hydra": {"job": {"config_name": "train"}}}, path / ".hydra" / "hydra.yaml")
+    hydra = {"job": {"config_name": "train"}, "overrides": {"task": ["experiment=z5", f"seed={seed}"]}}
+    OmegaConf.save({"hydra": hydra}, path / ".hydra" / "hydra.yaml")
     start = {"git_commit": "abcdef0123456789", "git_dirty": False, "cores": 2, "platform": "Linux"}
     (path / "environment.json").write_text(json.dumps([start | {"started": "2026-11-26T17:00:00"}]))
     test = {"test/exact_match": exact_match, "test/accuracy_at_1": 1.0}

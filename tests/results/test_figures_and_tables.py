@@ -7,10 +7,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from results.figures import AXES, draw_accuracy, draw_runs
-from results.runs import COLUMNS, RunError, name_settings, read_runs, read_wandb
+from results.runs import COLUMNS, OUTCOME, RunError, name_settings, read_runs, read_wandb
 from results.tables import read_summaries, summary_table
 from run.metrics_table import MetricsTable
-from run.summary import leave_picture
+from run.training import leave_picture
 
 CONFIG = {
     "choices": {"task": "state_tracking", "model": "tiny", "optimizer": "pattern_search"},
@@ -23,12 +23,18 @@ def write_run(path, optimizer="pattern_search", value=0.5, chance_loss=1.6, fade
     path.mkdir(parents=True)
     choices = CONFIG["choices"] | choices | {"optimizer": optimizer}
     OmegaConf.save(CONFIG | {"choices": choices, "optimizer": {"fade": fade}}, path / "config.yaml")
-    (path / "summary.json").write_text(json.dumps({"chance_loss": chance_loss, "stopped_by": "interrupted"}))
+    summary = dict.fromkeys(OUTCOME, 0) | {"chance_loss": chance_loss, "stopped_by": "interrupted"}
+    (path / "summary.json").write_text(json.dumps(summary))
     table = MetricsTable(path)
     for step in range(3):
         table.log_metrics({"train/loss": value / (step + 1), "evaluations": 10.0 * step, "seconds": 0.5 * step}, step)
     for name in ("val/loss", "val/exact_match", "test/exact_match", "test/token_accuracy"):
         table.log_metrics({name: value, "epoch": 0}, 3)
+
+
+def drawn(panel):
+    """The lines of a panel, without the empty ones that a legend shows."""
+    return [line for line in panel.lines if len(line.get_xdata())]
 
 
 def test_a_table_has_one_row_a_value_with_its_axes(tmp_path):
@@ -101,28 +107,20 @@ def test_figures_show_every_run_on_both_axes(tmp_path):
     figure = draw_runs(table)
     assert [panel.get_xlabel() for panel in figure.axes] == list(AXES.values()) * 2
     lines_of_runs = 3 * 2  # training and validation
-    assert [len(panel.lines) for panel in figure.axes] == [lines_of_runs + 1, lines_of_runs + 1, 3, 3]  # + chance
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "training batch", "validation", "chance",
-        "pattern_search (1 run)", "adam (1 run)", "pattern_search · no_fade (1 run)",
-    ]  # fmt: skip
+    assert [len(drawn(panel)) for panel in figure.axes] == [lines_of_runs + 1, lines_of_runs + 1, 3, 3]  # + chance
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["label", "pattern_search", "adam", "pattern_search · no_fade", "split", "train", "val"]
     assert sum(len(c.get_offsets()) for c in draw_accuracy(table).axes[0].collections) == 6
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [3, 21, 45])
-def test_any_number_of_kinds_is_drawn_with_looks_of_their_own(tmp_path, count):
-    for i in range(count):
+def test_any_number_of_kinds_is_drawn_with_looks_of_their_own(tmp_path):
+    for i in range(21):
         write_run(tmp_path / str(i), fade=i)
     figure = draw_runs(read_runs(tmp_path))
-    drawn = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines[:-1]}
-    assert len(drawn) == min(count, 40)  # ten colours, four styles
+    assert len({line.get_color() for line in drawn(figure.axes[0])[:-1]}) == 21
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names[3:] == [f"fade={i} (1 run)" for i in range(count)]
-    figure.savefig(tmp_path / "a.png")
-    legend = figure.legends[0].get_window_extent()
-    assert legend.width * legend.height < 0.25 * figure.bbox.width * figure.bbox.height
-    assert figure.bbox.y1 >= legend.y1 > legend.y0 >= figure.bbox.y0  # all of it is seen
+    assert names[1:22] == [f"fade={i}" for i in range(21)]
 
 
 def test_losses_near_zero_get_a_logarithmic_axis(tmp_path):
@@ -147,7 +145,7 @@ def test_tasks_have_rows_of_their_own_with_their_own_chance(tmp_path):
     write_run(tmp_path / "a", experiment="easy", chance_loss=0.7)
     write_run(tmp_path / "b", experiment="hard", chance_loss=3.0)
     panels = draw_runs(read_runs(tmp_path)).axes
-    assert [panel.get_title() for panel in panels] == ["easy"] * 4 + ["hard"] * 4
+    assert [panel.get_title().partition(":")[0] for panel in panels] == ["easy"] * 4 + ["hard"] * 4
     assert [line.get_ydata()[0] for panel in (panels[0], panels[4]) for line in panel.lines[-1:]] == [0.7, 3.0]
     assert panels[0].get_ylim() != panels[4].get_ylim()
 
@@ -155,7 +153,7 @@ def test_tasks_have_rows_of_their_own_with_their_own_chance(tmp_path):
 def test_a_run_without_a_summary_is_drawn_without_chance(tmp_path):
     write_run(tmp_path / "a")
     (tmp_path / "a" / "summary.json").unlink()
-    assert [len(panel.lines) for panel in draw_runs(read_runs(tmp_path)).axes] == [2, 2, 1, 1]
+    assert [len(drawn(panel)) for panel in draw_runs(read_runs(tmp_path)).axes] == [2, 2, 1, 1]
 
 
 def test_no_run_fails_for_its_picture(tmp_path, caplog):
@@ -195,7 +193,7 @@ def test_runs_with_different_settings_get_rows_of_their_own(tmp_path):
     assert [row.split(" | ")[0] for row in rows] == [f"| state_tracking Z5, length={n}" for n in (8, 16)]
 
 
-def test_settings_tell_runs_of_a_kind_apart_and_limits_those_of_a_task():
+def test_settings_tell_runs_of_a_kind_apart():
     def config(name, max_steps, precision, **options):
         nodes = {"trainer": {"max_steps": max_steps, "precision": precision}, "optimizer": options}
         return CONFIG | nodes | {"choices": CONFIG["choices"] | {"optimizer": name}}
@@ -205,4 +203,4 @@ def test_settings_tell_runs_of_a_kind_apart_and_limits_those_of_a_task():
         config("pattern_search", 9, 32, memory=0.7, seed=2),
         config("adam", 5, 64, lr=1),
     ]
-    assert name_settings(configs) == ["memory=0.5, max_steps=9", "memory=0.7, max_steps=9", "max_steps=5"]
+    assert name_settings(configs) == ["memory=0.5", "memory=0.7", ""]

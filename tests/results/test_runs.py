@@ -65,7 +65,7 @@ def test_a_damaged_run_is_named_in_one_line_and_the_others_are_shown(runs, comma
 def test_a_summary_of_an_older_version_is_named_too(runs, capsys):
     (runs / "0" / "summary.json").write_text('{"stopped_by": "solved"}')
     report.main(["tables", str(runs)])
-    assert "has no test, steps, evaluations, seconds" in capsys.readouterr().err
+    assert "has no steps, evaluations, seconds, test" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["figures", "tables", "ablation"])
@@ -111,7 +111,6 @@ def test_runs_of_one_name_in_two_places_stay_two(runs, tmp_path):
         for name in ("config.yaml", "metrics.csv"):
             (tmp_path / sweep / "0" / name).write_text((runs / "0" / name).read_text())
     assert read_runs(tmp_path).run.nunique() == 5
-    assert set(read_all(runs, read=lambda run: run.name)) == {"0", "1", "2"}
 
 
 def test_the_reader_needs_neither_torch_nor_lightning_nor_pandas():

@@ -1,6 +1,5 @@
-"""The time to the target follows the trend and says nothing without one; hints come once, then at twice the cost."""
+"""Any optimizer is shown, with the share of the run that is done; each hint appears where its sign is, once."""
 
-import math
 from functools import partial
 
 import lightning as L
@@ -10,43 +9,33 @@ import torch
 from optimizer import PatternSearch
 from pattern_search_task import PatternSearchTask
 from run import progress
-from run.hints import Recent
-from run.progress import SearchProgress, due, fitting, time_to
+from run.progress import PATIENCE, WINDOW, SearchProgress, hints, share_done
 from search.base import LossOnlyOptimizer
 from search.random_search import RandomSearch
 
-
-def test_the_time_to_the_target_of_an_exponential_is_exact():
-    seconds = list(range(10))
-    assert time_to(0.01, seconds, [math.exp(-0.1 * s) for s in seconds]) == pytest.approx(math.log(100) / 0.1 - 9)
+FALLING = [0.6 - 0.4 * i / WINDOW for i in range(WINDOW)]
 
 
 @pytest.mark.parametrize(
-    "losses",
+    ("losses", "validations", "evaluations", "expected"),
     [
-        [0.5] * 10,  # flat
-        [0.5 + 0.01 * i for i in range(10)],  # rising
-        [0.7, 0.5] * 5,  # noise
-        [0.69 - 1e-6 * i for i in range(10)],  # so slow that it says nothing
-        [0.7, 0.6, 0.5],  # too few
-        [0.5] * 9 + [math.inf],
-        [0.5] * 9 + [math.nan],
+        (FALLING, [0.6, 0.5], 0, []),
+        (FALLING, [], PATIENCE, []),
+        ([0.69] * WINDOW, [], PATIENCE, ["chance"]),
+        ([0.69] * WINDOW, [], PATIENCE - 1, []),
+        ([0.69] * 50, [], PATIENCE, []),  # too early to tell
+        ([0.1] * WINDOW, [0.7, 0.5, 0.7, 0.7, 0.7], 0, ["overfitting"]),
+        ([0.1] * WINDOW, [0.7, 0.5, 0.7, 0.5, 0.7], 0, []),  # not for long
+        ([0.4] * WINDOW, [0.7, 0.5, 0.7, 0.7, 0.7], 0, []),  # training is as bad
     ],
 )
-def test_without_a_trend_there_is_no_time(losses):
-    assert time_to(0.003, list(range(len(losses))), losses) is None
+def test_each_hint_appears_where_its_sign_is_only(losses, validations, evaluations, expected):
+    assert list(hints(losses, validations, 0.693, evaluations)) == expected
 
 
-def test_a_hint_is_repeated_at_twice_the_evaluations_only(monkeypatch):
-    monkeypatch.setattr(progress, "hints", lambda recent: [("chance", "try this")])
-    recent, next_hint, said = Recent(chance_loss=0.7), {}, []
-    for recent.evaluations in (100, 150, 200, 300, 400):
-        said += [(recent.evaluations, text) for text in due(recent, next_hint)]
-    assert said == [(100, "try this"), (200, "try this"), (400, "try this")]
-
-
-def test_validation_before_the_start_of_training_is_left_alone():
-    SearchProgress().on_validation_end(L.Trainer(logger=False), L.LightningModule())
+def test_a_hint_names_what_to_change():
+    text = hints([0.69] * WINDOW, [], 0.693, PATIENCE)["chance"]
+    assert "after 100,000 evaluations; try another task.pattern_search_radius" in text
 
 
 class Plain(LossOnlyOptimizer):
@@ -60,24 +49,24 @@ class Plain(LossOnlyOptimizer):
 
 
 class Looks(L.Callback):
-    """Keeps the status as it is within each step of training and behind it."""
+    """Keeps the share that is done after each step."""
 
-    def __init__(self, display):
-        self.display, self.seen = display, []
+    def __init__(self):
+        self.shares = []
 
-    def on_train_batch_end(self, *_):
-        self.seen.append((self.display.status.seconds_left(), " · ".join(self.display.status.parts())))
+    def on_train_batch_end(self, trainer, task, *_):
+        self.shares.append(share_done(trainer, task, trainer.estimated_stepping_batches))
 
 
 def watch(parity, model, optimizer, **options):
-    """Train for 8 steps; returns what the display knew after each."""
+    """Train for 8 steps; returns the share that was done after each."""
     display = SearchProgress(refresh_per_second=1000, log_every_seconds=0.001)
-    looks = Looks(display)
+    looks = Looks()
     task = PatternSearchTask(model, optimizer)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     options = dict(max_epochs=2, limit_train_batches=4, accelerator="cpu") | options
     L.Trainer(**quiet, **options, callbacks=[display, looks]).fit(task, datamodule=parity)
-    return looks.seen
+    return looks.shares
 
 
 @pytest.mark.parametrize(
@@ -90,19 +79,20 @@ def watch(parity, model, optimizer, **options):
     ],
 )
 def test_any_optimizer_is_shown(parity, model, optimizer, has_radius, capsys):
-    seen = watch(parity, model, optimizer)
-    assert len(seen) == 8
-    assert all("loss" in line and "evaluations" in line for _, line in seen)
+    shares = watch(parity, model, optimizer)
+    assert len(shares) == 8
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
     said = capsys.readouterr()
     assert "step 8/8 loss" in said.out
     assert "Traceback" not in said.err  # of a thread that died
     assert ("radius" in said.out) == has_radius
 
 
-def test_hints_are_printed(parity, model, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "hints", lambda recent: [("chance", "try this")])
+def test_a_hint_is_printed_once(parity, model, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "hints", lambda *_: {"chance": "try this"})
     watch(parity, model, Plain)
-    assert capsys.readouterr().out.count("hint: try this\n") == 2  # the second epoch ends at twice the evaluations
+    assert capsys.readouterr().out.count("hint: try this\n") == 1  # of two validations
 
 
 @pytest.mark.slow
@@ -114,18 +104,10 @@ def test_hints_are_printed(parity, model, monkeypatch, capsys):
         ({}, dict(max_time="00:00:00:01")),
     ],
 )
-def test_the_time_left_follows_every_limit(parity, model, limit, trainer):
+def test_the_share_that_is_done_follows_every_limit(parity, model, limit, trainer):
     endless = dict(max_epochs=-1, limit_train_batches=4) | trainer
-    left = [seconds for seconds, _ in watch(parity, model, partial(Plain, **limit), **endless)]
-    assert all(0 <= seconds < 60 for seconds in left)
-    assert left[-1] < left[0]
+    shares = watch(parity, model, partial(Plain, **limit), **endless)
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < 0.9 < shares[-1] <= 1
     if "max_evaluations" in limit:
-        assert len(left) == 12
-        assert left[-1] == 0
-
-
-@pytest.mark.parametrize(
-    ("width", "line"), [(30, "one · two · three"), (17, "one · two · three"), (16, "one · two"), (1, "one")]
-)
-def test_a_narrow_terminal_loses_what_matters_least(width, line):
-    assert fitting(["one", "two", "three"], width) == line
+        assert shares == pytest.approx([i / 12 for i in range(1, 13)])

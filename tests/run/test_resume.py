@@ -19,10 +19,9 @@ from commands import run
 from config.compose import CONFIGS, job_config
 from config.compose import compose_config as compose_command
 from pattern_search_task import PatternSearchTask
-from run.checkpoints import RESUMABLE, Checkpoints, read_checkpoint
-from run.directory import RunDirectoryError, environment, locked, unusable
-from run.files import replacing
-from run.progress import SearchProgress
+from results.runs import OUTCOME, RESUMABLE
+from run.checkpoints import Checkpoints, read_checkpoint
+from run.directory import RunDirectoryError, locked, record_start, replacing, starts
 from run.start import Start
 from soak_kill import differences, results
 from train import train
@@ -110,7 +109,7 @@ def test_a_signal_lets_the_step_finish_and_the_run_goes_on(short_run, twin, monk
     assert f"resume={cfg.output_dir}" in capsys.readouterr().out
     assert read_checkpoint(f"{cfg.output_dir}/checkpoints/last.ckpt")["global_step"] == 5
     assert json.loads(Path(cfg.output_dir, "summary.json").read_text())["stopped_by"] == "interrupted"
-    cfg.resume = cfg.output_dir
+    cfg.resume, cfg.checkpoint.every_steps = cfg.output_dir, 1
     train(cfg)
     assert "Goes on from step 5" in capsys.readouterr().out
     assert_same(cfg, twin)
@@ -146,7 +145,7 @@ def test_a_checkpoint_cut_anywhere_falls_back_to_the_one_before_and_nothing_is_l
         out = capsys.readouterr().out
         assert "last.ckpt is damaged" in out
         assert "Goes on from step 4" in out
-        assert read_checkpoint(f"{cfg.output_dir}/checkpoints/previous.ckpt")["global_step"] == 11
+        assert read_checkpoint(f"{cfg.output_dir}/checkpoints/previous.ckpt")["global_step"] == 10
         assert_same(cfg, twin)
 
 
@@ -214,21 +213,6 @@ def test_a_run_that_was_moved_goes_on_with_its_best_weights(stopped, twin, tmp_p
     assert_same(cfg, twin)
 
 
-def test_a_run_that_goes_on_remembers_what_its_display_and_its_hints_look_at(short_run, monkeypatch):
-    cfg = short_run("stopped")
-    train_interrupted(cfg, monkeypatch, 5, signal.SIGINT)
-    cfg.resume = "auto"
-    seen = []
-    ended = SearchProgress.on_train_end
-    monkeypatch.setattr(SearchProgress, "on_train_end", lambda self, *a: (seen.append(self), ended(self, *a)))
-    train(cfg)
-    (progress,) = seen
-    recent = progress.status.recent
-    assert len(recent.train_losses) == len(recent.search_accepted) == 12
-    assert len(recent.val_losses) == 2
-    assert progress.status.accepted == sum(recent.accepted) > 6  # of the steps before the stop too
-
-
 def test_a_finished_run_is_not_trained_again(short_run, monkeypatch, capsys):
     cfg = short_run("finished")
     summary = train(cfg)
@@ -238,13 +222,13 @@ def test_a_finished_run_is_not_trained_again(short_run, monkeypatch, capsys):
     assert "is finished already" in capsys.readouterr().out
 
 
-def test_a_run_killed_in_its_test_is_tested_and_not_trained_again(short_run, twin, monkeypatch):
+def test_a_run_killed_in_its_test_does_the_newest_steps_again_and_is_tested(short_run, twin, capsys):
     cfg = short_run("finished")
     train(cfg)
     Path(cfg.output_dir, "summary.json").unlink()
     cfg.resume = "auto"
-    forbid_training(monkeypatch)
     train(cfg)
+    assert "Goes on from step 11" in capsys.readouterr().out
     assert_same(cfg, twin)
 
 
@@ -337,11 +321,9 @@ def test_a_config_that_leads_elsewhere_is_refused_with_both_values(check, compos
     assert "max_epochs" not in said
 
 
-@pytest.mark.parametrize("resumed", ["a", "auto", "a/checkpoints/previous.ckpt"])
+@pytest.mark.parametrize("resumed", ["a", "auto"])
 def test_harmless_changes_are_allowed_and_the_run_goes_on_in_its_directory(check, compose_config, tmp_path, resumed):
     save_config(tmp_path / "runs/a", compose_config(*SHORT))
-    (tmp_path / "runs/a/checkpoints").mkdir()
-    (tmp_path / "runs/a/checkpoints/previous.ckpt").touch()
     resumed = resumed if resumed == "auto" else f"runs/{resumed}"
     changes = [
         "logger=wandb",
@@ -355,7 +337,8 @@ def test_harmless_changes_are_allowed_and_the_run_goes_on_in_its_directory(check
 def test_auto_takes_the_newest_unfinished_run_of_the_same_config(check, compose_config, tmp_path):
     for name, seed in (("old", 0), ("new", 0), ("other", 1), ("finished", 0)):
         save_config(tmp_path / "runs" / name, compose_config(*SHORT, f"seed={seed}"))
-    (tmp_path / "runs/finished/summary.json").write_text('{"stopped_by": "solved"}')
+    summary = dict.fromkeys(OUTCOME, 0) | {"stopped_by": "solved"}
+    (tmp_path / "runs/finished/summary.json").write_text(json.dumps(summary))
     assert check("resume=auto") == tmp_path / "runs/new"
     assert str(tmp_path / "runs/20") in str(check("resume=auto", "seed=5"))  # a new one
 
@@ -383,7 +366,7 @@ def test_jobs_that_would_share_a_directory_are_refused(check, shared):
     ("arguments", "message"),
     [
         ("resume=nowhere", "no run is there"),
-        ("resume=a/checkpoints/best.ckpt", "only checkpoints/last.ckpt and previous.ckpt"),
+        ("resume=a/checkpoints/best.ckpt", "best.ckpt is a file"),
         ("hydra.run.dir=a/config.yaml/b", "config.yaml is a file"),
         ("resume=5", "expected str"),
         ("checkpoint.every_steps=0", "checkpoint.every_steps=0: expected int | null, greater than or equal to 1"),
@@ -404,15 +387,15 @@ def test_a_directory_without_permission_is_refused(check, monkeypatch, tmp_path)
     assert not (tmp_path / "b").exists()
 
 
-def test_a_run_directory_has_one_owner_and_a_dead_one_is_none(check, short_run, tmp_path):
+def test_a_run_directory_has_one_owner_and_a_dead_one_is_none(short_run, tmp_path):
     cfg = short_run("a")
     train(cfg)
-    assert unusable(tmp_path / "a") is None  # its lock file is still there
+    with locked(tmp_path / "a"):  # its lock file is still there
+        pass
     pid = json.loads((tmp_path / "a/environment.json").read_text())[-1]["pid"]
-    with FileLock(tmp_path / "a/.lock"):
-        assert f"a is in use by process {pid}" in check("resume=a")
-        with pytest.raises(RunDirectoryError, match=f"in use by process {pid}"), locked(tmp_path / "a"):
-            pass
+    in_use = pytest.raises(RunDirectoryError, match=f"in use by process {pid}")
+    with FileLock(tmp_path / "a/.lock"), in_use, locked(tmp_path / "a"):
+        pass
 
 
 def test_every_start_is_recorded(stopped):
@@ -422,19 +405,20 @@ def test_every_start_is_recorded(stopped):
     assert set(first) == set(second) >= {"python", "torch", "lightning", "hydra-core", "numpy", "git_commit", "command"}
 
 
-def test_a_machine_without_git_is_recorded_too(monkeypatch):
+def test_a_machine_without_git_is_recorded_too(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "")
-    assert environment()["git_commit"] is None
-    assert environment()["git_dirty"] is None
+    record_start(tmp_path)
+    (start,) = starts(tmp_path)
+    assert start["git_commit"] is start["git_dirty"] is None
 
 
 def test_no_step_is_lost_to_a_checkpoint_by_the_clock(short_run, monkeypatch):
-    """With no seconds between two checkpoints there is one before every step, and one at the end."""
+    """With no seconds between two checkpoints there is one before every step."""
     saved = []
     save = Checkpoints._save
     monkeypatch.setattr(Checkpoints, "_save", lambda self, *args, **kw: (saved.append(1), save(self, *args, **kw)))
     train(short_run("a", "checkpoint.every_steps=null", "checkpoint.every_seconds=0", "trainer.max_epochs=1"))
-    assert len(saved) == 7
+    assert len(saved) == 6
 
 
 def test_only_a_run_that_never_validated_says_so(short_run, capsys):

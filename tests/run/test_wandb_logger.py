@@ -67,12 +67,13 @@ def test_runs_have_tags_and_those_of_a_sweep_a_group(compose_config, monkeypatch
     given, init = [], wandb.init
     monkeypatch.setattr("wandb.init", lambda **options: given.append(options) or init(**options))
     train(compose_config(*SHORT))
-    monkeypatch.setattr(wandb_logger, "sweep_name", lambda: "sweep_2026")
+    monkeypatch.setattr(wandb_logger, "in_sweep", lambda: True)
     cfg = compose_config(*SHORT)
     cfg.output_dir = str(tmp_path / "job")
     train(cfg)
     assert [options["tags"] for options in given] == [["state_tracking", "tiny", "pattern_search"]] * 2
-    assert [options["group"] for options in given] == [None, "sweep_2026"]
+    assert given[0]["group"] is None
+    assert given[1]["group"].startswith("sweep_20")
 
 
 def test_disabled_means_disabled(compose_config, monkeypatch, tmp_path):
