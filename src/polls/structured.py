@@ -243,9 +243,11 @@ class StructuredClosure:
                 weights.append(stage.fold(t) if any(id(p) in own for p in stage.tensors.values()) else stage.w)
             total = flat.new_zeros(len(some))
             for rows, x in zip(self.rows, streams, strict=True):
+                if first:
+                    x = x.expand(-1, len(some), -1, -1)  # (B, S, T, d)
                 for stage, w in zip(self.stages[first:], weights, strict=True):
                     x = stage.forward(w, rows, x)
-                total = total + rows.total(x.expand(-1, len(some), -1))
+                total = total + rows.total(x)
             found.append(total)
         losses = torch.cat(found).double().cpu()
         wrong = np.flatnonzero(~np.isfinite(losses.numpy()))

@@ -138,6 +138,21 @@ def test_polls_and_trials_are_exact_to_the_last_digits_in_float64(kind, layout):
     torch.testing.assert_close(closure.trial(changes, scales), plain.trial(changes, scales), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("first", ["blocks.0.ff.inner.weight", "blocks.1.attention_norm.weight", "norm.weight"])
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_polls_and_trials_are_exact_where_the_first_weights_are_frozen(first, positions):
+    model = make_model(dtype=torch.float64, positions=positions)
+    names = [name for name, _ in model.named_parameters()]
+    coordinates = Coordinates(list(model.parameters())[names.index(first) :])
+    closure = StructuredPolls(model, coordinates, loss).on(make_batch("ragged"))
+    plain = OneByOne(closure.generic.plain, coordinates)
+    chosen = some_of_every_tensor(coordinates)
+    steps = torch.linspace(-1, 1, len(chosen), dtype=torch.float64)
+    torch.testing.assert_close(closure.poll(chosen, steps), plain.poll(chosen, steps), rtol=0, atol=1e-12)
+    changes, scales = torch.randn(len(coordinates), dtype=torch.float64), torch.tensor([0.3, 0.1], dtype=torch.float64)
+    torch.testing.assert_close(closure.trial(changes, scales), plain.trial(changes, scales), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(("poll", "positions"), [("opportunistic", "learned"), ("complete", "rotary")])
 @pytest.mark.slow
 def test_a_search_takes_the_same_decisions(poll, positions):
