@@ -7,6 +7,7 @@ import pytest
 
 from commands import CODE, DOCUMENTS, README, files
 from conftest import ROOT
+from results.tables import read_summaries, summary_table
 
 
 def test_the_readme_is_read_in_one_sitting():
@@ -50,3 +51,13 @@ def test_every_file_that_is_named_is_there(document):
     examples |= set(re.findall(r"^\| `(configs/\S+)` \|", README.read_text(), flags=re.MULTILINE))
     named = re.findall(r"`((?:src|configs|tests|docs|report)/[\w./]+)`", document.read_text())
     assert [path for path in named if not Path(ROOT, path).exists() and path not in examples] == []
+
+
+@pytest.mark.parametrize(
+    ("document", "rows"), [("README.md", "solved"), ("report/log.md", "tuning_nodes")], ids=lambda name: Path(name).stem
+)
+def test_tables_of_kept_rows_are_as_their_command_prints_them(document, rows):
+    kept = f"report/results/{rows}.csv"
+    text = (ROOT / document).read_text()
+    assert f"python src/report.py tables {kept}" in text
+    assert summary_table(read_summaries(ROOT / kept)) in text

@@ -171,10 +171,6 @@ class LossOnlyOptimizer(torch.optim.Optimizer, ABC):
         """
         self.coordinates.move(changes, coordinates)
 
-    def look_at_limits(self) -> None:
-        """Take back that a limit ended the search, if it no longer would: a loaded search has the limits given here."""
-        self.saved["stopped_by"] = self.limit()
-
     # --- weights and state ---
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
