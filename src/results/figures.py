@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from results.runs import RunError, read_runs, read_wandb
 
@@ -53,9 +54,15 @@ def draw_runs(table: pd.DataFrame) -> Figure:
         of_loss = (here.panel == "loss").all()
         longest = here.groupby("run").cost.max()
         place.set(xlabel=AXES[axis], xscale="log" if is_wide(longest) else "linear")
+        if place.get_xscale() == "linear":
+            place.xaxis.set_major_formatter(EngFormatter(sep=""))  # 25k for 25000
         place.set(yscale="log" if of_loss and is_wide(here.value) else "linear")
         if of_loss and here.chance_loss.notna().any():
             place.axhline(here.chance_loss.max(), color="0.4", linestyle="--", linewidth=1)
+    labels = rows.label.nunique()
+    if labels <= 12:  # below the panels; more of them are a column beside
+        grid.tight_layout()
+        sns.move_legend(grid, "upper center", bbox_to_anchor=(0.5, 0), ncols=min(4, labels + 4))
     return closed(grid)
 
 
