@@ -290,7 +290,7 @@ def test_data_of_a_generator_of_a_library_are_made_again_and_it_is_left_alone(ru
         (["datamodule.format=tag"], "the model numbers what it reads otherwise: it is 0, 1, SEP"),
         (["datamodule.group=Z0"], "group=Z0 is not known"),
         (["datamodule.test_lengths=5"], "datamodule.test_lengths=5: expected Sequence"),
-        (["datamodule.n_samples=null"], "datamodule.n_samples=null: expected int"),
+        (["datamodule.n_samples=null"], "datamodule.n_samples=null must be a valid integer"),
         (["datamodule.test_lengths=[4"], r"datamodule.test_lengths=\[4: "),
         (["datamodule._target_=os.system"], "not known"),
     ],

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -52,16 +53,16 @@ FREE = (
 )
 
 
-def plan(cfgs: Sequence[DictConfig], overrides: Sequence[str], multirun: bool) -> list[Path]:
+def plan(cfgs: Sequence[DictConfig], hydra: HydraConf, multirun: bool) -> list[Path]:
     """The directories in which the jobs of a command will run; refuses what speaks against it.
 
     Args:
         cfgs: of the jobs; `output_dir` is where a job would run if it did not resume.
-        overrides: of the command.
+        hydra: the node of the config of the command.
         multirun: whether the command is a sweep, whose jobs stay in their own directories.
     """
     key = "hydra.sweep.dir=" if multirun else "hydra.run.dir="
-    directory_given = any(override.startswith(key) for override in overrides)
+    directory_given = any(override.startswith(key) for override in given(hydra, "hydra"))
     if multirun and (problems := list(_sweep_problems(cfgs, directory_given))):
         refuse(problems)
     run_dirs, found = [], list[str]()

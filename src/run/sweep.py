@@ -21,7 +21,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -159,9 +159,8 @@ def closing_lines(directory: Path, jobs: list[dict[str, Any]], config: DictConfi
     if failed:
         lines.append(f"{failed} of {len(jobs)} jobs failed; the reasons are in {here}/<job>/error.txt")
     if failed or not ended:
-        given_words: Any = OmegaConf.to_container(config.hydra.overrides)  # without resolving what they quote
         own = ("hydra.sweep.dir=", "hydra.mode=", "resume=")
-        words = [word for word in [*given_words["hydra"], *given_words["task"]] if not word.startswith(own)]
+        words = [word for word in [*given(config.hydra, "hydra"), *given(config.hydra)] if not word.startswith(own)]
         words += [f"hydra.sweep.dir={quoted(typed(directory))}", *(["resume=auto"] if "resume" in config else [])]
         again = shlex.join(["python", sys.argv[0], "-m", f"--config-name={config.hydra.job.config_name}", *words])
         lines.append(f"{'Again' if ended else 'Go on with'}: {again}")

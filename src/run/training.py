@@ -12,11 +12,10 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from config.builds import data_of
-from config.check import check, problems_of
-from config.refusal import ConfigError, refuse
+from config.check import check
+from config.refusal import refuse
 from pattern_search_task import CountsLostError
-from run.build import build_task
+from run.build import build_task, data_of
 from run.checkpoints import AtomicCheckpointIO, Checkpoints, selected_weights
 from run.cpu import prepare_machine
 from run.directory import RunDirectoryError, locked, record_start
@@ -25,6 +24,7 @@ from run.interrupts import Interrupts, undisguised
 from run.resume import begin, finished, in_sweep, limits, resumable
 from run.start import chosen_before, silence_libraries
 from run.summary import leave_picture, print_header, print_summary, stopped_by
+from run.wandb_account import same_mode
 from run.wandb_logger import opened_loggers
 
 
@@ -33,9 +33,8 @@ def job(cfg: DictConfig) -> float:
     silence_libraries()  # here too: a job of the joblib launcher runs in a process of its own
     print_any_character()
     try:
-        unchecked = in_sweep() and not chosen_before(HydraConfig.get())
-        if unchecked and (problems := problems_of([check(cfg, HydraConfig.get())])):
-            raise ConfigError(problems)
+        if in_sweep() and not chosen_before(HydraConfig.get()):
+            check([cfg])
         summary = train(cfg)
     except (RunDirectoryError, CountsLostError) as problem:
         if in_sweep():
@@ -61,7 +60,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         write(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         prepare_machine()
         record_start(run_dir)
-        with opened_loggers(cfg, interrupts) as loggers:
+        with same_mode(), opened_loggers(cfg, interrupts) as loggers:
             return run(cfg, console, interrupts, checkpoint, loggers)
 
 

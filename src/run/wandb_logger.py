@@ -71,9 +71,6 @@ def opened_loggers(cfg: DictConfig, interrupts: Interrupts) -> Iterator[list[Log
             logger.finalize(status)
     finally:
         finish_wandb(loggers, exit_code=int(status != "success"))
-        os.environ.pop("WANDB_MODE", None)  # WandbLogger(offline=True) sets it for the whole process
-        if mode is not None:
-            os.environ["WANDB_MODE"] = mode
 
 
 def sweep_name() -> str | None:
