@@ -246,8 +246,10 @@ def chosen_parameters(model: nn.Module, names: list[str] | None) -> list[nn.Para
     """The parameters whose names begin with one of `names`; all of them for None.
 
     Raises:
-        ValueError: a name that no parameter begins with.
+        ValueError: a name that no parameter begins with, or no name at all.
     """
+    if names == []:
+        raise ValueError("task.parameters=[] trains nothing; name some, or use null for all of them")
     named = dict(model.named_parameters())
     for name in names or []:
         if not any(f"{known}.".startswith(f"{name}.") for known in named):

@@ -289,7 +289,7 @@ def test_data_of_a_generator_of_a_library_are_made_again_and_it_is_left_alone(ru
         (["datamodule.group=Z3"], "the model does not read 2$"),
         (["datamodule.format=tag"], "the model numbers what it reads otherwise: it is 0, 1, SEP"),
         (["datamodule.group=Z0"], "group=Z0 is not known"),
-        (["datamodule.test_lengths=5"], "datamodule.test_lengths=5: expected Sequence"),
+        (["datamodule.test_lengths=5"], "datamodule.test_lengths=5 must be a valid array"),
         (["datamodule.n_samples=null"], "datamodule.n_samples=null must be a valid integer"),
         (["datamodule.test_lengths=[4"], r"datamodule.test_lengths=\[4: "),
         (["datamodule._target_=os.system"], "not known"),

@@ -90,24 +90,28 @@ def build_problems(cfg: DictConfig, unread: dict[str, str]) -> list[str]:
 
 
 def built(problems: list[str], cfg: DictConfig, node: str, make: Callable[[], Any]) -> Any:
-    """What `make` builds from a node; None if a constructor refuses it, and a problem more.
-
-    What the constructor says stands behind the option that it begins with, as it is written in the config; if there is
-    none, behind all that the command sets in the node, or the option chosen.
-    """
+    """What `make` builds from a node; None if a constructor refuses it, and a problem more."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Lightning says about a trainer is said once it is used
             return make()
     except Exception as error:  # whatever a constructor refuses, the user gets the reason and not a traceback
-        message, hydra, raw = reason(error), HydraConfig.get(), OmegaConf.to_container(cfg)
+        problems.append(attributed(cfg, node, reason(error)))
+        return None
+
+
+def attributed(cfg: DictConfig, node: str, message: str) -> str:
+    """What the constructor of a node says, behind the option that it begins with, as this is written in the config.
+
+    If it begins with none, and names no key, it stands behind all that the command sets in the node, or its choice.
+    """
     option = f"{node}.{message.partition('=')[0]}"
-    if (value := dig(raw, option)) is not None:
-        where = f"{option}={value}"
-    else:
-        words = [word for word in given(hydra) if key_of(word).startswith(f"{node}.")]
-        where = " ".join(words) or f"{node}={hydra.runtime.choices.get(node, '...')}"
-    if f"{node}.{message}".startswith(where):
-        message = f"{node}.{message}"
-    problems.append(message if re.search(rf"\b{node}\.\w", message) else f"{where}: {message}")
-    return None
+    if (value := dig(OmegaConf.to_container(cfg), option)) is not None:
+        written, named = f"{option}={value}", f"{node}.{message}"
+        return named if named.startswith(written) else f"{written}: {message}"
+    hydra = HydraConfig.get()
+    words = [word for word in given(hydra) if key_of(word).startswith(f"{node}.")]
+    if any(key_of(word) in message for word in words) or (not words and re.search(rf"\b{node}\.\w", message)):
+        return message
+    where = words or [f"{node}={hydra.runtime.choices.get(node, '...')}"]
+    return f"{' '.join(where)}: {message}"

@@ -31,7 +31,7 @@ def compose_config(overrides: Sequence[str], config_name: str = DEFAULT_CONFIG) 
         with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name="train"):
             return compose(config_name, list(overrides), return_hydra_config=True)
     except Exception as error:  # Hydra, OmegaConf, PyYAML and ANTLR each have exceptions of their own
-        raise ConfigError([explain(error, overrides)]) from error
+        raise ConfigError([explain(error, [f"--config-name={config_name}", *overrides])]) from error
 
 
 def job_config(config: DictConfig, run_dir: str | Path) -> DictConfig:
@@ -87,12 +87,11 @@ def explain(error: BaseException, arguments: Sequence[str]) -> str:
         if near := nearest(key, known):
             return f"key {key} is not known; did you mean {near}?"
         text = text.replace("config use +", "config use ++")  # right for all jobs of a sweep
-    overrides = [word for word in arguments if not word.startswith("-")]
     if text.startswith("Config group override must be"):  # Hydra does not say which
-        overrides = [override for override in overrides if (CONFIGS / key_of(override)).is_dir()]
+        arguments = [word for word in arguments if (CONFIGS / key_of(word)).is_dir()]
     said = " ".join(text.partition("See https")[0].split())
-    named = any(override in said or f"'{key_of(override)}'" in said for override in overrides)
-    return said if named else f"{' '.join(overrides)}: {said}"
+    named = any(f"'{quoted}'" in said for word in arguments for quoted in (word, key_of(word)))
+    return said if named else f"{' '.join(arguments) or DEFAULT_CONFIG}: {said}"
 
 
 # --- keys of configs, and words of commands ---

@@ -48,7 +48,8 @@ def of_trainer(cfg: DictConfig, data: SequenceDataModule, task: PatternSearchTas
     for split, n in batches.items():
         limit = getattr(trainer, f"limit_{split}_batches")
         if isinstance(limit, float) and 0 < n * limit < 1:
-            yield f"trainer.limit_{split}_batches={limit} of {n} batches is none; use a number, or 1.0 for all"
+            name = "overfit_batches" if cfg.trainer.get("overfit_batches") else f"limit_{split}_batches"
+            yield f"{given(name)} of {n} batches is none; use a number, or 1.0 for all"
     limit, every = trainer.limit_train_batches, trainer.val_check_interval
     n_train = int(batches["train"] * limit) if isinstance(limit, float) else min(batches["train"], limit)
     if isinstance(every, int) and every > n_train > 0 and trainer.check_val_every_n_epoch is not None:
