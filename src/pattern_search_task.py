@@ -231,8 +231,10 @@ def chosen_parameters(model: nn.Module, names: list[str] | None) -> list[nn.Para
     """The parameters with one of `names`, or in a part of the model with one of them; all parameters for None.
 
     Raises:
-        ValueError: a name that neither a parameter nor a part has.
+        ValueError: a name that neither a parameter nor a part has, or no name at all.
     """
+    if names == []:
+        raise ValueError("task.parameters=[] trains nothing; name some, or use null for all of them")
     named = dict(model.named_parameters())
     parts = [name for name, _ in model.named_modules() if name]
     for name in names or []:

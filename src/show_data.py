@@ -12,13 +12,13 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from config.builds import build, data_of
+from config.check import built
 from config.compose import compose_config, job_config
-from config.draft import Draft
-from config.nodes import check_text
+from config.nodes import text_problems
 from config.refusal import ConfigError, refuse
 from data.decoding import in_columns
 from data.sequences import IGNORE, SequenceDataModule
+from run.build import data_of
 
 N_EXAMPLES = 2  # of each split, different ones
 
@@ -27,14 +27,13 @@ def load_datamodule(overrides: list[str]) -> SequenceDataModule:
     """The data that a command line selects; prints what is wrong with it and exits with code 2 if it selects none."""
     try:
         config = compose_config(overrides)
+        cfg = job_config(config, config.hydra.run.dir)
     except ConfigError as error:
         refuse(error.problems)
-    draft = Draft(job_config(config, config.hydra.run.dir))
-    check_text(draft)
-    datamodule = build(draft, ["datamodule"], lambda: data_of(draft.cfg))
-    if draft.problems:
-        refuse(draft.problems.values())
-    return datamodule
+    problems = text_problems(cfg)
+    if not problems and (datamodule := built(problems, cfg, "datamodule", lambda: data_of(cfg))):
+        return datamodule
+    refuse(problems)
 
 
 def align(datamodule: SequenceDataModule, split: str, row: int, width: int) -> Iterator[str]:

@@ -70,7 +70,8 @@ class Fuzz:
     def __init__(self, seed: int):
         self.rng = random.Random(seed)
         self.files = {str(p.relative_to(compose.CONFIGS)): p.read_text() for p in compose.CONFIGS.rglob("*.yaml")}
-        self.groups = compose.groups(compose.CONFIGS)
+        folders = [path for path in compose.CONFIGS.iterdir() if path.is_dir() and path.name != "hydra"]
+        self.groups = {path.name: sorted(option.stem for option in path.glob("*.yaml")) for path in sorted(folders)}
 
     def case(self) -> Case:
         rng = self.rng

@@ -83,7 +83,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
         ("datamodule.group=S_3", "datamodule.group=S_3 is not known"),
         ("trainer.max_epochs=many", "trainer.max_epochs=many: expected"),
         ("--config-name=trian", "did you mean train?"),
-        ("-m seed=0,-1", "seed=-1: expected int"),
+        ("-m seed=0,-1", "seed=-1 must be greater than or equal to 0"),
         ("logger.offline=False", "wandb login"),
     ],
 )

@@ -1,46 +1,56 @@
 """Everything that can be wrong with a config is found before anything starts.
 
-Every key is compared with the signature it will be passed to, and every value with its type (`config/nodes.py`). Then,
-by building the data, the model, the optimizer and the trainer, every value is compared with its range and with the
-others (`config/builds.py`). `run/start.py` calls this where Hydra has composed a config and made no directory yet.
+Every key is compared with the signature it will be passed to, and every value with its type (`config/nodes.py`). Then
+the data, the model, the optimizer and the trainer are built: constructors refuse what is out of range, and what is left
+are parts that do not fit together. `run/start.py` calls this where Hydra has composed a config and made no directory.
 """
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
 
-from hydra.conf import HydraConf
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 
-from config.builds import check_builds
-from config.compose import DEFAULT_CONFIG, compose_config, given, job_config, key_of
-from config.did_you_mean import unknown
-from config.draft import Draft
-from config.nodes import check_text
-from config.refusal import ConfigError
+from config.compose import DEFAULT_CONFIG, compose_config, dig, given, job_config, key_of
+from config.nodes import text_problems
+from config.refusal import ConfigError, reason
+from run import wandb_account
+from run.build import data_of, weightless_model
+from run.conflicts import of_machine, of_monitors, of_trainer, without_effect
 
 
-def check(cfg: DictConfig, hydra: HydraConf, alike: dict[str, Draft] | None = None) -> Draft:
-    """Check the config of a job.
+def check(jobs: Iterable[DictConfig]) -> list[DictConfig]:
+    """The configs of the jobs of a command, if all of them can run.
+
+    Of jobs that differ in their seeds only, the first alone is built. What the command sets must have an effect in one
+    job at least.
 
     Args:
-        cfg: the config, as `job_config` gives it.
-        hydra: its `hydra` node.
-        alike: filled with the jobs of a sweep. Of those that differ in their seeds only, the first alone is built.
+        jobs: as `job_config` gives them. Each is looked at before the next one is made, which sets HydraConfig anew.
+
+    Raises:
+        ConfigError: some cannot.
     """
-    draft = Draft(cfg, [key_of(override) for override in given(hydra)])
-    sources = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
-    groups = {path.name for source in sources for path in source.glob("*") if path.is_dir()}
-    for group in hydra.runtime.choices:  # Hydra passes over a group without an option that does not exist
-        if group.partition("/")[0] not in groups | {"hydra"}:
-            draft.note(group, unknown(f"group {group}", group, groups))
-    check_text(draft)
-    key = json.dumps({k: v for k, v in draft.raw.items() if k not in ("seed", "output_dir")}, default=str)
-    twin = (alike if alike is not None else {}).setdefault(key, draft)
-    if twin is draft:
-        check_builds(draft)
-    draft.unread = twin.unread
-    return draft
+    cfgs, problems, unread = [], list[str](), dict[str, dict[str, str]]()
+    for cfg in jobs:
+        cfgs.append(cfg)
+        text: Any = OmegaConf.to_container(cfg)
+        name = json.dumps(text | {"seed": None, "output_dir": None}, default=str)
+        if wrong := text_problems(cfg):
+            problems += wrong
+        elif name not in unread:
+            unread[name] = {}
+            problems += build_problems(cfg, unread[name])
+    first = next(iter(unread.values()), {})
+    problems += [first[key] for key in first if all(key in job for job in unread.values())]
+    if problems:
+        raise ConfigError(problems)
+    return cfgs
 
 
 def checked_config(overrides: Sequence[str], config_name: str = DEFAULT_CONFIG) -> DictConfig:
@@ -50,17 +60,58 @@ def checked_config(overrides: Sequence[str], config_name: str = DEFAULT_CONFIG) 
         ConfigError: it cannot be composed, or cannot run.
     """
     config = compose_config(overrides, config_name)
-    draft = check(job_config(config, config.hydra.run.dir), config.hydra)
-    if problems := problems_of([draft]):
-        raise ConfigError(problems)
-    return draft.cfg
+    return check([job_config(config, config.hydra.run.dir)])[0]
 
 
-def problems_of(drafts: Sequence[Draft]) -> list[str]:
-    """All problems of the jobs of a command, each once: what cannot run, and what the command sets and no job reads."""
-    unread = [
-        drafts[0].unread[key]
-        for key in drafts[0].unread
-        if all(key in draft.given and key in draft.unread for draft in drafts)
-    ]
-    return list(dict.fromkeys([p for draft in drafts for p in draft.problems.values()] + unread))
+def build_problems(cfg: DictConfig, unread: dict[str, str]) -> list[str]:
+    """What is wrong with a config whose text is right; first of all, what it asks of the machine and cannot get.
+
+    The data, the model, the task with its optimizer, the logger, and the trainer with its callbacks are built for it.
+    `unread` is filled with the keys that the command sets in vain, each with a line that says why.
+    """
+    if problems := list(of_machine(cfg)):
+        return problems
+    build = partial(built, problems, cfg)
+    data = build("datamodule", lambda: data_of(cfg))
+    model = build("model", lambda: weightless_model(cfg, data)) if data else None
+    make_optimizer = build("optimizer", lambda: instantiate(cfg.optimizer))
+    task = build("task", lambda: instantiate(cfg.task, model=model, optimizer=make_optimizer)) if model else None
+    optimizer = build("optimizer", task.configure_optimizers) if task else None
+    with wandb_account.same_mode():
+        build("logger", lambda: instantiate(cfg.logger))
+    callbacks = [build(f"callbacks.{name}", partial(instantiate, node)) for name, node in cfg.callbacks.items()]
+    callbacks = [callback for callback in callbacks if callback]
+    trainer = build("trainer", lambda: instantiate(cfg.trainer, logger=False, callbacks=callbacks))
+    if task and optimizer and trainer:
+        command = {key_of(word) for word in given(HydraConfig.get())}
+        unread |= {key: line for key, line in without_effect(cfg, data, task) if key in command}
+        problems += [*of_trainer(cfg, data, task, trainer), *of_monitors(cfg, data, task, optimizer)]
+    return problems
+
+
+def built(problems: list[str], cfg: DictConfig, node: str, make: Callable[[], Any]) -> Any:
+    """What `make` builds from a node; None if a constructor refuses it, and a problem more."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Lightning says about a trainer is said once it is used
+            return make()
+    except Exception as error:  # whatever a constructor refuses, the user gets the reason and not a traceback
+        problems.append(attributed(cfg, node, reason(error)))
+        return None
+
+
+def attributed(cfg: DictConfig, node: str, message: str) -> str:
+    """What the constructor of a node says, behind the option that it begins with, as this is written in the config.
+
+    If it begins with none, and names no key, it stands behind all that the command sets in the node, or its choice.
+    """
+    option = f"{node}.{message.partition('=')[0]}"
+    if (value := dig(OmegaConf.to_container(cfg), option)) is not None:
+        written, named = f"{option}={value}", f"{node}.{message}"
+        return named if named.startswith(written) else f"{written}: {message}"
+    hydra = HydraConfig.get()
+    words = [word for word in given(hydra) if key_of(word).startswith(f"{node}.")]
+    if any(key_of(word) in message for word in words) or (not words and re.search(rf"\b{node}\.\w", message)):
+        return message
+    where = words or [f"{node}={hydra.runtime.choices.get(node, '...')}"]
+    return f"{' '.join(where)}: {message}"

@@ -1,8 +1,5 @@
 """Composing a config outside `hydra.main`, and saying why Hydra cannot compose one. Nothing here imports torch."""
 
-import argparse
-import copy
-import difflib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -11,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.conf import HydraConf
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from config.did_you_mean import RENAMED, moved, nearest, unknown
+from config.did_you_mean import nearest, unknown
 from config.refusal import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DEFAULT_CONFIG = "pattern_search_train"
-VALUED_FLAGS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
 
 
 def compose_config(overrides: Sequence[str], config_name: str = DEFAULT_CONFIG) -> DictConfig:
@@ -45,112 +40,58 @@ def job_config(config: DictConfig, run_dir: str | Path) -> DictConfig:
     Args:
         config: with its `hydra` node.
         run_dir: where the job runs.
+
+    Raises:
+        ConfigError: it names a group that does not exist, which Hydra passes over if no option is chosen.
     """
+    folders = [Path(source.path) for source in config.hydra.runtime.config_sources if source.schema == "file"]
+    groups = sorted({path.name for folder in folders for path in folder.glob("*/")})
+    for group in config.hydra.runtime.choices:
+        if group.partition("/")[0] not in (*groups, "hydra"):
+            raise ConfigError([unknown(f"group {group}", group, groups)])
     with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
         config.hydra.runtime.output_dir = str(Path(run_dir).absolute())
     HydraConfig.instance().set_config(config)  # as Hydra does when the job begins
-    cfg = copy.deepcopy(config)
-    with (
-        read_write(cfg),
-        open_dict(cfg),
-        suppress(OmegaConfBaseException, ValueError),
-    ):  # the check tells what has no value
-        del cfg["hydra"]
+    cfg = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    with suppress(OmegaConfBaseException, ValueError):  # the check tells what has no value
         cfg.output_dir = cfg.output_dir  # now: the next job of a sweep has others
         OmegaConf.resolve(cfg.choices)
     return cfg
 
 
-def given(hydra: HydraConf) -> list[str]:
-    """The overrides of a command, but those of Hydra's own config; `hydra` is the node of a config."""
-    words: Any = OmegaConf.to_container(hydra.overrides.task)  # without resolving what they quote
+def given(hydra: Any, of: str = "task") -> list[str]:
+    """The overrides of a command: those of a job, or `of` "hydra" itself; `hydra` is the node of a config."""
+    words: Any = OmegaConf.to_container(hydra.overrides[of])  # without resolving what they quote
     return list(words)
 
 
 def explain(error: BaseException, arguments: Sequence[str]) -> str:
-    """Why Hydra cannot compose a command, with the nearest known word.
+    """Why Hydra cannot compose a command: what it says itself, or the nearest known word.
 
     Args:
         error: what Hydra raised.
         arguments: of the command.
     """
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config-name", "-cn", default=DEFAULT_CONFIG)
-    parser.add_argument("--config-path", "-cp")
-    flags, words = parser.parse_known_args(arguments)
-    name, configs = flags.config_name, CONFIGS
-    if flags.config_path:
-        configs = CONFIGS.parent / "src" / flags.config_path
-    overrides, options = [word for word in words if not word.startswith("-")], groups(configs)
-    text = "\n".join(str(e) for e in (error, error.__cause__) if str(e or "")) or type(error).__name__
-    message = " ".join(re.sub(r"\n(See https|    full_key:|Config search path)(.|\n)*", "", text).split())
-
-    if match := re.match(r"(?:In '([^']+)': )?Could not find '([^']+)/([^'/]*)'", text):
-        file, group, option = match.groups()
-        listed = text.partition("Available options")[2].partition("Config search path")[0].partition(":")[2].split()
-        said = unknown(f"{group}={option}", option, listed)
-        return f"configs/{file}.yaml: {said}" if file != name and (configs / f"{file}.yaml").exists() else said
-    if "Cannot find primary config" in text:
-        return unknown(f"--config-name={name}", name, sorted(path.stem for path in configs.glob("*.yaml")))
-    if "Config group override must be" in text:  # Hydra does not say which
-        chosen = {key_of(o): o.partition("=")[2] for o in overrides if key_of(o) in options}
-        group = next(group for group, option in chosen.items() if option not in options[group])
-        why = "a group cannot be left out; " if chosen[group] == "null" else ""
-        return f"{group}={chosen[group]}: {why}choose one of {', '.join(options[group])}"
-    if match := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.+)'", text):
-        return f"{match[1]}: several values are a sweep, which needs -m; a list is written in brackets"
-    if match := re.match(r"Error locating target '([^']+)'", text):
-        near = moved(match[1])
-        return f"_target_={match[1]} cannot be imported" + (f"; did you mean {near}?" if near else "")
-    if broken := broken_files(configs):
-        return "; ".join(broken)
-    if override := getattr(error, "override", ""):  # of an OverrideParseException
-        example = next((f", such as {g}={options[g][0]}" for g in difflib.get_close_matches(override, options)), "")
-        return f"{text.splitlines()[0]}: give key=value{example}"
-    if match := re.match(r"Could not append to config. An item is already at '([^']+)'", text):
-        return f"+{match[1]} is in the config already; leave out the +"
-    if match := re.match(r"Could not (?:override|delete from config\.) '([^']+)'", text):
-        return unknown_key(match[1], name, configs, overrides)
-    named = [override for override in overrides if key_of(override) in message]
-    return f"{' '.join(named or [f'configs/{name}.yaml', *overrides])}: {message}"
-
-
-def unknown_key(key: str, config_name: str, configs: Path, overrides: Sequence[str]) -> str:
-    """What to write instead of a key that the config does not have; an argument that a class takes needs a +."""
-    path, _, name = key.rpartition(".")
-    chosen = [override for override in overrides if key_of(override) in groups(configs)]
-    if swept := next((choice for choice in chosen if key_of(choice) == path and "," in choice), None):
-        return f"key {key} is not in the config of a sweep over {swept}; write ++{key}=... for all its jobs"
-    GlobalHydra.instance().clear()  # nothing goes on after a refusal
-    with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
-        try:
-            cfg = compose(config_name, chosen, return_hydra_config=True)
-        except Exception:  # a choice is wrong too, or lies elsewhere
-            cfg = compose(config_name, return_hydra_config=True)
-    raw = OmegaConf.to_container(cfg)
-    node, value = dig(raw, path), next((o.partition("=")[2] for o in overrides if key_of(o) == key), "...")
-    target = node.get("_target_") if isinstance(node, dict) and path else None
-    if target and name not in RENAMED and not nearest(key, [f"{path}.{k}" for k in node]):
-        return f"key {key} is not in the config; write +{key}={value} if {target} takes it"
-    known = [k for k in leaves(raw) if not k.startswith("hydra.") or key.startswith("hydra.")]
-    return unknown(f"key {key}", key, [*known, *groups(configs)], list_known=False)
-
-
-def groups(configs: Path) -> dict[str, list[str]]:
-    """The options of each group of a folder of configs."""
-    folders = sorted(path for path in configs.glob("*") if path.is_dir() and path.name != "hydra")
-    return {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
-
-
-def broken_files(configs: Path) -> list[str]:
-    """The YAML files that cannot be read, with the reason."""
-    broken = []
-    for path in sorted(configs.rglob("*.yaml")):
-        try:
-            OmegaConf.load(path)
-        except Exception as error:  # of PyYAML or OmegaConf
-            broken.append(f"configs/{path.relative_to(configs)}: {' '.join(str(error).split())}")
-    return broken
+    cause = error.__cause__
+    text = str(error) or str(cause)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        known = (error.options or []) if group else sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+        file = re.match(r"In '(\w+/.+?)'", text)  # a file of a group names it
+        said = unknown(f"{group or '--config-name'}={option}", option, known)
+        return f"configs/{file[1]}.yaml: {said}" if file else said
+    if text.startswith("Could not override") and isinstance(cause, OmegaConfBaseException):
+        key = str(cause.full_key)
+        path, values = key.rpartition(".")[0], OmegaConf.to_container(cause.parent_node)
+        known = [*leaves(values, f"{path}." if path else ""), *(folder.name for folder in CONFIGS.iterdir())]
+        if near := nearest(key, known):
+            return f"key {key} is not known; did you mean {near}?"
+        text = text.replace("config use +", "config use ++")  # right for all jobs of a sweep
+    if text.startswith("Config group override must be"):  # Hydra does not say which
+        arguments = [word for word in arguments if (CONFIGS / key_of(word)).is_dir()]
+    said = " ".join(text.partition("See https")[0].split())
+    named = any(f"'{quoted}'" in said for word in arguments for quoted in (word, key_of(word)))
+    return said if named else f"{' '.join(arguments) or DEFAULT_CONFIG}: {said}"
 
 
 # --- keys of configs, and words of commands ---
@@ -183,9 +124,4 @@ def shown(value: Any) -> str:
 
 def flags_first(arguments: Sequence[str]) -> list[str]:
     """The arguments of a command with the overrides behind the flags, where Hydra wants them."""
-    flags: list[str] = []
-    overrides: list[str] = []
-    for word in arguments:
-        override = word.startswith("~") or ("=" in word and not word.startswith("-"))
-        (overrides if override and flags[-1:] not in [[f] for f in VALUED_FLAGS] else flags).append(word)
-    return [*flags, *overrides]
+    return sorted(arguments, key=lambda word: word.startswith("~") or ("=" in word and not word.startswith("-")))

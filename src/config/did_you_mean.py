@@ -3,31 +3,25 @@
 import difflib
 from collections.abc import Iterable
 
-# names that had another name before, or that another optimizer's habit suggests
-RENAMED = {
+RENAMED = {  # names that had another name before, or that another optimizer's habit suggests
     "pattern_search_credit": "pattern_search_nodes",
     "pattern_search_credit_long": "pattern_search_nodes_long",
-    "units_per_step": "nodes_per_step",
-    "max_seconds": "max_time",  # the budgets of a search, given to a gradient optimizer
-    "max_evaluations": "max_steps",
-    "target_loss": "stopping_threshold",
-}
-MOVED = {  # modules
-    "progress": "run.progress",
-    "averaging": "run.averaging",
-    "wandb_run": "run.wandb_logger",
-    "sweep": "run.sweep",
+    "units_per_step": "optimizer.nodes_per_step",
+    "max_seconds": "trainer.max_time",  # the budgets of a search, given to a gradient optimizer
+    "max_evaluations": "trainer.max_steps",
+    "target_loss": "callbacks.early_stopping.stopping_threshold",
 }
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that was probably meant, if any: its new name, the same key elsewhere, or one that is alike."""
-    known, last = list(dict.fromkeys(known)), word.rpartition(".")[2]
+    name = word.rpartition(".")[2]
+    if name in RENAMED:
+        return RENAMED[name]
     names = {k: k.rpartition(".")[2] for k in known}
-    renamed = [k for k in known if names[k] == RENAMED.get(last)]
-    same_key = [k for k in known if names[k] == word] or [k for k in known if names[k].endswith(f"_{word}")]
-    alike = [k for k in known if difflib.get_close_matches(last, [names[k]], cutoff=0.6)]  # whatever they lie in
-    near = renamed or same_key or difflib.get_close_matches(word, alike, n=1, cutoff=0.6)
+    same_key = [k for k in names if names[k] == word] or [k for k in names if names[k].endswith(f"_{word}")]
+    alike = [k for k in names if difflib.get_close_matches(name, [names[k]])]  # whatever they lie in
+    near = same_key or difflib.get_close_matches(word, alike, n=1)
     return near[0] if near else None
 
 
@@ -44,9 +38,3 @@ def one_of(key: str, value: str, known: Iterable[str]) -> None:
     known = list(known)
     if value not in known:
         raise ValueError(unknown(f"{key}={value}", str(value), known))
-
-
-def moved(target: str) -> str | None:
-    """Where a class lies now, if its module has moved."""
-    module, _, name = target.rpartition(".")
-    return f"{MOVED[module]}.{name}" if module in MOVED else None

@@ -1,137 +1,186 @@
-"""The text of a config: the keys that no callable takes, and every `_target_` node against its callable."""
+"""The text of a config: its keys, and the types of their values, without building anything."""
 
+import importlib
+import inspect
+import json
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Annotated, Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
-from pydantic import Field
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
 
 from config.compose import CONFIGS, dig, leaves, shown
-from config.did_you_mean import moved, nearest
-from config.draft import Draft
-from config.signatures import INSTRUCTIONS, arguments_model, find, strict_model, validate
+from config.did_you_mean import nearest, unknown
 from data.sequences import SequenceDataModule
 from pattern_search_task import PatternSearchTask
 
-BUILT_IN_PACKAGES = {
-    "torch",
-    "lightning",
-    "torchmetrics",
-    "wandb",
-    *(p.stem for p in (CONFIGS.parent / "src").iterdir()),
+SRC = CONFIGS.parent / "src"
+BUILT_IN_PACKAGES = ["torch", "lightning", "torchmetrics", "wandb", *(path.stem for path in SRC.iterdir())]
+INSTRUCTIONS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")  # Hydra's own keys of a node
+BUILT: dict[str, tuple[type, list[str]]] = {  # what is built from each node, with arguments that the program gives
+    "task": (PatternSearchTask, ["model", "optimizer"]),
+    "datamodule": (SequenceDataModule, []),
+    "model": (torch.nn.Module, ["vocab_size", "n_classes"]),
+    "optimizer": (torch.optim.Optimizer, ["params"]),
+    "trainer": (L.Trainer, ["logger", "callbacks", "default_root_dir"]),
+    "logger": (Logger, []),
+    "callbacks": (L.Callback, []),  # from each node in it
 }
-FILLED_IN = {  # arguments that the program gives itself
-    "model": ("vocab_size", "n_classes"),
-    "task": ("model", "optimizer"),
-    "optimizer": ("params",),
-    "trainer": ("logger", "callbacks", "default_root_dir"),
+PASSED_ON = {  # what a class, or one that is derived from it, passes further arguments to
+    "LossOnlyOptimizer": "search.base.LossOnlyOptimizer",
+    "WandbLogger": "wandb.init",
+    "TensorBoardLogger": "torch.utils.tensorboard.SummaryWriter",
 }
-KINDS: dict[str, type] = {
-    "task": PatternSearchTask,
-    "datamodule": SequenceDataModule,
-    "model": torch.nn.Module,
-    "optimizer": torch.optim.Optimizer,
-    "trainer": L.Trainer,
-    "logger": Logger,
-    "callbacks": L.Callback,
-}
-NAMES: dict[str, Any] = dict.fromkeys(("task", "model", "optimizer", "experiment", "variant"), str | None)
-PLAIN: dict[str, dict[str, Any]] = {  # the keys that are passed to no callable, by node
+PLAIN: dict[str, dict[str, Any]] = {  # the types of keys that are passed to no class, by node
     "": {
-        "seed": (int, Field(ge=0, lt=2**32)),
+        "seed": Annotated[int, Field(ge=0, lt=2**32)],
         "resume": str | None,
         "output_dir": str,
         "allowed_packages": list[str],
-        **dict.fromkeys([*KINDS, "wandb", "checkpoint", "choices"], dict),
+        **dict.fromkeys([*BUILT, "wandb", "checkpoint", "choices"], dict),
     },
     "wandb": {"entity": str | None, "project": str},
-    "checkpoint": {"every_seconds": (float | None, Field(ge=0)), "every_steps": (int | None, Field(ge=1))},
-    "choices": NAMES,
+    "checkpoint": {
+        "every_seconds": Annotated[float, Field(ge=0)] | None,
+        "every_steps": Annotated[int, Field(ge=1)] | None,
+    },
+    "choices": dict.fromkeys(("task", "model", "optimizer", "experiment", "variant"), str | None),
 }
 
-
-def check_text(draft: Draft) -> None:
-    """All that can be said about keys and types without building anything."""
-    found = {key: unresolved(draft, key, error) for key, error in draft.unresolved.items()}
-    for path, types in PLAIN.items():
-        if isinstance(node := dig(draft.values, path), dict):
-            fields = {name: hint if isinstance(hint, tuple) else (hint, ...) for name, hint in types.items()}
-            found = dict(validate(strict_model(fields), node, path)) | found
-    draft.report(found)
-    for name in KINDS:
-        node = draft.get(name)
-        if name == "callbacks" and isinstance(node, dict):
-            for callback in node:
-                check_target(draft, f"callbacks.{callback}")
-        elif isinstance(node, dict) and (node or name != "logger"):
-            check_target(draft, name)
-    for path, node in targets(draft.values):
-        check_node(draft, path, node)
+Problems = Iterator[tuple[str, str]]  # pairs of a key and what is wrong with it
 
 
-def unresolved(draft: Draft, key: str, error: str) -> str:
-    """Why a key has no value."""
-    absent = re.search(r"Interpolation key '([^']+)' not found", error)
-    near = nearest(absent[1], leaves(draft.raw)) if absent else None
-    text = f"{key}={shown(dig(draft.raw, key))}: {' '.join(error.splitlines()[0].split())}"
-    return f"{text}; did you mean ${{{near}}}?" if near else text
-
-
-def check_target(draft: Draft, path: str) -> None:
-    """A node that is built must name a class."""
-    node = draft.get(path)
-    if not isinstance(node, dict) or not node:
-        draft.note_value(path, ": expected a _target_")
-    elif "_target_" not in node:
-        near = nearest("_target_", [key for key in node if key not in INSTRUCTIONS])
-        given = ", ".join(f"{path}.{key}" for key in node)
-        hint = f"; did you mean it by {path}.{near}?" if near else f", the class to build (given: {given})"
-        draft.note(f"{path}._target_", f"{path}._target_ is missing{hint}")
-
-
-def targets(node: Any, path: str = "") -> Iterator[tuple[str, dict]]:
-    """The path of every node that will be instantiated, and the node."""
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield path, node
-        for key, value in node.items():
-            yield from targets(value, f"{path}.{key}" if path else key)
-
-
-def check_node(draft: Draft, path: str, node: dict) -> None:
-    """One `_target_` node: its target, its keys and the types of its values."""
-    if (target := find_target(draft, path, node["_target_"])) is None:
-        return
-    partial = node.get("_partial_", False)
-    if partial is not (path == "optimizer"):  # only the optimizer waits for something: the weights
-        rule = "must be true: the weights are passed later" if path == "optimizer" else "must be false, or left out"
-        draft.note_value(f"{path}._partial_", f": {rule}")
-    arguments, filled_in = {k: v for k, v in node.items() if k not in INSTRUCTIONS}, FILLED_IN.get(path, ())
-    for name in arguments.keys() & set(filled_in):
-        draft.note(f"{path}.{name}", f"{path}.{name} is filled in by the program and cannot be set")
-    draft.report(dict(validate(arguments_model(target, arguments, filled_in), arguments, path)))
-
-
-def find_target(draft: Draft, path: str, name: Any) -> Callable | None:
-    """The class that a node names; None, with a problem noted, if it is not allowed, not there or of another kind."""
-    key, package = f"{path}._target_", str(name).partition(".")[0]
-    allowed = BUILT_IN_PACKAGES | set(draft.get("allowed_packages") if draft.sound("allowed_packages") else [])
-    if package not in allowed:
-        near = moved(str(name)) or nearest(package, allowed)
-        hint = f"did you mean {near}?" if near else "add it to allowed_packages"
-        draft.note_value(key, f": package {package} is not allowed; {hint}")
-        return None
+def text_problems(cfg: DictConfig) -> list[str]:
+    """What is wrong with the keys and types of a config; first of all, with what its values refer to."""
+    raw: Any = OmegaConf.to_container(cfg)
     try:
-        target = find(str(name))
+        values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = str(error.full_key)
+        return [f"{key}={shown(dig(raw, key))}: {str(error).splitlines()[0]}"]
+    found: list[tuple[str, str]] = []
+    for path, types in PLAIN.items():
+        if isinstance(node := dig(values, path), dict):
+            found += mismatches(path, node, types, needed=types)
+    nodes = {name: node for name, node in values.items() if isinstance(node, dict) and (node or name != "logger")}
+    nodes |= {f"callbacks.{name}": node for name, node in nodes.pop("callbacks", {}).items()}
+    for path, node in nodes.items():
+        if (group := path.partition(".")[0]) in BUILT:
+            found += node_problems(path, node, *BUILT[group], values.get("allowed_packages"))
+    taken = {f"${{{key}}}" for key, _ in found}  # what is taken from a wrong value is not told again
+    return [problem for key, problem in found if str(dig(raw, key)) not in taken]
+
+
+def mismatches(
+    path: str, values: Mapping[str, Any], types: Mapping[str, Any], needed: Collection[str], further: bool = False
+) -> Problems:
+    """Keys of a node that are missing, or not known unless `further` are taken, and values of another type."""
+    for name in dict.fromkeys([*values, *needed]):
+        key = f"{path}.{name}".lstrip(".")
+        if name not in values:
+            yield key, f"{key} is missing, and cannot be left out"
+        elif name in types:
+            if rule := broken_rule(types[name], values[name]):
+                yield key, f"{key}={shown(values[name])} must be {rule}"
+        elif not further:
+            known = [f"{path}.{name}".lstrip(".") for name in types]
+            yield key, unknown(f"key {key}", key, known, list_known=False)
+
+
+def broken_rule(hint: Any, value: Any) -> str:
+    """What a value should be, if its type is another one."""
+    try:
+        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+        # as JSON, in which a list may stand for a tuple, as it does in YAML
+        adapter.validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError as error:
+        return " or ".join(dict.fromkeys(problem["msg"].removeprefix("Input should be ") for problem in error.errors()))
+    except (PydanticUserError, NameError):  # an annotation that cannot be checked
+        pass
+    return ""
+
+
+def node_problems(
+    path: str, node: Any, kind: type = object, filled_in: Collection[str] = (), allowed: Collection[str] = ()
+) -> Problems:
+    """What is wrong with a node that is built: its class, its keys, their types, and the nodes in it.
+
+    Args:
+        path: of the node.
+        node: its values, without interpolations.
+        kind: what its class must be derived from.
+        filled_in: arguments that the program gives.
+        allowed: packages beside the built-in ones.
+    """
+    key = f"{path}._target_"
+    if not isinstance(node, dict) or "_target_" not in node:
+        yield key, f"{key} is missing, the class to build (given: {', '.join(leaves(node, f'{path}.'))})"
+        return
+    values = {name: value for name, value in node.items() if name not in INSTRUCTIONS}
+    try:
+        target = find(str(node["_target_"]), kind, allowed)
+        types, needed, further = arguments(target, values)
     except (ImportError, AttributeError, ValueError) as error:
-        draft.note_value(key, f" cannot be imported: {error}")
-        return None
-    group, _, callback = path.partition(".")
-    kind = KINDS.get(group) if "." not in callback and bool(callback) == (group == "callbacks") else None
-    if not callable(target) or (isinstance(target, type) and kind and not issubclass(target, kind)):
-        draft.note_value(key, f" is not a {kind.__name__ if kind else 'callable'}")
-        return None
+        yield key, f"{key}={node['_target_']} cannot be used: {error}"
+        return
+    if node.get("_partial_", False) is not (path == "optimizer"):
+        key = f"{path}._partial_"
+        yield key, f"{key} must be {shown(path == 'optimizer')}: only the optimizer waits, for the weights"
+    for name in values.keys() & filled_in:
+        yield f"{path}.{name}", f"{path}.{name} is filled in by the program and cannot be set"
+    for name, value in values.items():
+        if isinstance(value, dict) and "_target_" in value:
+            yield from node_problems(f"{path}.{name}", value, allowed=allowed)
+            types[name] = Any
+    yield from mismatches(path, values, types | dict.fromkeys(filled_in, Any), needed - {*filled_in}, further)
+
+
+def find(name: str, kind: type = object, allowed: Collection[str] = ()) -> Callable:
+    """The class of a dotted name.
+
+    Raises:
+        ImportError, AttributeError, ValueError: it is not there, not allowed, or of another kind.
+    """
+    package, (module, _, attribute) = name.partition(".")[0], name.rpartition(".")
+    known = [*BUILT_IN_PACKAGES, *allowed]
+    if package not in known:
+        defined = rf"(?m)^class {re.escape(attribute)}\b"
+        homes = [path.relative_to(SRC) for path in SRC.rglob("*.py") if re.search(defined, path.read_text())]
+        near = ".".join([*homes[0].with_suffix("").parts, attribute]) if homes else nearest(package, known)
+        hint = f"did you mean {near}?" if near else "add it to allowed_packages"
+        raise ValueError(f"package {package} is not allowed; {hint}")
+    target = getattr(importlib.import_module(module), attribute)
+    if not callable(target) or (isinstance(target, type) and not issubclass(target, kind)):
+        raise ValueError(f"it is not a {kind.__name__}")
     return target
+
+
+def arguments(target: Callable, given: Collection[str]) -> tuple[dict[str, Any], set[str], bool]:
+    """The types of the arguments that a callable takes, the names of those that it needs, and whether it takes others.
+
+    Args:
+        target: the callable.
+        given: names of the arguments that a config gives.
+
+    Raises:
+        ValueError: it has no signature.
+    """
+    try:
+        parameters = inspect.signature(target, eval_str=True).parameters.values()
+    except NameError:  # a name that only type checkers import
+        parameters = inspect.signature(target).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    types = {p.name: Any if p.annotation is p.empty else p.annotation for p in named}
+    needed = {p.name for p in named if p.default is p.empty}
+    if "max_len" in needed:  # `run/build.py` fills it in where it is null or left out
+        types["max_len"], needed = types["max_len"] | None, needed - {"max_len"}
+    further = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    bases = [base.__name__ for base in getattr(target, "__mro__", ()) if base.__name__ in PASSED_ON]
+    if further and bases and given - types.keys():
+        types, further = arguments(find(PASSED_ON[bases[0]]), ())[0] | types, False
+    return types, needed, further

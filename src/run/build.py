@@ -1,22 +1,37 @@
 """From a composed config to objects: the data, the model that fits them, the task around both."""
 
+import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig, OmegaConf
 
-from config.draft import Draft
-from config.nodes import check_node, check_target
+from config.nodes import BUILT, node_problems
 from config.refusal import reason
 from data.sequences import SequenceDataModule
 from pattern_search_task import PatternSearchTask
 from results.runs import RunError, find_run
 from run.checkpoints import read_checkpoint
 from transformer import DecoderOnlyTransformer
+
+
+def data_of(cfg: DictConfig) -> SequenceDataModule:
+    """The data of a config. The newest are kept: the check of a run and the run itself share them."""
+    return made(json.dumps(OmegaConf.to_container(cfg.datamodule, resolve=True), sort_keys=True), cfg.seed)
+
+
+@lru_cache(maxsize=1)
+def made(datamodule: str, seed: int) -> SequenceDataModule:
+    L.seed_everything(seed, verbose=False)  # for data that are drawn from a library's own generator
+    return build_datamodule(OmegaConf.create({"datamodule": json.loads(datamodule)}))
 
 
 def build_datamodule(cfg: DictConfig) -> SequenceDataModule:
@@ -45,6 +60,24 @@ def build_model(cfg: DictConfig, datamodule: SequenceDataModule) -> DecoderOnlyT
         )
     sizes = dict(vocab_size=datamodule.vocab_size, n_classes=datamodule.n_classes, max_len=max_len)
     return instantiate(cfg.model, **sizes)
+
+
+def weightless_model(cfg: DictConfig, datamodule: SequenceDataModule) -> torch.nn.Module:
+    """The model without memory for its weights, or if it cannot be built so, with.
+
+    Raises:
+        ValueError: its weights alone do not fit in memory, or what its constructor refuses.
+    """
+    try:
+        with torch.device("meta"):
+            model = build_model(cfg, datamodule)
+    except NotImplementedError:
+        model = build_model(cfg, datamodule)
+    weights = sum(p.numel() for p in model.parameters())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * weights > memory:
+        raise ValueError(f"a model of {weights:,} weights does not fit in {memory / 2**30:.0f} GiB of memory")
+    return model
 
 
 def build_task(cfg: DictConfig, datamodule: SequenceDataModule) -> PatternSearchTask:
@@ -112,14 +145,16 @@ def data_of_run(cfg: DictConfig) -> SequenceDataModule:
 
 
 def check_nodes(cfg: DictConfig, *nodes: str) -> None:
-    """RunError if a key of the nodes is not known any more, or a value has the wrong type."""
-    draft = Draft(cfg)
-    for name in nodes:
-        check_target(draft, name)
-        if draft.sound(name):
-            check_node(draft, name, draft.get(name))
-    if draft.problems:
-        raise RunError("; ".join(draft.problems.values()))
+    """Check keys and types as before a run.
+
+    Raises:
+        RunError: a key is not known any more, or a value has the wrong type.
+    """
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    allowed = values.get("allowed_packages", ())
+    problems = [text for name in nodes for _, text in node_problems(name, values.get(name), *BUILT[name], allowed)]
+    if problems:
+        raise RunError("; ".join(problems))
 
 
 def check_fit(cfg: DictConfig, trained: SequenceDataModule, data: SequenceDataModule, changes: Sequence[str]) -> None:

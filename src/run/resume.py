@@ -11,10 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hydra.conf import HydraConf
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from config.compose import shown
+from config.compose import given, shown
 from config.refusal import refuse
 from results.runs import RESUMABLE, Run, RunError, flat, read_run
 from run.checkpoints import read_checkpoint
@@ -26,23 +27,23 @@ LIMITS = ("max_epochs", "max_steps", "max_time", "max_evaluations", "max_seconds
 FREE = ("resume.", "checkpoint.", "choices.", "logger.", "wandb.", "allowed_packages.", "callbacks.progress.")
 
 
-def plan(cfgs: Sequence[DictConfig], overrides: Sequence[str], multirun: bool) -> list[Path]:
+def plan(cfgs: Sequence[DictConfig], hydra: HydraConf, multirun: bool) -> list[Path]:
     """The directories in which the jobs of a command will run; refuses what speaks against it.
 
     Args:
         cfgs: of the jobs; `output_dir` is where a job would run if it did not resume.
-        overrides: of the command.
+        hydra: the node of the config of the command.
         multirun: whether the command is a sweep, whose jobs stay in their own directories.
     """
     key, resume, problems = "hydra.sweep.dir=" if multirun else "hydra.run.dir=", cfgs[0].resume, list[str]()
-    given = any(override.startswith(key) for override in overrides)
-    if multirun and resume is not None and not (resume == "auto" and given):
+    own = any(override.startswith(key) for override in given(hydra, "hydra"))
+    if multirun and resume is not None and not (resume == "auto" and own):
         problems.append(f"resume={resume}: a sweep resumes with resume=auto hydra.sweep.dir=<its own>")
     for run_dir, jobs in Counter(cfg.output_dir for cfg in cfgs).items():
         if jobs > 1:
             advice = "leave output_dir and hydra.sweep.subdir out, and each has its own directory"
             problems.append(f"{jobs} jobs would write to {typed(run_dir)}; {advice}")
-    run_dirs = [_run_directory(cfg, multirun or given) for cfg in cfgs]
+    run_dirs = [_run_directory(cfg, multirun or own) for cfg in cfgs]
     if found := problems or [p for cfg, run_dir in zip(cfgs, run_dirs, strict=True) for p in _problems(cfg, run_dir)]:
         refuse(found)
     return run_dirs

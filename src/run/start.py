@@ -13,19 +13,17 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, open_dict, read_write
 
-from config.check import check, problems_of
+from config.check import check
 from config.compose import explain, given, job_config
-from config.draft import Draft
-from config.refusal import refuse
+from config.refusal import ConfigError, refuse
 from run.resume import plan
 
 
@@ -34,27 +32,17 @@ class Start(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         with final():
-            draft = check(job_config(config, config.hydra.run.dir), config.hydra)
-            run_dir = run_directories([draft], config, multirun=False)[0]
-            if draft.cfg.resume:
+            cfgs = check([job_config(config, config.hydra.run.dir)])
+            (run_dir,) = plan(cfgs, config.hydra, multirun=False)
+            if cfgs[0].resume:
                 with read_write(config.hydra):
                     config.hydra.run.dir = str(run_dir)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Check the jobs of Hydra's own sweeper. Others choose values on the way, and jobs check themselves."""
         with final():
-            if not chosen_before(config.hydra):
-                return
-            loader, drafts = GlobalHydra.instance().config_loader(), []
-            sweep_dir = config.hydra.sweep.dir  # the time in it is that of the sweep, not of its jobs
-            alike: dict[str, Draft] = {}
-            for number, overrides in enumerate(jobs(config)):
-                job = loader.load_sweep_config(config, overrides)
-                with open_dict(job.hydra.job):
-                    job.hydra.job.num = job.hydra.job.id = number
-                run_dir = os.path.join(sweep_dir, job.hydra.sweep.subdir)
-                drafts.append(check(job_config(job, run_dir), job.hydra, alike))
-            run_directories(drafts, config, multirun=True)
+            if chosen_before(config.hydra):
+                plan(check(job_configs(config)), config.hydra, multirun=True)
 
 
 def chosen_before(hydra: Any) -> bool:
@@ -62,12 +50,15 @@ def chosen_before(hydra: Any) -> bool:
     return hydra.sweeper._target_.endswith(".BasicSweeper")
 
 
-def run_directories(drafts: list[Draft], config: DictConfig, multirun: bool) -> list[Path]:
-    """Where the jobs of a command will run; what cannot run is refused."""
-    if problems := problems_of(drafts):
-        refuse(problems)
-    overrides: Any = OmegaConf.to_container(config.hydra.overrides)  # without resolving what they quote
-    return plan([draft.cfg for draft in drafts], [*overrides["hydra"], *overrides["task"]], multirun)
+def job_configs(config: DictConfig) -> Iterator[DictConfig]:
+    """The configs of the jobs of a sweep, one after the other."""
+    loader = GlobalHydra.instance().config_loader()
+    sweep_dir = config.hydra.sweep.dir  # the time in it is that of the sweep, not of its jobs
+    for number, overrides in enumerate(jobs(config)):
+        job = loader.load_sweep_config(config, overrides)
+        with open_dict(job.hydra.job):
+            job.hydra.job.num = job.hydra.job.id = number
+        yield job_config(job, os.path.join(sweep_dir, job.hydra.sweep.subdir))
 
 
 def jobs(config: DictConfig) -> list[list[str]]:
@@ -89,6 +80,8 @@ def final() -> Iterator[None]:
     try:
         try:
             yield
+        except ConfigError as error:
+            refuse(error.problems)
         except HydraException as error:
             refuse([explain(error, sys.argv[1:])])
     except Exception:

@@ -19,8 +19,9 @@ import yaml
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from config.compose import given
 from results.runs import RunError, by_number, read_run
 from run.directory import TRAIN, quoted, to_type, typed, write
 
@@ -125,8 +126,8 @@ def closing_lines(directory: Path, jobs: list[dict[str, Any]], config: DictConfi
     if failed:
         lines.append(f"{failed} of {len(jobs)} jobs failed; the reasons are in {here}/<job>/error.txt")
     if failed or not ended:
-        of_hydra: Any = OmegaConf.to_container(config.hydra.overrides.hydra)  # without resolving what they quote
-        kept = [word for word in of_hydra if not word.startswith(("hydra.sweep.dir=", "hydra.mode="))]
+        own = ("hydra.sweep.dir=", "hydra.mode=")
+        kept = [word for word in given(config.hydra, "hydra") if not word.startswith(own)]
         more = [*kept, f"hydra.sweep.dir={quoted(typed(directory))}", "resume=auto"]
         lines.append(f"{'Again' if ended else 'Go on with'}: {to_type([typed(TRAIN), '-m'], config.hydra, *more)}")
     return lines

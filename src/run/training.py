@@ -17,14 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Column, Table
 
-from config.builds import data_of
-from config.check import check, problems_of
-from config.refusal import ConfigError, refuse
+from config.check import check
+from config.refusal import refuse
 from data.sequences import SequenceDataModule
 from pattern_search_task import CountsLostError, PatternSearchTask
 from polls.threads import available_cores
 from results.runs import by_position
-from run.build import build_task
+from run.build import build_task, data_of
 from run.checkpoints import AtomicCheckpointIO, Checkpoints
 from run.cpu import prepare_machine
 from run.directory import TRAIN, RunDirectoryError, locked, print_any_character, record_start, typed, write
@@ -46,9 +45,8 @@ def job(cfg: DictConfig) -> float:
     silence_libraries()  # here too: a job of the joblib launcher runs in a process of its own
     print_any_character()
     try:
-        unchecked = in_sweep() and not chosen_before(HydraConfig.get())
-        if unchecked and (problems := problems_of([check(cfg, HydraConfig.get())])):
-            raise ConfigError(problems)
+        if in_sweep() and not chosen_before(HydraConfig.get()):
+            check([cfg])
         summary = train(cfg)
     except (RunDirectoryError, CountsLostError) as problem:
         if in_sweep():

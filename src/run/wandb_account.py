@@ -4,6 +4,16 @@ import netrc
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def problem() -> str | None:
+    """Why no run could upload, and what to do; None if it could."""
+    if not wandb_key():
+        return "no W&B account is set up on this machine; run `wandb login`, or set WANDB_API_KEY"
+    unreachable = out_of_reach()
+    return unreachable and f"{unreachable}; connect this machine"
 
 
 def wandb_key() -> str | None:
@@ -26,3 +36,15 @@ def out_of_reach(seconds: float = 5) -> str | None:
     except (OSError, ValueError) as error:
         return f"W&B cannot be reached at {server} ({getattr(error, 'reason', error)})"
     return None
+
+
+@contextmanager
+def same_mode() -> Iterator[None]:
+    """Set WANDB_MODE back at the end: WandbLogger(offline=True) sets it for the whole process."""
+    mode = os.environ.get("WANDB_MODE")
+    try:
+        yield
+    finally:
+        os.environ.pop("WANDB_MODE", None)
+        if mode is not None:
+            os.environ["WANDB_MODE"] = mode

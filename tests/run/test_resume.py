@@ -368,8 +368,8 @@ def test_jobs_that_would_share_a_directory_are_refused(check, shared):
         ("resume=nowhere", "no run is there"),
         ("resume=a/checkpoints/best.ckpt", "best.ckpt is a file"),
         ("hydra.run.dir=a/config.yaml/b", "config.yaml is a file"),
-        ("resume=5", "expected str"),
-        ("checkpoint.every_steps=0", "checkpoint.every_steps=0: expected int | null, greater than or equal to 1"),
+        ("resume=5", "resume=5 must be a valid string"),
+        ("checkpoint.every_steps=0", "checkpoint.every_steps=0 must be greater than or equal to 1"),
     ],
 )
 def test_a_wrong_place_is_refused(check, compose_config, tmp_path, arguments, message):
