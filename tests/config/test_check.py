@@ -277,7 +277,7 @@ def test_flags_may_stand_between_overrides():
 def test_a_logger_is_built_by_the_check_and_leaves_the_environment_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "dryrun")
     (problem,) = problems("+logger.log_model=3")
-    assert problem.startswith("logger.log_model=3: expected bool")
+    assert problem.startswith("logger.log_model=3 must be a valid boolean")
     assert problems("+logger.log_model=true") == []
     assert os.environ["WANDB_MODE"] == "dryrun"
 
