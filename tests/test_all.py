@@ -81,7 +81,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
         ("model=gigantic", "Known: large, medium, small, tiny"),
         ("model.d_model=66", "try model.d_model=64 or model.n_heads=3"),
         ("datamodule.group=S_3", "datamodule.group=S_3 is not known"),
-        ("trainer.max_epochs=many", "trainer.max_epochs=many: expected"),
+        ("trainer.max_epochs=many", "trainer.max_epochs=many must be a valid integer"),
         ("--config-name=trian", "did you mean train?"),
         ("-m seed=0,-1", "seed=-1 must be greater than or equal to 0"),
         ("logger.offline=False", "wandb login"),
