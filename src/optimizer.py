@@ -88,6 +88,7 @@ class PatternSearch(LossOnlyOptimizer):
         ValueError: an option outside its range, a parameter that is not of a floating type, or no weight at all.
 
     Example:
+        >>> import torch
         >>> w = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
         >>> search = PatternSearch([w], radius=1.0, min_radius=1e-3)
         >>> while search.stopped_by is None:
@@ -252,6 +253,7 @@ class PatternSearch(LossOnlyOptimizer):
             options: instead of the recommended ones.
 
         Example:
+            >>> import torch
             >>> search = PatternSearch.recommended(nn.Linear(4, 1), lambda out, batch: (out - 1).square().mean())
             >>> losses = [search.step(search.polls.on({"x": torch.randn(64, 4)})) for _ in range(300)]
             >>> losses[-1] < 0.01 * losses[0]

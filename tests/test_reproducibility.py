@@ -95,7 +95,7 @@ def test_online_without_a_network_is_refused_at_once_with_what_to_do(tmp_path):
     done = train(tmp_path, "logger.offline=False", WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9")
     assert done.returncode == 2, done.stderr
     assert "W&B cannot be reached at http://127.0.0.1:9" in done.stderr
-    assert "logger.offline=True and upload later" in done.stderr
+    assert "logger.offline=true and upload later" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
