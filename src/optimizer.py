@@ -46,11 +46,9 @@ class PatternSearch(LossOnlyOptimizer):
        best of the step lengths counts. With `half_after`, moves get shorter with the number of evaluations (Robbins
        and Monro 1951), and slopes fade more slowly in return. With `search_first` this comes before the poll.
     4. Move to the best of the complete poll and the search, if it is better than the incumbent; else stay.
-    5. A pass over all directions without a success of a group is a failed poll of this group: its radius is multiplied
-       by `contraction`. Any success multiplies it by `expansion` at the end of the pass (Torczon 1997; Audet and Dennis
-       2003).
-    6. The search stops when every radius is below `min_radius` or a budget is used up; from then on `stopped_by` says
-       why and steps do nothing.
+    5. A pass over all directions without a success of a group multiplies its radius by `contraction`, any success by
+       `expansion` at the end of the pass (Torczon 1997; Audet and Dennis 2003).
+    6. Stop when every radius is below `min_radius` or a budget is used up: `stopped_by` says why, steps do nothing.
 
     Without `step_lengths` and `one_sided` it is the pattern search of the literature. A step is one whole pass, or the
     next `polls_per_step` directions of it: then the pass goes on in the next step, on the next batch.
