@@ -39,7 +39,7 @@ from polls.threads import one_thread
 from search.coordinates import Coordinates
 from transformer import Block, DecoderOnlyTransformer
 
-CHUNK_TOKENS = 2**15  # tokens of candidates that take the whole way through the model; see `NodeGroup`
+CHUNK_TOKENS = 2**14  # tokens of candidates that take the whole way through the model; see `NodeGroup`
 TRIAL_WEIGHTS = 2**24  # moved weights of a trial at a time
 CACHE_BYTES = 2**28  # what may be remembered of the incumbent; rows beyond are computed anew in every call
 

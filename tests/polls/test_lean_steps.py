@@ -49,15 +49,15 @@ def setup(positions="learned", length=16, **options):
     return search, lambda: polls.on({"x": x, "y": y})
 
 
-@pytest.mark.parametrize("nodes", [8, 128, 256])
-def test_a_step_of_node_perturbation_has_few_operators_and_waits(nodes):
+@pytest.mark.parametrize(("nodes", "most"), [(8, 900), (128, 1250), (256, 1400)])
+def test_a_step_of_node_perturbation_has_few_operators_and_waits(nodes, most):
     search, closure = setup(nodes_per_step=nodes, orthogonalise=6, **NODES)
     for _ in range(2):
         search.step(closure())
     with Operators() as operators:
         search.step(closure())
     assert sum(operators.waits.values()) <= 3, operators.waits
-    assert sum(operators.computed.values()) <= 1250, operators.computed
+    assert sum(operators.computed.values()) <= most, operators.computed
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
