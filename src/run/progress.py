@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from datetime import timedelta
 from statistics import fmean
 from typing import Any
 
@@ -92,8 +93,9 @@ class SearchProgress(Callback):
                 ended, now = self._ended.wait(self.refresh_seconds), time.monotonic()
                 per_second = (task.evaluations - evaluations_before) / (now - started)
                 share = share_done(trainer, task, self.total)
-                line = status(trainer, task, self, per_second, share)
-                bar.update(row, completed=share, description=line, refresh=True)
+                bar.update(row, completed=share)
+                line = status(trainer, task, self, per_second, share, bar.tasks[0].time_remaining)
+                bar.update(row, description=line, refresh=True)
                 if ended or now >= next_line + self.log_every_seconds:
                     next_line = now
                     self._say(line, show=ended or not live)
@@ -104,15 +106,23 @@ class SearchProgress(Callback):
             self.console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def status(trainer: L.Trainer, task: PatternSearchTask, seen: SearchProgress, per_second: float, share: float) -> str:
-    """What to say in one line, the most important first."""
-    report = report_of(task)
-    loss = report.loss_after if task.search else [math.nan, *seen.train_losses][-1]
-    parts = [f"loss {loss:.4f}", f"{share:.0%} done", f"evaluations {task.evaluations:,} ({per_second:,.0f}/s)"]
+def status(
+    trainer: L.Trainer,
+    task: PatternSearchTask,
+    seen: SearchProgress,
+    per_second: float,
+    share: float,
+    left: float | None,
+) -> str:
+    """What to say in one line, the most important first; `left` are the seconds to the nearest limit."""
+    losses = [*seen.train_losses, *([task.search.report.loss_after] if task.search else [])]
+    loss = next((loss for loss in reversed(losses) if math.isfinite(loss)), math.nan)  # a step begins without one
+    done = f"{share:.0%} done" + ("" if left is None else f", at most {timedelta(seconds=round(left))} left")
+    parts = [f"loss {loss:.4f}", done, f"evaluations {task.evaluations:,} ({per_second:,.0f}/s)"]
     if math.isfinite(seen.exact_match):
         parts.append(f"val exact match {seen.exact_match:.3f}")
     if task.search is not None:
-        parts += [f"accepted {report.accepted:,} of {report.done:,}", *task.search.status()]
+        parts += task.search.status()
     total = "?" if math.isinf(seen.total) else int(seen.total)
     return f"step {trainer.global_step}/{total} {' · '.join(parts)}"
 

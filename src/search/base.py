@@ -56,7 +56,9 @@ class LossOnlyOptimizer(torch.optim.Optimizer, ABC):
         self.seed, self.report = seed, StepReport()
         super().__init__(params, defaults or {})
         # torch saves and loads keys that are no parameters as they are
-        self.state["search"] = {"evaluations": 0, "seconds": 0.0, "steps": 0, "stopped_by": None}  # type: ignore[index]
+        self.state["search"] = {  # type: ignore[index]
+            "evaluations": 0, "seconds": 0.0, "steps": 0, "accepted": 0, "stopped_by": None,
+        }  # fmt: skip
         self.number_weights()
         self.saved["shape"] = self.shape()
 
@@ -82,9 +84,9 @@ class LossOnlyOptimizer(torch.optim.Optimizer, ABC):
         } | {f"radius_{i}" if i else "radius": radius for i, radius in enumerate(self.radii())}
 
     def status(self) -> list[str]:
-        """What a live display shows beside the counts, such as ["radius 0.05"]."""
+        """What a live display shows beside the counts, such as ["accepted 12", "radius 0.05"]."""
         radii = dict.fromkeys(f"{radius:.3g}" for radius in self.radii())  # equal ones once
-        return [f"radius {'/'.join(radii)}"] if radii else []
+        return [f"accepted {self.saved['accepted']:,}", *([f"radius {'/'.join(radii)}"] if radii else [])]
 
     def radii(self) -> list[float]:
         """The radius of each parameter group; none for an optimizer whose groups have no such option."""
@@ -163,6 +165,7 @@ class LossOnlyOptimizer(torch.optim.Optimizer, ABC):
         self.move(changes, coordinates)
         self.report.loss_after = float(loss)
         self.report.accepted += 1
+        self.saved["accepted"] += 1
 
     def move(self, changes: Tensor, coordinates: Tensor | None = None) -> None:
         """Move all weights by changes (n,), or those at distinct coordinates (M,) by (M,), without a loss for it.

@@ -87,6 +87,8 @@ def test_any_optimizer_is_shown(parity, model, optimizer, has_radius, capsys):
     assert "step 8/8 loss" in said.out
     assert "Traceback" not in said.err  # of a thread that died
     assert ("radius" in said.out) == has_radius
+    assert "accepted" in said.out or not has_radius
+    assert "% done" in said.out
 
 
 def test_a_hint_is_printed_once(parity, model, monkeypatch, capsys):
