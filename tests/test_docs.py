@@ -172,7 +172,7 @@ def test_every_diagnosis_draws(command, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in commands(LOG) if "report.py tables" not in c])
+@pytest.mark.parametrize("command", [c for c in commands(LOG) if "src/report.py" not in c])
 def test_every_command_of_the_log_composes(command, compose_config):
     """Sweeps of hours: each value of each key is composed once."""
     arguments = [word for word in shlex.split(command)[2:] if word != "-m"]

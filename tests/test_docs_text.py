@@ -7,6 +7,8 @@ import pytest
 
 from commands import CODE, DOCUMENTS, README, files
 from conftest import ROOT
+from results.figures import draw_runs
+from results.runs import read_runs
 from results.tables import read_summaries, summary_table
 
 
@@ -51,6 +53,16 @@ def test_every_file_that_is_named_is_there(document):
     examples |= set(re.findall(r"^\| `(configs/\S+)` \|", README.read_text(), flags=re.MULTILINE))
     named = re.findall(r"`((?:src|configs|tests|docs|report)/[\w./]+)`", document.read_text())
     assert [path for path in named if not Path(ROOT, path).exists() and path not in examples] == []
+
+
+def test_the_figure_of_kept_curves_is_drawn_by_its_command(tmp_path):
+    command = "python src/report.py figures report/results/parity.csv.gz --output report/parity.png"
+    assert command in (ROOT / "report" / "log.md").read_text()
+    table = read_runs(ROOT / "report/results/parity.csv.gz")
+    assert table.groupby("optimizer").run.nunique().to_dict() == {
+        "adam": 3, "pattern_search": 10, "pattern_search_nodes": 10
+    }  # fmt: skip
+    draw_runs(table).savefig(tmp_path / "again.png")
 
 
 @pytest.mark.parametrize(

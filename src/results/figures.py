@@ -2,6 +2,7 @@
 
 python src/report.py figures runs                          every run below a directory
 python src/report.py figures runs/A runs/B --output ab.png
+python src/report.py figures runs --keep curves.csv.gz     keep what is drawn; `figures curves.csv.gz` draws it again
 python src/report.py figures --wandb my_team/my_project    runs on W&B, from anywhere
 """
 
@@ -118,10 +119,15 @@ def main(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("paths", nargs="*", type=Path, help="run directories, or directories of runs")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="read the runs of a W&B project instead")
     parser.add_argument("--output", type=Path, help="the picture to write (default: runs.png in the first path)")
+    parser.add_argument("--keep", type=Path, help="a CSV to write with what is drawn, from which it can be drawn again")
     args = parser.parse_args(arguments)
     if bool(args.paths) == bool(args.wandb):
         parser.error("give run directories, or --wandb ENTITY/PROJECT")
     entity, _, project = (args.wandb or "").rpartition("/")
     table = read_wandb(entity or None, project) if args.wandb else read_runs(*args.paths)
-    output = args.output or Path(*args.paths[:1], "runs.png")
+    first = Path(*args.paths[:1])
+    output = args.output or (first if first.is_dir() else first.parent) / "runs.png"
+    if args.keep:
+        drawn = table[table.metric.isin(f"{split}/{panel}" for split in WIDTHS for panel in PANELS)]
+        drawn.assign(run=drawn.run.factorize()[0]).to_csv(args.keep, index=False)
     save(draw_runs(table), output, f"{table.run.nunique()} run(s)")

@@ -154,8 +154,13 @@ def read_runs(*paths: str | Path) -> pd.DataFrame:
     """The metrics tables of all runs below the paths as one, with columns that say of which run a row is.
 
     They are run (its directory), chance_loss (NaN for a run that has not ended yet), those of `describe`, and settings,
-    as `name_settings` gives them. RunError if no run that can be read lies there.
+    as `name_settings` gives them. RunError if no run that can be read lies there. A .csv or .csv.gz that
+    `report.py figures --keep` wrote stands for its runs.
     """
+    import pandas as pd
+
+    if kept := [path for path in paths if Path(path).name.endswith((".csv", ".csv.gz"))]:
+        return pd.concat(pd.read_csv(path, keep_default_na=False, na_values={"chance_loss": [""]}) for path in kept)
 
     def table_of(run: Run) -> pd.DataFrame:
         chance_loss = (run.summary or {}).get("chance_loss", math.nan)

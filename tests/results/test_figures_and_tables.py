@@ -1,12 +1,13 @@
 """Runs become one tidy table, from local files and from W&B, and the table becomes figures."""
 
 import json
+from argparse import ArgumentParser
 
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from results.figures import AXES, draw_accuracy, draw_runs
+from results.figures import AXES, draw_accuracy, draw_runs, main
 from results.runs import COLUMNS, OUTCOME, RunError, name_settings, read_runs, read_wandb
 from results.tables import read_summaries, summary_table
 from run.metrics_table import MetricsTable
@@ -45,6 +46,15 @@ def test_a_table_has_one_row_a_value_with_its_axes(tmp_path):
     assert rows.iloc[-1].to_dict() == {
         "step": 3, "evaluations": 20, "seconds": 1.0, "metric": "test/token_accuracy", "value": 0.5,
     }  # fmt: skip
+
+
+def test_what_is_drawn_can_be_kept_and_drawn_again(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", optimizer="adam", chance_loss=None)
+    kept, pictures = tmp_path / "kept.csv.gz", [tmp_path / name for name in ("first.png", "again.png")]
+    main(ArgumentParser(), [str(tmp_path), "--keep", str(kept), "--output", str(pictures[0])])
+    main(ArgumentParser(), [str(kept), "--output", str(pictures[1])])
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
 
 
 def test_a_table_that_is_opened_again_is_continued(tmp_path):
