@@ -55,6 +55,7 @@ def test_every_file_that_is_named_is_there(document):
     assert [path for path in named if not Path(ROOT, path).exists() and path not in examples] == []
 
 
+@pytest.mark.slow
 def test_the_figure_of_kept_curves_is_drawn_by_its_command(tmp_path):
     command = "python src/report.py figures report/results/parity.csv.gz --output report/parity.png"
     assert command in (ROOT / "report" / "log.md").read_text()

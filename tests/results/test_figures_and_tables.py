@@ -48,6 +48,7 @@ def test_a_table_has_one_row_a_value_with_its_axes(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_is_drawn_can_be_kept_and_drawn_again(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", optimizer="adam", chance_loss=None)

@@ -47,6 +47,7 @@ def test_stopped_by_says_what_ended_the_run(reason, options, compose_config, mon
     assert train(cfg)["stopped_by"] == reason
 
 
+@pytest.mark.slow
 def test_a_run_prolonged_after_an_early_stop_forgets_its_reason(compose_config):
     cfg = compose_config(*ADAM, "callbacks.early_stopping.stopping_threshold=5", "trainer.max_epochs=3")
     assert train(cfg)["stopped_by"] == "solved"
