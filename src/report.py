@@ -6,6 +6,7 @@ python src/report.py collect runs --output x.csv    the same as rows of a CSV, w
 python src/report.py ablation runs/sweep_A   evaluations and seconds of each variant of the search
 python src/report.py diagnosis model=tiny    train, and look at every step of the search from outside
 python src/report.py landscape model=tiny    train, and draw the loss around the way that the weights took
+python src/report.py spectrum experiment=z5  train, and draw singular values of slopes and gradient
 python src/report.py compare report/quick.yaml       every contender on every task, by one protocol, with figures
 python src/report.py figures --help          the options of one of them
 """
@@ -18,7 +19,10 @@ from config.refusal import ConfigError, refuse
 from results.runs import RunError
 from run.directory import print_any_character
 
-COMMANDS = {name: f"results.{name}" for name in ("tables", "figures", "collect", "ablation", "diagnosis", "landscape")}
+COMMANDS = {
+    name: f"results.{name}"
+    for name in ("tables", "figures", "collect", "ablation", "diagnosis", "landscape", "spectrum")
+}
 COMMANDS["compare"] = "comparison.command"
 
 

@@ -39,6 +39,6 @@ def main(parser: ArgumentParser, arguments: list[str]) -> None:
     rows, curves = read_table(output), read_table(curves_path(output))
     if (rows.phase == "reported").sum() == 0:
         raise RunError(f"{output} has no run that is reported yet")
-    print(markdown(summary_of(rows, plan.baseline)), end="\n\n")
+    print(markdown(summary_of(plan, rows)), end="\n\n")
     for path in draw_all(plan, rows, curves, args.plan.with_suffix("")):
         print(f"Drew {path}")

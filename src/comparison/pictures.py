@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from comparison.plan import REPORTED, Plan
-from comparison.rows import reported
+from comparison.rows import ordered, reported
 from results.figures import closed
 
 COSTS = {"evaluations": "function evaluations (a gradient step: 3)", "seconds": "seconds of training, one thread"}
@@ -22,8 +22,7 @@ GRID = 80  # costs at which the curves of the seeds are joined
 def draw_all(plan: Plan, rows: pd.DataFrame, curves: pd.DataFrame, stem: Path) -> Iterator[Path]:
     """Draw every figure as STEM_NAME.png and .svg, and tell each as it is written."""
     looks = looks_of(plan)
-    rows = reported(rows)
-    curves = curves[curves.phase == REPORTED]
+    rows, curves = ordered(reported(rows), plan), ordered(curves[curves.phase == REPORTED], plan)
     figures = {
         "loss": lambda: draw_curves(curves, "val/loss", looks),
         "exact_match": lambda: draw_curves(curves, "val/exact_match", looks),
@@ -61,7 +60,7 @@ def draw_curves(curves: pd.DataFrame, metric: str, looks: dict[str, Any]) -> Fig
     sns.set_theme(style="whitegrid", context="notebook")
     grid = sns.relplot(
         joined, kind="line", x="spent", y="value", height=3, aspect=1.7, **shown, **places,
-        estimator="median", errorbar=("pi", 100), err_kws=dict(alpha=0.12),
+        estimator="median", errorbar=("pi", 100), err_kws=dict(alpha=0.12), drawstyle="steps-post",
     )  # fmt: skip
     grid.set_titles("{row_name}").set_axis_labels("", VALUES[metric]).set(xscale="log")
     if metric == "val/loss":
@@ -132,10 +131,11 @@ def draw_ratios(rows: pd.DataFrame, plan: Plan) -> Figure:
             continue
         ratios = (medians / medians.loc[plan.baseline]).replace([np.inf, -np.inf], np.nan)
         texts = ratios.map(lambda ratio: "" if np.isnan(ratio) else f"{ratio:.2g}")
-        looks: dict[str, Any] = dict(cmap="vlag", center=0, cbar=False, linewidths=1, fmt="")
+        looks: dict[str, Any] = dict(cmap="vlag", vmin=-2, vmax=2, cbar=False, linewidths=1, fmt="")
         sns.heatmap(np.log10(ratios), annot=texts, ax=panel, **looks)
-        panel.set(title=f"{cost} to solve, multiples of {plan.baseline}'s", xlabel="", ylabel="")
+        panel.set(title=cost, xlabel="", ylabel="")
         panel.set_facecolor("0.93")
+    figure.suptitle(f"median cost to solve, as multiples of {plan.baseline}'s; empty: most seeds were not solved")
     figure.tight_layout()
     plt.close(figure)
     return figure

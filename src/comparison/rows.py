@@ -124,14 +124,22 @@ def reported(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(solved=rows.solved_at_evaluations.notna())
 
 
-def summary_of(rows: pd.DataFrame, baseline: str) -> list[dict[str, str]]:
+def ordered(table: pd.DataFrame, plan: Plan) -> pd.DataFrame:
+    """The rows of what is in the plan, in its order: tasks, contenders, seeds."""
+    table = table[table.task.isin([*plan.tasks]) & table.contender.isin([*plan.contenders])]
+    places = pd.DataFrame({"task": table.task.map([*plan.tasks].index)})
+    places["contender"] = table.contender.map([*plan.contenders].index)
+    return table.loc[places.assign(seed=table.seed).sort_values(["task", "contender", "seed"], kind="stable").index]
+
+
+def summary_of(plan: Plan, rows: pd.DataFrame) -> list[dict[str, str]]:
     """A row for each task and contender: runs solved, costs to solve, and what was tested; medians and ranges."""
     found = []
-    for (task, contender), of in reported(rows).groupby(["task", "contender"], sort=False):
+    for (task, contender), of in ordered(reported(rows), plan).groupby(["task", "contender"], sort=False):
         found.append(
             {
                 "task": task,
-                "contender": f"{contender} *" if contender == baseline else contender,
+                "contender": contender,
                 "setting": " / ".join(of.setting.unique()),
                 "solved / seeds": f"{of.solved.sum()} / {len(of)}",
                 "evaluations to solve": spread(of.solved_at_evaluations, of.evaluations, ",.0f"),

@@ -43,7 +43,11 @@ class Comparison:
         self.ended = 0
 
     def run(self) -> None:
-        """Run what is missing. A run that fails is named, and the others go on; RunError at the end if some did."""
+        """Run what is missing. A run that fails is named, and the others go on; RunError at the end if some did.
+
+        ConfigError, before anything has begun, if a command cannot run.
+        """
+        check(self.plan)
         failed: list[str] = []
         with workers(self.plan.processes) as pool:
             for task in self.plan.tasks:
