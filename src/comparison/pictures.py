@@ -19,23 +19,23 @@ VALUES = {"val/loss": "validation loss, nats per token", "val/exact_match": "val
 GRID = 80  # costs at which the curves of the seeds are joined
 
 
+def figures_of(plan: Plan, rows: pd.DataFrame, curves: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
+    """Every figure of a comparison with its name, from its rows and curves."""
+    rows, curves = ordered(reported(rows), plan), ordered(curves[curves.phase == REPORTED], plan)
+    looks = looks_of(plan)
+    yield "loss", draw_curves(curves, "val/loss", looks)
+    yield "exact_match", draw_curves(curves, "val/exact_match", looks)
+    yield "solved", draw_profile(rows, looks)
+    yield "ratios", draw_ratios(rows, plan)
+    yield "costs", draw_costs(rows, looks)
+
+
 def draw_all(plan: Plan, rows: pd.DataFrame, curves: pd.DataFrame, stem: Path) -> Iterator[Path]:
     """Draw every figure as STEM_NAME.png and .svg, and tell each as it is written."""
-    looks = looks_of(plan)
-    rows, curves = ordered(reported(rows), plan), ordered(curves[curves.phase == REPORTED], plan)
-    figures = {
-        "loss": lambda: draw_curves(curves, "val/loss", looks),
-        "exact_match": lambda: draw_curves(curves, "val/exact_match", looks),
-        "solved": lambda: draw_profile(rows, looks),
-        "ratios": lambda: draw_ratios(rows, plan),
-        "costs": lambda: draw_costs(rows, looks),
-    }
     plt.rcParams["svg.hashsalt"] = "comparison"  # the same picture is the same file
-    for name, draw in figures.items():
-        figure = draw()
-        for suffix in (".png", ".svg"):
+    for name, figure in figures_of(plan, rows, curves):
+        for suffix, metadata in {".png": None, ".svg": {"Date": None}}.items():
             path = stem.with_name(f"{stem.name}_{name}{suffix}")
-            metadata = {"Date": None} if suffix == ".svg" else None
             figure.savefig(path, dpi=100, bbox_inches="tight", metadata=metadata)
             yield path
 

@@ -10,7 +10,6 @@ The protocol, which the runner enforces:
    training are spent.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +52,7 @@ class Task(BaseModel):
     seconds: float = Field(gt=0)  # of training, the budget of a run
     seeds: int | None = Field(None, ge=1)  # how many of the seeds are run; None: all
     target: Target = Target(at_least=0.99)
+    contenders: list[str] | None = None  # those that run on it; None: all
 
 
 class Contender(BaseModel):
@@ -61,7 +61,6 @@ class Contender(BaseModel):
     model_config = ConfigDict(extra="forbid")
     overrides: list[str]
     settings: list[dict[str, Any]] = Field([{}], min_length=1)  # keys of the config and their values
-    tasks: list[str] | None = None  # the tasks that it runs on; None: all
 
 
 class Plan(BaseModel):
@@ -82,9 +81,9 @@ class Plan(BaseModel):
             raise ValueError(f"tuning_seed={self.tuning_seed} is among the seeds that are reported; choose another")
         if self.baseline not in self.contenders:
             raise ValueError(f"baseline={self.baseline} is no contender; known: {', '.join(self.contenders)}")
-        for name, contender in self.contenders.items():
-            if unknown := {*(contender.tasks or ())} - self.tasks.keys():
-                raise ValueError(f"contenders.{name}.tasks: {', '.join(sorted(unknown))} is no task of this comparison")
+        for name, task in self.tasks.items():
+            if unknown := {*(task.contenders or ())} - self.contenders.keys():
+                raise ValueError(f"tasks.{name}.contenders: {', '.join(sorted(unknown))} is no contender")
         return self
 
 
@@ -125,9 +124,10 @@ def read_plan(path: Path) -> Plan:
 
 def pairs(plan: Plan) -> Iterator[tuple[str, str]]:
     """Every task with each contender that runs on it, task after task."""
-    for task, contender in itertools.product(plan.tasks, plan.contenders):
-        if plan.contenders[contender].tasks is None or task in (plan.contenders[contender].tasks or ()):
-            yield task, contender
+    for name, task in plan.tasks.items():
+        for contender in plan.contenders:
+            if task.contenders is None or contender in task.contenders:
+                yield name, contender
 
 
 def tuning_jobs(plan: Plan, task: str, contender: str) -> list[Job]:

@@ -94,9 +94,9 @@ def keep(path: Path, jobs: Sequence[Job], runs: Sequence[Run], plan: Plan) -> pd
 def replaced(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
     """Both tables as one; of a key in both, the rows of the new one."""
     if old.empty:
-        return new
+        return new.sort_values(KEY, kind="stable", ignore_index=True)
     stale = old.set_index(KEY).index.isin(new.set_index(KEY).index)
-    return pd.concat([old[~stale], new], ignore_index=True)
+    return pd.concat([old[~stale], new]).sort_values(KEY, kind="stable", ignore_index=True)
 
 
 def best_setting(plan: Plan, rows: pd.DataFrame, task: str, contender: str) -> dict[str, Any]:

@@ -28,12 +28,13 @@ PLAN = {
             "overrides": ["experiment=z5"],
             "seconds": 4,
             "seeds": 1,
+            "contenders": ["adam"],
             "target": {"metric": "val/loss", "at_most": 2},
         },
     },
     "contenders": {
         "adam": {"overrides": ["optimizer=adam"], "settings": [{"optimizer.lr": 0.01}, {"optimizer.lr": 1e-9}]},
-        "nodes": {"overrides": ["optimizer=pattern_search_nodes"], "tasks": ["small"]},
+        "nodes": {"overrides": ["optimizer=pattern_search_nodes"]},
     },
 }
 
@@ -96,7 +97,7 @@ def test_reported_runs_are_on_the_seeds_of_the_task_with_all_its_seconds(plan):
             {"tasks": {"small": {"overrides": [], "seconds": 1, "target": LOSS}}},
             "at_least or at_most",
         ),
-        ({"contenders": {"adam": {"overrides": [], "tasks": ["smal"]}}}, "contenders.adam.tasks: smal"),
+        ({"tasks": {"small": {"overrides": [], "seconds": 1, "contenders": ["adm"]}}}, "tasks.small.contenders: adm"),
     ],
 )
 def test_a_plan_that_is_wrong_is_refused_by_name(tmp_path, wrong, said):
