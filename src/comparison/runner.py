@@ -156,12 +156,12 @@ def run_command(words: Sequence[str], directory: Path) -> int:
 
     What it prints goes to output.txt in its directory.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "output.txt").open("a") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
     sys.argv = [str(TRAIN), *words, f"hydra.run.dir={quoted(str(directory))}", "resume=auto"]
     try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / "output.txt").open("a") as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
         runpy.run_path(str(TRAIN), run_name="__main__")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
