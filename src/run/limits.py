@@ -30,8 +30,12 @@ class MaxSeconds(L.Callback):
         if task.search is not None:
             own = task.search.limits.max_seconds or self.max_seconds
             task.search.limits = replace(task.search.limits, max_seconds=min(own, self.max_seconds))
+        self._look(trainer, task)  # a run that goes on may have spent them
 
     def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
         assert isinstance(task, PatternSearchTask)
-        self.reached = task.seconds >= self.max_seconds  # this step's seconds are added behind the callbacks
+        self._look(trainer, task)
+
+    def _look(self, trainer: L.Trainer, task: PatternSearchTask) -> None:
+        self.reached = task.seconds >= self.max_seconds
         trainer.should_stop |= self.reached
