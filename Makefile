@@ -3,7 +3,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: train test test-fast lint types format clean
+.PHONY: train test test-fast report report-quick lint types format clean
 
 train: .venv/installed
 	$(RUN) src/train.py --config-name=pattern_search_train $(ARGS)
@@ -16,6 +16,14 @@ test: .venv/installed
 
 test-fast: .venv/installed
 	$(TEST) -m "not slow" $(ARGS)
+
+# every contender on every task, four hours on two cores; stopped, it goes on where it was
+report: .venv/installed
+	$(RUN) src/report.py compare report/full.yaml $(ARGS)
+
+# three tasks, one seed, ten minutes
+report-quick: .venv/installed
+	$(RUN) src/report.py compare report/quick.yaml $(ARGS)
 
 lint: types
 	$(RUN) -m ruff check .

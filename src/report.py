@@ -5,6 +5,9 @@ python src/report.py figures runs            loss and exact match against evalua
 python src/report.py collect runs --output x.csv    the same as rows of a CSV, with command, commit and machine
 python src/report.py ablation runs/sweep_A   evaluations and seconds of each variant of the search
 python src/report.py diagnosis model=tiny    train, and look at every step of the search from outside
+python src/report.py landscape model=tiny    train, and draw the loss around the way that the weights took
+python src/report.py spectrum experiment=z5  train, and draw singular values of slopes and gradient
+python src/report.py compare report/quick.yaml       every contender on every task, by one protocol, with figures
 python src/report.py figures --help          the options of one of them
 """
 
@@ -16,7 +19,11 @@ from config.refusal import ConfigError, refuse
 from results.runs import RunError
 from run.directory import print_any_character
 
-COMMANDS = ("tables", "figures", "collect", "ablation", "diagnosis")
+COMMANDS = {
+    name: f"results.{name}"
+    for name in ("tables", "figures", "collect", "ablation", "diagnosis", "landscape", "spectrum")
+}
+COMMANDS["compare"] = "comparison.command"
 
 
 def main(arguments: list[str]) -> None:
@@ -28,7 +35,7 @@ def main(arguments: list[str]) -> None:
     try:
         if name not in COMMANDS:
             raise RunError(f"not known. Known: {', '.join(COMMANDS)}")
-        module = importlib.import_module(f"results.{name}")  # only what is asked for is imported
+        module = importlib.import_module(COMMANDS[name])  # only what is asked for is imported
         look = argparse.RawDescriptionHelpFormatter
         module.main(
             argparse.ArgumentParser(f"report.py {name}", description=module.__doc__, formatter_class=look), rest

@@ -15,5 +15,5 @@ def test_the_notebook_runs_and_shows_figures(tmp_path, monkeypatch):
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     pictures = [o for o in outputs if "image/png" in o.get("data", {})]
-    assert len(pictures) == 2
+    assert len(pictures) == 2 + 5  # of the runs, and of the comparison
     assert not [o for o in outputs if o.output_type == "error"]

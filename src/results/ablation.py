@@ -2,6 +2,7 @@
 
 python src/train.py -m experiment=ablation_parity     every variant, seeds 0-4 (hours)
 python src/report.py ablation runs/sweep_A runs/sweep_B      the figure, and the table in Markdown
+python src/report.py ablation x.csv                          the same from rows that were kept, see report.py collect
 python src/report.py ablation runs/sweep_C --by model.embedding_std    the same over the values of a key
 
 A run that ended without solving its task is censored: it would have needed more than it had.
@@ -30,7 +31,7 @@ def read_costs(*paths: str | Path, by: str = VARIANT) -> pd.DataFrame:
     """One row per finished run below the paths: task, label, seed, evaluations, seconds, solved.
 
     Args:
-        paths: directories of sweeps.
+        paths: directories of sweeps, or CSVs of their rows that `report.py collect` wrote.
         by: the key of the config whose values are compared; the optimizer is added where it differs.
 
     Raises:
@@ -43,6 +44,8 @@ def read_costs(*paths: str | Path, by: str = VARIANT) -> pd.DataFrame:
         return {"label": value}
 
     runs = read_summaries(*paths, more=label)
+    if "label" not in runs:  # kept rows have the variant alone
+        runs = runs.assign(label=runs.variant)
     order = sorted(runs.index, key=lambda i: (runs.task[i], *rank(runs.label[i]), runs.seed[i]))
     runs = runs.loc[order].astype({"label": str})
     if by != VARIANT and runs.optimizer.nunique() > 1:  # a variant says which optimizer it is of
@@ -98,4 +101,8 @@ def main(parser: ArgumentParser, arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     runs = read_costs(*args.paths, by=args.by)
     print(ablation_table(runs, args.by), end="\n\n")
-    save(draw_ablation(runs, args.by), args.output or args.paths[0] / "ablation.png", f"{len(runs)} run(s)")
+    save(
+        draw_ablation(runs, args.by),
+        args.output or args.paths[0].with_suffix("") / "ablation.png",
+        f"{len(runs)} run(s)",
+    )

@@ -17,19 +17,16 @@ import lightning as L
 import pandas as pd
 import seaborn as sns
 import torch
-from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
-from config.check import checked_config
 from config.refusal import ConfigError
 from data.sequences import SequenceDataModule
 from optimizer import PatternSearch
 from pattern_search_task import PatternSearchTask, masked_loss, optimizer_class
 from results.figures import save
-from run.build import build_datamodule, build_task
-from run.cpu import prepare_machine
+from results.watched import train_watched
 from run.start import silence_libraries
 from search.base import seeded
 from search.closure import AnswersNodes, forward_only
@@ -50,6 +47,9 @@ class Diagnosis(L.Callback):
     """
 
     def __init__(self, task: PatternSearchTask, datamodule: SequenceDataModule) -> None:
+        if not issubclass(optimizer_class(task.make_optimizer)[0], PatternSearch):
+            known = "optimizer=pattern_search or pattern_search_nodes"
+            raise ConfigError([f"only a pattern search can be looked at: {known}"])
         self.task, self.split = task, datamodule.splits["train"]
         self.steps: list[dict[str, Any]] = []
         self.agreement = torch.zeros(len(AGES) - 1, 4, dtype=torch.float64)
@@ -120,18 +120,7 @@ def part_of(parameter: str) -> str:
 
 def diagnose(overrides: list[str]) -> tuple[Diagnosis, pd.DataFrame]:
     """What was seen of the search of a command, and the table of the model's parts; ConfigError if it cannot run."""
-    cfg = checked_config(overrides)
-    prepare_machine()
-    L.seed_everything(cfg.seed, verbose=False)
-    datamodule = build_datamodule(cfg)
-    task = build_task(cfg, datamodule)
-    if not issubclass(optimizer_class(task.make_optimizer)[0], PatternSearch):
-        raise ConfigError(["only a pattern search can be looked at: optimizer=pattern_search or pattern_search_nodes"])
-    diagnosis, wanted = Diagnosis(task, datamodule), ("early_stopping", "progress")
-    callbacks = [instantiate(cfg.callbacks[name]) for name in wanted if name in cfg.callbacks]
-    quiet = dict(logger=False, enable_checkpointing=False)
-    trainer = instantiate(cfg.trainer, callbacks=[*callbacks, diagnosis], **quiet)
-    trainer.fit(task, datamodule=datamodule)
+    task, datamodule, diagnosis = train_watched(overrides, Diagnosis)
     gains = pd.DataFrame(diagnosis.steps)[[*diagnosis.parts]].sum()
     sizes = {part: len(own) for part, own in diagnosis.parts.items()}
     table = pd.DataFrame({"weights": sizes, "share of decrease": gains / gains.sum()})

@@ -28,6 +28,7 @@ from run.checkpoints import AtomicCheckpointIO, Checkpoints
 from run.cpu import prepare_machine
 from run.directory import TRAIN, RunDirectoryError, locked, print_any_character, record_start, typed, write
 from run.interrupts import Interrupted, Interrupts, in_sweep, resumable
+from run.limits import MaxSeconds
 from run.resume import begin, finished
 from run.start import chosen_before, silence_libraries
 from run.wandb_logger import opened_loggers
@@ -132,6 +133,8 @@ def stopped_by(trainer: L.Trainer, task: PatternSearchTask) -> str:
         return "max_steps"
     if trainer.max_epochs not in (None, -1) and trainer.current_epoch >= trainer.max_epochs:
         return "max_epochs"
+    if any(isinstance(callback, MaxSeconds) and callback.reached for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        return "max_seconds"
     timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
     left = [timer.time_remaining() for timer in timers]
     return "max_time" if any(seconds is not None and seconds <= 0 for seconds in left) else "callback"

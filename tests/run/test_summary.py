@@ -12,6 +12,7 @@ from train import train
 SHORT = ["model=tiny", "logger=none", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1"]
 ADAM = [*SHORT, "optimizer=adam", "trainer.max_epochs=30"]
 SEARCH = [*SHORT, "optimizer.polls_per_step=16", "trainer.max_epochs=30"]
+LIMIT = "+callbacks.limit={_target_: run.limits.MaxSeconds, max_seconds: 1e-6}"  # for any optimizer
 
 
 class Stops(L.Callback):
@@ -34,6 +35,8 @@ class Stops(L.Callback):
         ("max_time", [*ADAM, "trainer.max_time=00:00:00:00"]),
         ("max_evaluations", [*SEARCH, "optimizer.max_evaluations=30"]),
         ("max_seconds", [*SEARCH, "optimizer.max_seconds=1e-6"]),
+        ("max_seconds", [*SEARCH, LIMIT]),
+        ("max_seconds", [*ADAM, LIMIT]),
         ("target_loss", [*SEARCH, "optimizer.target_loss=5"]),
         ("callback", [*ADAM, "+callbacks.stops._target_=test_summary.Stops"]),
     ],

@@ -1,0 +1,1 @@
+"""Every contender on every task, under one protocol: what is run, how it is judged, and its pictures."""
