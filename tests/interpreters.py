@@ -1,6 +1,6 @@
 """New interpreters that have imported the libraries already: forks of one process, the server.
 
-An interpreter with torch and Lightning takes 5 seconds of computing before it does anything, and 2 to end. The server
+An interpreter with torch and Lightning takes seconds of computing before it does anything, and some to end. The server
 imports the libraries once, and nothing of the project. A fork of it has a directory, an environment, arguments,
 streams, signal handlers and an exit code of its own, and imports the project anew. What Python reads at its own start
 (-X, PYTHONHASHSEED, PYTHONIOENCODING) is that of the server, so tests of these start Python itself.
