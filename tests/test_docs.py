@@ -36,6 +36,9 @@ EXTENDING = ROOT / "docs" / "extending.md"
 COMMANDS = commands(*WITH_COMMANDS)
 OWN_CONFIGS = [c for c in COMMANDS if "mine" in c]
 TRAIN = [c for c in COMMANDS if c.startswith("python src/train.py") and c not in OWN_CONFIGS]
+DIAGNOSES = {
+    c.partition(" --output")[0] for c in commands(*DOCUMENTS) if c.startswith("python src/report.py diagnosis")
+}
 SCRIPTS = [(doc, code) for doc in DOCUMENTS for code in blocks(doc, "python") if not FILE.match(code)]
 EXAMPLE_RUN = "runs/2026-11-26_00-33-10-441156"  # what the documents call a run of yours
 TESTED_ELSEWHERE = {
@@ -163,7 +166,7 @@ def test_every_evaluation_runs(command, home, trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/report.py diagnosis")])
+@pytest.mark.parametrize("command", DIAGNOSES)
 def test_every_diagnosis_draws(command, tmp_path):
     done = run(f"{command} trainer.max_steps=5 callbacks=none --output {tmp_path}/seen.png", tmp_path)
     assert done.returncode == 0, done.stderr
