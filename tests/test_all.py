@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
     ],
 )
 def test_a_run_from_src_leaves_everything_a_run_must_leave(options, tmp_path):
-    done = run(f"python train.py {options}", tmp_path, cwd=ROOT / "src")
+    done = run(f"python train.py {options}", tmp_path, cwd=ROOT / "src", PICTURES="drawn")
     assert done.returncode == 0, done.stderr
     (run_dir,) = run_dirs(tmp_path)
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -35,7 +35,9 @@ def test_a_run_from_src_leaves_everything_a_run_must_leave(options, tmp_path):
     table = pd.read_csv(run_dir / "metrics.csv")
     assert {"train/loss", "val/loss", "val/exact_match", "test/exact_match"} <= set(table.metric)
     assert summary["evaluations"] == table.evaluations.max()
+    assert (run_dir / "progress.png").stat().st_size > 10_000
     assert str(run_dir) in done.stdout
+    assert f"Plot: {run_dir}/progress.png" in done.stdout
     log = (run_dir / "train.log").read_text()
     assert "loss" in log
     assert "evaluations" in log
