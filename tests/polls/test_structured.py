@@ -84,17 +84,18 @@ def setup(layout="seq", n_rows=9, **model_options):
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_a_poll_is_exact(kind, layout, scale):
     model, coordinates, closure, plain = setup(layout, scale=scale, **MODELS[kind])
-    referee = GenericPolls(double := copy.deepcopy(model).double(), Coordinates(double.parameters()), loss)
-    referee = referee.on(make_batch(layout))
     chosen = some_of_every_tensor(coordinates, n=3)
     steps = torch.tensor([0.01, -0.1, 1.0], dtype=torch.float64).repeat(len(chosen) // 3)
     assert abs(float(closure()) - float(closure.generic.plain())) < 1e-5
     losses = closure.poll(chosen, steps)
-    expected, exact = plain.poll(chosen, steps), referee.poll(chosen, steps)
+    expected = plain.poll(chosen, steps)
     for radius in steps.unique():  # the candidates do differ from the incumbent
         assert (expected - float(closure()))[steps == radius].abs().max() > 1e-5
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(losses, exact, rtol=0, atol=1e-5)
+    if scale > 1:  # where rounding is worse
+        referee = GenericPolls(double := copy.deepcopy(model).double(), Coordinates(double.parameters()), loss)
+        exact = referee.on(make_batch(layout)).poll(chosen, steps)
+        torch.testing.assert_close(losses, exact, rtol=0, atol=1e-5)
 
 
 @given(

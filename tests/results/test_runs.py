@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 import report
@@ -49,7 +50,9 @@ DAMAGE = [
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["figures", "tables", "ablation"])
 @pytest.mark.parametrize(("name", "content"), DAMAGE)
-def test_a_damaged_run_is_named_in_one_line_and_the_others_are_shown(runs, command, name, content, capsys):
+def test_a_damaged_run_is_named_in_one_line_and_the_others_are_shown(runs, command, name, content, capsys, monkeypatch):
+    monkeypatch.setattr("results.figures.draw_runs", lambda table: Figure())  # which takes seconds, and is tested alone
+    monkeypatch.setattr("results.ablation.draw_ablation", lambda runs, by: Figure())
     (runs / "1" / name).write_text(content)
     report.main([command, str(runs)])
     said = capsys.readouterr()
