@@ -61,15 +61,12 @@ def draw_runs(table: pd.DataFrame) -> Figure:
         place.set(yscale="log" if of_loss and is_wide(here.value) else "linear")
         if of_loss and here.chance_loss.notna().any():
             place.axhline(here.chance_loss.max(), color="0.4", linestyle="--", linewidth=1)
-    legend = figure.axes[0].get_legend_handles_labels()
-    figure.axes[0].get_legend().remove()
-    many = len(labels) > 12  # more than fit below the panels
-    figure.legend(
-        *legend,
-        loc="outside right" if many else "outside lower center",
-        ncols=1 if many else min(4, len(labels) + 4),
-        frameon=False,
-    )
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.axes[0].legend().remove()
+    if len(labels) > 12:  # more than fit below the panels
+        figure.legend(handles, names, loc="outside right upper", frameon=False)
+    else:
+        figure.legend(handles, names, loc="outside lower center", frameon=False, ncols=min(4, len(labels) + 4))
     return figure
 
 
