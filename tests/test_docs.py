@@ -116,7 +116,9 @@ def test_every_command_of_the_documents_is_run_by_a_test():
 @pytest.mark.slow
 @pytest.mark.parametrize("command", TRAIN)
 def test_every_training_command_runs(command, home):
-    done = run(short(command), home)
+    """Sweeps with two seeds; without W&B, which starts slowly, where a command has options and no logger among them."""
+    quiet = " logger=none" * (bool(re.search(r" \w+=", command)) and "logger" not in command)
+    done = run(short(command).replace("seed=0,1,2", "seed=0,1") + quiet, home)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
 
