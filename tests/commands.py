@@ -27,7 +27,7 @@ def run(
 
 
 def run_alone(command: str, home: Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command with an interpreter of its own, which takes 7 seconds more."""
+    """Run a command with an interpreter of its own, which takes seconds more."""
     return finish(begin_alone(command, home, cwd, **environment))
 
 

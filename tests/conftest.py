@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,13 @@ def machine() -> None:
     from run.cpu import prepare_machine
 
     prepare_machine()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_pictures() -> None:
+    """Runs in this process leave no progress.png, which takes longer than most of them: see tests/interpreters.py."""
+    if training := sys.modules.get("run.training"):  # the module of no test that was collected may have imported it
+        training.leave_picture = lambda run_dir: None
 
 
 @functools.cache

@@ -1,9 +1,10 @@
 """New interpreters that have imported the libraries already: forks of one process, the server.
 
-An interpreter with torch and Lightning takes 5 seconds of computing before it does anything, and 2 to end. The server
+An interpreter with torch and Lightning takes seconds of computing before it does anything, and some to end. The server
 imports the libraries once, and nothing of the project. A fork of it has a directory, an environment, arguments,
-streams, signal handlers and an exit code of its own, and imports the project anew. What Python reads at its own start
-(-X, PYTHONHASHSEED, PYTHONIOENCODING) is that of the server, so tests of these start Python itself.
+streams, signal handlers and an exit code of its own, and imports the project anew. Runs of train.py draw no picture,
+unless PICTURES stands in their environment. What Python reads at its own start (-X, PYTHONHASHSEED, PYTHONIOENCODING)
+is that of the server, so tests of these start Python itself.
 """
 
 import atexit
@@ -19,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,8 @@ def become(arguments: list[str], cwd: str, env: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(env)
     sys.path[1:1] = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if arguments[0].endswith("train.py") and "PICTURES" not in env:  # progress.png takes longer than a short run
+        sys.modules["results.figures"] = types.SimpleNamespace(draw_progress=lambda run_dir: None)
     end: dict[str, int] = {"code": 0}
     atexit.register(lambda: leave(end["code"]))  # the first, so the last to be called
     try:

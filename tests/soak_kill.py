@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from config.compose import compose_config, job_config
 from pattern_search_task import PatternSearchTask
+from run import training
 from run.cpu import prepare_machine
 from run.metrics_table import MetricsTable
 from train import train
@@ -173,6 +174,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further run after these")
     args = parser.parse_args()
     prepare_machine()
+    training.leave_picture = lambda run_dir: None  # it takes longer than most of these runs, and is not compared
     rng, began = random.Random(args.seed), time.monotonic()
     home = Path(tempfile.mkdtemp(prefix="soak-"))
     configs = {}

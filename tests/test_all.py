@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
     ],
 )
 def test_a_run_from_src_leaves_everything_a_run_must_leave(options, tmp_path):
-    done = run(f"python train.py {options}", tmp_path, cwd=ROOT / "src")
+    done = run(f"python train.py {options}", tmp_path, cwd=ROOT / "src", PICTURES="drawn")
     assert done.returncode == 0, done.stderr
     (run_dir,) = run_dirs(tmp_path)
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -35,7 +35,9 @@ def test_a_run_from_src_leaves_everything_a_run_must_leave(options, tmp_path):
     table = pd.read_csv(run_dir / "metrics.csv")
     assert {"train/loss", "val/loss", "val/exact_match", "test/exact_match"} <= set(table.metric)
     assert summary["evaluations"] == table.evaluations.max()
+    assert (run_dir / "progress.png").stat().st_size > 10_000
     assert str(run_dir) in done.stdout
+    assert f"Plot: {run_dir}/progress.png" in done.stdout
     log = (run_dir / "train.log").read_text()
     assert "loss" in log
     assert "evaluations" in log
@@ -55,11 +57,11 @@ def test_a_finished_run_can_be_loaded_and_gives_the_metrics_it_reported(tmp_path
 
 
 def test_wandb_is_offline_without_an_account_and_a_sweep_has_one_run_a_job(tmp_path):
-    done = run(short("python src/train.py -m optimizer=pattern_search,adam seed=0,1 model=tiny"), tmp_path)
+    done = run(short("python src/train.py -m optimizer=pattern_search,adam model=tiny"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "wandb sync" in done.stdout
-    assert len(run_dirs(tmp_path)) == 4
-    assert len(list(tmp_path.rglob("offline-run-*"))) == 4
+    assert len(run_dirs(tmp_path)) == 2
+    assert len(list(tmp_path.rglob("offline-run-*"))) == 2
     for run_dir in run_dirs(tmp_path):
         assert len(list(run_dir.glob("wandb/offline-run-*/*.wandb"))) == 1
 
@@ -134,8 +136,8 @@ def test_ctrl_c_before_anything_has_begun_leaves_no_traceback(tmp_path):
 
 def test_progress_moves_during_a_long_poll(tmp_path):
     """One step here is a pass over 200,000 directions; lines must come long before it ends."""
-    command = "optimizer=pattern_search_classic callbacks.progress.log_every_seconds=.2 trainer.max_steps=1"
-    command += " optimizer.max_evaluations=1000 logger=none"
+    command = "optimizer=pattern_search_classic callbacks.progress.log_every_seconds=.1 trainer.max_steps=1"
+    command += " optimizer.max_evaluations=500 logger=none"
     started = time.time()
     done = run(f"python src/train.py {command}", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -143,7 +145,7 @@ def test_progress_moves_during_a_long_poll(tmp_path):
     counts = [int(re.search(r"evaluations ([\d,]+)", line)[1].replace(",", "")) for line in lines]
     assert len(counts) >= 2, (lines, time.time() - started)
     assert counts == sorted(counts)
-    assert 0 < counts[0] < counts[-1] == 1000
+    assert 0 < counts[0] < counts[-1] == 500
 
 
 def test_the_benchmark_ends_with_its_rates_as_json(tmp_path):

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from commands import CODE, DOCUMENTS, README, files
+import report
+from commands import CODE, DOCUMENTS, LOG, README, files
 from conftest import ROOT
-from results.figures import draw_runs
+from results.ablation import ablation_table, read_costs
 from results.runs import read_runs
 from results.tables import read_summaries, summary_table
 
@@ -55,22 +56,49 @@ def test_every_file_that_is_named_is_there(document):
     assert [path for path in named if not Path(ROOT, path).exists() and path not in examples] == []
 
 
+# --- numbers: each from kept rows, or from one run ---
+
+SHOWN = [  # the reports of kept rows that a document shows, and what each prints and draws
+    (document, command, path)
+    for document in (README, LOG)
+    for command, path in re.findall(
+        r"python src/report\.py (\w+) (report/results/\S+?)(?: --output|[`\n])", document.read_text()
+    )
+]
+TABLES = {
+    "tables": lambda path: summary_table(read_summaries(path)),
+    "ablation": lambda path: ablation_table(read_costs(path)),
+}
+
+
+@pytest.mark.parametrize(("document", "command", "path"), [shown for shown in SHOWN if shown[1] in TABLES])
+def test_a_table_of_kept_rows_is_as_its_command_prints_it(document, command, path):
+    assert TABLES[command](ROOT / path) in document.read_text()
+
+
 @pytest.mark.slow
-def test_the_figure_of_kept_curves_is_drawn_by_its_command(tmp_path):
-    command = "python src/report.py figures report/results/parity.csv.gz --output report/parity.png"
-    assert command in (ROOT / "report" / "log.md").read_text()
-    table = read_runs(ROOT / "report/results/parity.csv.gz")
-    assert table.groupby("optimizer").run.nunique().to_dict() == {
-        "adam": 3, "pattern_search": 10, "pattern_search_nodes": 10
-    }  # fmt: skip
-    draw_runs(table).savefig(tmp_path / "again.png")
+@pytest.mark.parametrize(("document", "command", "path"), [shown for shown in SHOWN if shown[1] != "tables"])
+def test_a_figure_of_kept_rows_is_drawn_by_its_command(document, command, path, tmp_path):
+    report.main([command, str(ROOT / path), "--output", str(tmp_path / "again.png")])
+    assert (tmp_path / "again.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(
-    ("document", "rows"), [("README.md", "solved"), ("report/log.md", "tuning_nodes")], ids=lambda name: Path(name).stem
-)
-def test_tables_of_kept_rows_are_as_their_command_prints_them(document, rows):
-    kept = f"report/results/{rows}.csv"
-    text = (ROOT / document).read_text()
-    assert f"python src/report.py tables {kept}" in text
-    assert summary_table(read_summaries(ROOT / kept)) in text
+def test_the_kept_curves_are_those_of_the_sweeps_named_beside_them():
+    runs = read_runs(ROOT / "report/results/parity.csv.gz").groupby("optimizer").run.nunique()
+    assert runs.to_dict() == {"adam": 3, "pattern_search": 10, "pattern_search_nodes": 10}
+
+
+def test_all_that_is_kept_is_shown_and_every_figure_has_its_command():
+    kept = {path.relative_to(ROOT).as_posix() for path in (ROOT / "report" / "results").iterdir()}
+    assert kept == {path for _, _, path in SHOWN}
+    drawn = set(re.findall(r"python src/report\.py .*--output (report/\S+)\n", LOG.read_text()))
+    assert drawn == {path.relative_to(ROOT).as_posix() for path in (ROOT / "report").glob("*.png")}
+
+
+def test_the_log_is_short_and_its_numbers_stand_in_tables_of_kept_rows():
+    text = LOG.read_text()
+    assert len(text.splitlines()) < 200
+    prose = CODE.sub("", text)
+    for _, command, path in SHOWN:
+        prose = prose.replace(TABLES[command](ROOT / path), "") if command in TABLES else prose
+    assert re.findall(r"\d ?%|\d,\d{3} (?:evaluations|seconds)|\b[01]?\.\d{2,}|\b\d+ of \d+\b", prose) == []

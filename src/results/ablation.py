@@ -2,8 +2,8 @@
 
 python src/train.py -m experiment=ablation_parity     every variant, seeds 0-4 (hours)
 python src/report.py ablation runs/sweep_A runs/sweep_B      the figure, and the table in Markdown
-python src/report.py ablation x.csv                          the same from rows that were kept, see report.py collect
 python src/report.py ablation runs/sweep_C --by model.embedding_std    the same over the values of a key
+python src/report.py ablation report/results/x.csv                     from rows that were kept, see report.py collect
 
 A run that ended without solving its task is censored: it would have needed more than it had.
 """
@@ -28,14 +28,14 @@ COSTS = {"evaluations": "function evaluations to solve", "seconds": "training se
 
 
 def read_costs(*paths: str | Path, by: str = VARIANT) -> pd.DataFrame:
-    """One row per finished run below the paths: task, label, seed, evaluations, seconds, solved.
+    """One row per finished run below the paths, or kept in a CSV: task, label, seed, evaluations, seconds, solved.
 
     Args:
-        paths: directories of sweeps, or CSVs of their rows that `report.py collect` wrote.
+        paths: directories of sweeps, or CSVs that `report.py collect` wrote.
         by: the key of the config whose values are compared; the optimizer is added where it differs.
 
     Raises:
-        RunError: no finished run with such a key lies below the paths.
+        RunError: no finished run with such a key lies below the paths; CSVs know no key but that of variants.
     """
 
     def label(run: Run) -> dict[str, Any]:
@@ -44,8 +44,10 @@ def read_costs(*paths: str | Path, by: str = VARIANT) -> pd.DataFrame:
         return {"label": value}
 
     runs = read_summaries(*paths, more=label)
-    if "label" not in runs:  # kept rows have the variant alone
-        runs = runs.assign(label=runs.variant)
+    if "label" not in runs:  # kept rows
+        if by != VARIANT or (runs.variant == "").any():
+            raise RunError("kept rows are compared by their variant only, and all need one")
+        runs["label"] = runs.variant
     order = sorted(runs.index, key=lambda i: (runs.task[i], *rank(runs.label[i]), runs.seed[i]))
     runs = runs.loc[order].astype({"label": str})
     if by != VARIANT and runs.optimizer.nunique() > 1:  # a variant says which optimizer it is of
@@ -95,14 +97,12 @@ def draw_ablation(runs: pd.DataFrame, by: str = VARIANT) -> Figure:
 
 
 def main(parser: ArgumentParser, arguments: list[str]) -> None:
-    parser.add_argument("paths", nargs="+", type=Path, help="directories of sweeps")
+    parser.add_argument("paths", nargs="+", type=Path, help="directories of sweeps, or CSVs")
     parser.add_argument("--by", default=VARIANT, metavar="KEY", help="the key that was swept")
-    parser.add_argument("--output", type=Path, help="the picture to write (default: ablation.png in the first path)")
+    parser.add_argument("--output", type=Path, help="the picture to write (default: ablation.png at the first path)")
     args = parser.parse_args(arguments)
     runs = read_costs(*args.paths, by=args.by)
     print(ablation_table(runs, args.by), end="\n\n")
-    save(
-        draw_ablation(runs, args.by),
-        args.output or args.paths[0].with_suffix("") / "ablation.png",
-        f"{len(runs)} run(s)",
-    )
+    first = args.paths[0]
+    output = args.output or (first if first.is_dir() else first.parent) / "ablation.png"
+    save(draw_ablation(runs, args.by), output, f"{len(runs)} run(s)")

@@ -6,6 +6,7 @@ python src/report.py figures runs --keep curves.csv.gz     keep what is drawn; `
 python src/report.py figures --wandb my_team/my_project    runs on W&B, from anywhere
 """
 
+import itertools
 import math
 from argparse import ArgumentParser
 from pathlib import Path
@@ -44,27 +45,29 @@ def draw_runs(table: pd.DataFrame) -> Figure:
     rows = table.sort_values(["task", "panel"], ascending=[True, False]).melt(
         ["row", "panel", "label", "split", "run", "value", "chance_loss"], [*AXES], "axis", "cost"
     )
-    looks: dict[str, Any] = dict(hue="label", size="split", sizes=WIDTHS, units="run", estimator=None)
-    looks |= dict(palette="husl" if rows.label.nunique() > 10 else None)
-    places: dict[str, Any] = dict(row="row", col="axis", facet_kws=dict(sharex=False, sharey=False))
+    labels, places = list(rows.label.unique()), list(itertools.product(rows.row.unique(), AXES))
+    looks: dict[str, Any] = dict(hue="label", hue_order=labels, palette="husl" if len(labels) > 10 else None)
+    looks |= dict(size="split", size_order=[*WIDTHS], sizes=WIDTHS, units="run", estimator=None)
     sns.set_theme(style="whitegrid", context="notebook")
-    grid = sns.relplot(rows, kind="line", x="cost", y="value", height=3.2, aspect=1.6, **looks, **places)
-    grid.set_titles("{row_name}").set_axis_labels("", "")
-    for (row, axis), place in grid.axes_dict.items():
+    figure = Figure(figsize=(10.2, 0.8 + 1.6 * len(places)), layout="constrained")
+    for (row, axis), place in zip(places, figure.subplots(len(places) // 2, 2).flat, strict=True):
         here = rows[(rows.row == row) & (rows.axis == axis)]
+        sns.lineplot(here, x="cost", y="value", ax=place, legend="auto" if place is figure.axes[0] else False, **looks)
         of_loss = (here.panel == "loss").all()
         longest = here.groupby("run").cost.max()
-        place.set(xlabel=AXES[axis], xscale="log" if is_wide(longest) else "linear")
+        place.set(title=row, xlabel=AXES[axis], ylabel="", xscale="log" if is_wide(longest) else "linear")
         if place.get_xscale() == "linear":
             place.xaxis.set_major_formatter(EngFormatter(sep=""))  # 25k for 25000
         place.set(yscale="log" if of_loss and is_wide(here.value) else "linear")
         if of_loss and here.chance_loss.notna().any():
             place.axhline(here.chance_loss.max(), color="0.4", linestyle="--", linewidth=1)
-    labels = rows.label.nunique()
-    if labels <= 12:  # below the panels; more of them are a column beside
-        grid.tight_layout()
-        sns.move_legend(grid, "upper center", bbox_to_anchor=(0.5, 0), ncols=min(4, labels + 4))
-    return closed(grid)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.axes[0].legend().remove()
+    if len(labels) > 12:  # more than fit below the panels
+        figure.legend(handles, names, loc="outside right upper", frameon=False)
+    else:
+        figure.legend(handles, names, loc="outside lower center", frameon=False, ncols=min(4, len(labels) + 4))
+    return figure
 
 
 def label_runs(table: pd.DataFrame, columns: list[str]) -> pd.Series:
@@ -97,8 +100,8 @@ def draw_progress(run_dir: str | Path) -> None:
     table = read_runs(run_dir)
     run, figure = table.iloc[0], draw_runs(table)
     title = " · ".join(filter(None, [run.optimizer, run.variant, run.task, run.model, f"seed {run.seed}"]))
-    figure.suptitle(title, y=1.03)
-    figure.savefig(Path(run_dir) / "progress.png", dpi=80, bbox_inches="tight")
+    figure.suptitle(title)
+    figure.savefig(Path(run_dir) / "progress.png", dpi=80)
 
 
 def draw_accuracy(table: pd.DataFrame) -> Figure:

@@ -157,10 +157,8 @@ def read_runs(*paths: str | Path) -> pd.DataFrame:
     as `name_settings` gives them. RunError if no run that can be read lies there. A .csv or .csv.gz that
     `report.py figures --keep` wrote stands for its runs.
     """
-    import pandas as pd
-
     if kept := [path for path in paths if Path(path).name.endswith((".csv", ".csv.gz"))]:
-        return pd.concat(pd.read_csv(path, keep_default_na=False, na_values={"chance_loss": [""]}) for path in kept)
+        return read_kept(kept, na_values={"chance_loss": [""]})
 
     def table_of(run: Run) -> pd.DataFrame:
         chance_loss = (run.summary or {}).get("chance_loss", math.nan)
@@ -168,6 +166,16 @@ def read_runs(*paths: str | Path) -> pd.DataFrame:
 
     found = read_all(*paths, read=lambda run: (table_of(run), run.config))
     return joined([table for table, _ in found], [config for _, config in found])
+
+
+def read_kept(paths: Sequence[str | Path], na_values: Any) -> pd.DataFrame:
+    """The rows of CSVs, one after the other; RunError if one is not there, or is no CSV."""
+    import pandas as pd
+
+    try:
+        return pd.concat([pd.read_csv(p, keep_default_na=False, na_values=na_values) for p in paths], ignore_index=True)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{error}".splitlines()[0]) from error
 
 
 def read_wandb(entity: str | None, project: str) -> pd.DataFrame:

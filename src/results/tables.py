@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from results.runs import KIND, OUTCOME, Run, RunError, name_settings, read_all
+from results.runs import KIND, OUTCOME, Run, RunError, name_settings, read_all, read_kept
 
 SOLVED = 0.99  # a run with at least this value of the metric counts as solved
 
@@ -25,7 +25,7 @@ def read_summaries(*paths: str | Path, more: Callable[[Run], dict[str, Any]] = l
         more: what else is told of a run.
     """
     if kept := [path for path in paths if Path(path).suffix == ".csv"]:
-        return pd.concat(pd.read_csv(path, keep_default_na=False, na_values=["nan"]) for path in kept)
+        return read_kept(kept, na_values=["nan"])
 
     def row_of(run: Run) -> dict[str, Any]:
         outcome = {name: (run.summary or {})[name] for name in OUTCOME}

@@ -31,12 +31,19 @@ def cosine(a, b):
     return float(F.cosine_similarity(a, b, dim=0))
 
 
-@pytest.mark.parametrize(("layout", "positions"), [("seq", "learned"), ("ragged", "rotary"), ("one", "none")])
+@pytest.mark.parametrize(
+    ("layout", "positions", "samples", "least"),
+    [
+        ("seq", "learned", 40, 0.85),
+        ("ragged", "rotary", 40, 0.85),
+        ("one", "none", 150, 0.7),
+    ],  # the last has more noise
+)
 @pytest.mark.slow
-def test_samples_of_every_node_average_to_the_gradient(layout, positions, monkeypatch):
+def test_samples_of_every_node_average_to_the_gradient(layout, positions, samples, least, monkeypatch):
     monkeypatch.setattr(node_kinds, "FAINT", 0.0)  # without bias: every tie counts
     model, coordinates, batch, closure = setup(layout, positions=positions, dtype=torch.float64)
-    mean, nodes, samples = torch.zeros(len(coordinates), dtype=torch.float64), torch.arange(closure.n_nodes), 150
+    mean, nodes = torch.zeros(len(coordinates), dtype=torch.float64), torch.arange(closure.n_nodes)
     for seed in range(samples):
         slopes, known = closure.nodes(nodes, torch.full((len(nodes),), 1e-3), seeded(seed, 0))
         assert known.all()
@@ -44,7 +51,7 @@ def test_samples_of_every_node_average_to_the_gradient(layout, positions, monkey
     expected, start = gradient(model, batch), 0
     for (name, _), end in zip(model.named_parameters(), coordinates.ends, strict=True):
         if expected[start:end].norm() > 1e-9:
-            assert cosine(mean[start:end], expected[start:end]) > 0.7, name
+            assert cosine(mean[start:end], expected[start:end]) > least, name
         start = end
 
 

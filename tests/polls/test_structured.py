@@ -84,16 +84,17 @@ def setup(layout="seq", n_rows=9, **model_options):
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_a_poll_is_exact(kind, layout, scale):
     model, coordinates, closure, plain = setup(layout, scale=scale, **MODELS[kind])
-    referee = GenericPolls(double := copy.deepcopy(model).double(), Coordinates(double.parameters()), loss)
-    referee = referee.on(make_batch(layout))
-    chosen = some_of_every_tensor(coordinates, n=2)
+    chosen = some_of_every_tensor(coordinates, n=3)
+    steps = torch.tensor([0.01, -0.1, 1.0], dtype=torch.float64).repeat(len(chosen) // 3)
     assert abs(float(closure()) - float(closure.generic.plain())) < 1e-5
-    for radius in (0.01, -0.1, 1.0):
-        steps = torch.full((len(chosen),), radius, dtype=torch.float64)
-        losses = closure.poll(chosen, steps)
-        expected, exact = plain.poll(chosen, steps), referee.poll(chosen, steps)
-        assert (expected - float(closure())).abs().max() > 1e-5  # the candidates do differ from the incumbent
-        torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5)
+    losses = closure.poll(chosen, steps)
+    expected = plain.poll(chosen, steps)
+    for radius in steps.unique():  # the candidates do differ from the incumbent
+        assert (expected - float(closure()))[steps == radius].abs().max() > 1e-5
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5)
+    if scale > 1:  # where rounding is worse
+        referee = GenericPolls(double := copy.deepcopy(model).double(), Coordinates(double.parameters()), loss)
+        exact = referee.on(make_batch(layout)).poll(chosen, steps)
         torch.testing.assert_close(losses, exact, rtol=0, atol=1e-5)
 
 
@@ -130,7 +131,7 @@ def test_polls_and_trials_of_any_sizes_batches_and_coordinates_are_exact(sizes, 
 @pytest.mark.slow
 def test_polls_and_trials_are_exact_to_the_last_digits_in_float64(kind, layout):
     _, coordinates, closure, plain = setup(layout, dtype=torch.float64, **MODELS[kind] | dict(n_layers=3))
-    chosen = some_of_every_tensor(coordinates)
+    chosen = some_of_every_tensor(coordinates, n=2)
     steps = torch.linspace(-1, 1, len(chosen), dtype=torch.float64)
     torch.testing.assert_close(closure.poll(chosen, steps), plain.poll(chosen, steps), rtol=0, atol=1e-12)
     scales = torch.tensor([0.3, 0.1, 0.0], dtype=torch.float64)
@@ -162,13 +163,13 @@ def test_a_search_takes_the_same_decisions(poll, positions):
         search = PatternSearch(model.parameters(), radius=0.1, poll=poll, polls_per_step=12, seed=5)
         polls = StructuredPolls(model, search.coordinates, loss)
         reports = []
-        for step in range(200):
+        for step in range(60):
             closure = polls.on(make_batch("ragged" if step % 2 else "seq", n_rows=4, seed=step))
             candidates = closure if fast else OneByOne(closure.generic.plain, search.coordinates)
             search.step(closure if fast else closure.generic.plain, candidates)
             reports.append((search.report.accepted, search.report.evaluations))
         ends.append((reports, torch.cat([p.detach().flatten() for p in model.parameters()])))
-    assert sum(accepted for accepted, _ in ends[0][0]) > 100
+    assert sum(accepted for accepted, _ in ends[0][0]) > 30
     assert ends[0][0] == ends[1][0]
     assert torch.equal(ends[0][1], ends[1][1])
 

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 import report
 from results.ablation import ablation_table, draw_ablation, read_costs
 from results.runs import RunError
+from results.tables import read_summaries
 
 
 def write_run(path, variant, seed, evaluations, stopped_by, optimizer="pattern_search", std=0.5):
@@ -57,6 +58,24 @@ def test_the_figure_lies_beside_the_runs(sweep, capsys):
     report.main(["ablation", str(sweep)])
     assert f"run(s): {sweep / 'ablation.png'}" in capsys.readouterr().out
     assert (sweep / "ablation.png").stat().st_size > 10_000
+
+
+def test_kept_rows_are_compared_by_variant(sweep, capsys):
+    rows = read_summaries(sweep)
+    for variant, kept in rows.groupby("variant"):
+        kept.to_csv(sweep / f"{variant}.csv", index=False)
+    files = [sweep / "full.csv", sweep / "classic.csv"]
+    of_runs = ablation_table(read_costs(sweep))
+    assert ablation_table(read_costs(*files)) == of_runs
+    report.main(["ablation", *map(str, files)])
+    out = capsys.readouterr().out
+    assert of_runs in out
+    assert f"{sweep / 'ablation.png'}" in out
+    with pytest.raises(RunError, match="variant only"):
+        read_costs(*files, by="seed")
+    rows.assign(variant="").to_csv(sweep / "none.csv", index=False)
+    with pytest.raises(RunError, match="all need one"):
+        read_costs(sweep / "none.csv")
 
 
 def test_runs_are_compared_by_any_key_in_the_order_of_its_values(tmp_path):

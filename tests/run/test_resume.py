@@ -28,6 +28,8 @@ from train import train
 
 pytestmark = pytest.mark.slow
 SHORT = ["model=tiny", "logger=none", "optimizer.polls_per_step=16", "trainer.max_epochs=2", "checkpoint.every_steps=1"]
+# 24 steps; with one step length each takes 18 evaluations: the incumbent, 16 polls and a trial
+LONGER = ["trainer.check_val_every_n_epoch=2", "trainer.max_epochs=4", "optimizer.step_lengths=[0.01]"]
 
 
 @pytest.fixture
@@ -71,6 +73,14 @@ def forbid_training(monkeypatch):
 def twin(tmp_path_factory):
     """The results of a short run that was left alone."""
     cfg = job_config(compose_command(SHORT), tmp_path_factory.mktemp("twin"))
+    train(cfg)
+    return results(Path(cfg.output_dir))
+
+
+@pytest.fixture(scope="module")
+def longer_twin(tmp_path_factory):
+    """The results of a run of 24 steps that was left alone, under limits that it did not reach."""
+    cfg = job_config(compose_command([*SHORT, *LONGER]), tmp_path_factory.mktemp("longer"))
     train(cfg)
     return results(Path(cfg.output_dir))
 
@@ -136,7 +146,7 @@ def test_a_checkpoint_cut_anywhere_falls_back_to_the_one_before_and_nothing_is_l
     cfg = stopped
     whole = Path(cfg.output_dir)
     assert read_checkpoint(whole / "checkpoints/previous.ckpt")["global_step"] == 4
-    for tenths in range(10):
+    for tenths in (0, 3, 6, 9):
         cfg.output_dir = str(tmp_path / f"cut{tenths}")
         shutil.copytree(whole, cfg.output_dir)
         with Path(cfg.output_dir, "checkpoints/last.ckpt").open("r+b") as file:
@@ -261,18 +271,15 @@ def test_time_used_before_counts(short_run, monkeypatch, limit):
         ("optimizer.max_evaluations=126", "optimizer.max_evaluations=null"),  # 7 steps of 18
     ],
 )
-def test_a_finished_run_with_a_larger_limit_goes_on_as_if_it_had_had_it(short_run, limit, longer):
-    # with one step length each step takes 18 evaluations: the incumbent, 16 polls and a trial
-    common = ["trainer.check_val_every_n_epoch=2", "trainer.max_epochs=4", "optimizer.step_lengths=[0.01]"]
-    twin, cfg = short_run("twin", *common, longer), short_run("prolonged", *common, limit)
-    train(twin)
+def test_a_finished_run_with_a_larger_limit_goes_on_as_if_it_had_had_it(short_run, longer_twin, limit, longer):
+    cfg = short_run("prolonged", *LONGER, limit)
     first = train(cfg)
     key, value = longer.split("=")
     OmegaConf.update(cfg, key, OmegaConf.create(f"x: {value}").x)
     cfg.resume = "auto"
     train(cfg)
     assert first["steps"] < 24
-    expected, found = (results(Path(c.output_dir)) for c in (twin, cfg))
+    expected, found = longer_twin, results(Path(cfg.output_dir))
     for part in ("state_dict", "current_model_state", "optimizer_states", "global_step"):
         assert list(differences(expected["last.ckpt"][part], found["last.ckpt"][part])) == []
     for key in ("evaluations", "steps", "stopped_by"):

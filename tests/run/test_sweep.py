@@ -36,7 +36,7 @@ def sweep(start, home, *options):
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_the_other_jobs_run_when_some_fail(launcher, tmp_path):
     deep = launcher == "basic"  # directories two levels deep
-    options = ["hydra.sweep.subdir=a/${hydra.job.num}"] if deep else []
+    options = ["logger=none", *["hydra.sweep.subdir=a/${hydra.job.num}"] * deep]
     options += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
     options += ["allowed_packages=[failing]", "+callbacks.mine._target_=failing.Failing"]
     options += ["+callbacks.mine.fails=true,false", "trainer.max_steps=2", "seed=0,1"]
@@ -114,6 +114,7 @@ def test_processes_share_the_cores(processes, cores, monkeypatch):
 @pytest.mark.slow
 def test_a_sweep_stops_at_the_first_failure_if_asked(tmp_path):
     options = ["allowed_packages=[failing]", "+callbacks.mine._target_=failing.Failing", "trainer.max_steps=2"]
+    options += ["logger=none"]
     options += ["+callbacks.mine.fails=false,true,false", "hydra.callbacks.sweep.stop_at_failure=true"]
     done = sweep(run, tmp_path, *options)
     assert done.returncode == 1, done.stdout
