@@ -100,7 +100,7 @@ def main(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, default=Path("spectrum.png"), help="the picture to write")
     args = parser.parse_args(arguments)
     silence_libraries()
-    words = [*args.overrides, f"trainer.max_steps={max(args.steps)}"]
+    words = [f"trainer.max_steps={max(args.steps)}", *args.overrides]
     _, _, seen = train_watched(words, lambda task, data: Spectrum(task, data, args.steps))
     if not seen.rows:
         raise ConfigError([f"the run ended before step {min(args.steps)}"])
