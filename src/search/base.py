@@ -198,6 +198,11 @@ class LossOnlyOptimizer(torch.optim.Optimizer, ABC):
         values = torch.tensor([group[option] for group in self.param_groups], dtype=torch.float64, device="cpu")
         return values[self.group_of[parameters]]
 
+    def by_weight(self, option: str) -> Tensor:
+        """(n,) an option of the group of each weight, in float64."""
+        sizes = torch.tensor([p.numel() for p in self.coordinates.parameters], device="cpu")
+        return self.by_group(torch.arange(len(sizes), device="cpu"), option).repeat_interleave(sizes)
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 

@@ -33,6 +33,21 @@ class TestRandomSearch(LossOnlyTests):
     toy = dict(radius=0.2, samples=4)
 
 
+class TestCoherentDescent(LossOnlyTests):
+    name = "coherent_descent"
+    toy = dict(lr=0.1, coordinates_per_step=4, gamma=0.9)
+
+
+class TestRSO(LossOnlyTests):
+    name = "rso"
+    toy = dict(moves_per_step=4, anneal_evaluations=1000)
+
+
+class TestNodePerturbation(LossOnlyTests):
+    name = "node_perturbation"
+    toy = dict(lr=0.02, nodes_per_step=1)
+
+
 def test_every_yaml_of_a_loss_only_optimizer_is_tested():
     def target(path):
         cfg = OmegaConf.load(path)
