@@ -57,7 +57,8 @@ class RSO(LossOnlyOptimizer):
         **limits: Any,
     ):
         one_of("unit", unit, ("weight", "row"))
-        if not (scale > 0 and 0 < final_scale <= 1 and moves_per_step >= 1 and (anneal_evaluations or 1) >= 1):
+        anneals = anneal_evaluations is None or anneal_evaluations >= 1
+        if not (scale > 0 and 0 < final_scale <= 1 and anneals and moves_per_step >= 1):
             raise ValueError(
                 f"scale={scale} must be above 0, final_scale={final_scale} in (0, 1], moves_per_step={moves_per_step} "
                 f"and anneal_evaluations={anneal_evaluations} at least 1, the latter None (null in YAML) for never"
