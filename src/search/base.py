@@ -174,6 +174,13 @@ class LossOnlyOptimizer(torch.optim.Optimizer, ABC):
         """
         self.coordinates.move(changes, coordinates)
 
+    def descend(self, slopes: Tensor) -> None:
+        """Move all weights against slopes (n,), by the lr of the group of each, as `move` does."""
+        changes = slopes.clone()
+        for (_, part), group in zip(self.coordinates.with_parts(changes), self.group_of.tolist(), strict=True):
+            part *= -self.param_groups[group]["lr"]
+        self.move(changes)
+
     # --- weights and state ---
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -197,11 +204,6 @@ class LossOnlyOptimizer(torch.optim.Optimizer, ABC):
         """(K,) numbers of parameters -> (K,) an option of the group of each, in float64."""
         values = torch.tensor([group[option] for group in self.param_groups], dtype=torch.float64, device="cpu")
         return values[self.group_of[parameters]]
-
-    def by_weight(self, option: str) -> Tensor:
-        """(n,) an option of the group of each weight, in float64."""
-        sizes = torch.tensor([p.numel() for p in self.coordinates.parameters], device="cpu")
-        return self.by_group(torch.arange(len(sizes), device="cpu"), option).repeat_interleave(sizes)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}

@@ -10,6 +10,7 @@ import torch
 
 from search.base import LossOnlyOptimizer, seeded
 from search.budget import Evaluator
+from search.moments import measured
 
 
 class CoherentDescent(LossOnlyOptimizer):
@@ -68,8 +69,7 @@ class CoherentDescent(LossOnlyOptimizer):
         radius = self.by_group(self.coordinates.owner(coordinates), "radius")  # (B,)
         forward, backward = evaluate.poll(coordinates.repeat(2), torch.cat([radius, -radius])).chunk(2)
         self.report.done = 2 * block
-        found = ((forward - backward) / (2 * radius)).to(slopes)
         slopes *= self.gamma
-        slopes[coordinates.to(slopes.device)] = found.where(found.isfinite(), 0)
+        slopes[coordinates.to(slopes.device)] = measured(((forward - backward) / (2 * radius)).to(slopes))
         self.saved["cursor"] = (self.saved["cursor"] + block) % n
-        self.move(-self.by_weight("lr").to(slopes) * slopes)
+        self.descend(slopes)

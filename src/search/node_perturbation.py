@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from config.did_you_mean import one_of
+from search import moments
 from search.base import LossOnlyOptimizer
 from search.budget import Evaluator
-from search.moments import averaged
 from search.node_polls import answers_nodes, next_nodes
 
 
@@ -70,7 +70,7 @@ class NodePerturbation(LossOnlyOptimizer):
         super().__init__(params, dict(lr=lr, radius=radius), **limits)
         self.update, self.momentum, self.square_decay = update, momentum, square_decay
         self.samples, self.nodes_per_step = samples, nodes_per_step
-        self.saved["nodes"] = 0  # sampled so far
+        self.saved.update(nodes=0, moments={})  # nodes sampled so far; the running means of slopes
 
     def take_step(self, evaluate: Evaluator) -> None:
         candidates = answers_nodes(evaluate)
@@ -79,14 +79,17 @@ class NodePerturbation(LossOnlyOptimizer):
         radius = self.by_group(candidates.node_parameter[nodes], "radius")  # (K,)
         self.report.planned = self.samples * len(nodes)
         like = self.coordinates.parameters[0]
-        total = torch.zeros(len(self.coordinates), dtype=like.dtype, device=like.device)
+        slopes = torch.zeros(len(self.coordinates), dtype=like.dtype, device=like.device)
         for _ in range(self.samples):
             found, known = evaluate.nodes(nodes, radius, self.generator)  # (n,)
-            total += found.where(known & found.isfinite(), 0)
+            slopes += found.where(known, 0) / self.samples
             self.report.done += len(nodes)
         self.saved["nodes"] += len(nodes)
-        direction = averaged(self.saved, total / self.samples, self.update, self.momentum, self.square_decay)
-        self.move(-self.by_weight("lr").to(direction) * direction)
+        kept = self.saved["moments"]
+        if self.update == "adam":
+            self.descend(moments.adam(kept, slopes, (self.momentum, self.square_decay)))
+        else:
+            self.descend(moments.momentum(kept, slopes, self.momentum))
 
     @property
     def needs_nodes(self) -> bool:

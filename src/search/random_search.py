@@ -33,7 +33,8 @@ class RandomSearch(LossOnlyOptimizer):
         self.samples = samples
 
     def take_step(self, evaluate: Evaluator) -> None:
-        n, radius = len(self.coordinates), self.by_weight("radius").float()
+        n = len(self.coordinates)
+        radius = self.by_group(self.coordinates.owner(torch.arange(n, device="cpu")), "radius").float()  # (n,)
         self.report.planned = 2 * self.samples
         for _ in range(self.samples):
             forward_or_backward(self, evaluate, radius * torch.randn(n, generator=self.generator, device="cpu"))
