@@ -121,7 +121,7 @@ class PatternSearchTask(L.LightningModule):
         assert isinstance(optimizer, LossOnlyOptimizer)
         if optimizer.needs_nodes and not (self.fast_polls and has_nodes(self.model)):
             raise ValueError(
-                f"optimizer: {kind.__name__} polls nodes, which only the fast polls of a DecoderOnlyTransformer do: "
+                f"{kind.__name__} polls nodes, which only the fast polls of a DecoderOnlyTransformer do: "
                 "use such a model and task.fast_polls=true; or an optimizer that polls none: optimizer=pattern_search"
             )
         return optimizer
