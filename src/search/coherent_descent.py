@@ -44,10 +44,10 @@ class CoherentDescent(LossOnlyOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float = 0.01,
+        lr: float = 0.1,
         radius: float = 0.1,
-        coordinates_per_step: int = 64,
-        gamma: float = 1.0,
+        coordinates_per_step: int = 128,
+        gamma: float = 0.95,
         **limits: Any,
     ):
         if not (lr > 0 and radius > 0 and coordinates_per_step >= 1 and 0 <= gamma <= 1):

@@ -50,7 +50,7 @@ class NodePerturbation(LossOnlyOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float = 0.25,
+        lr: float = 0.1,
         update: str = "sgd",
         momentum: float = 0.95,
         square_decay: float = 0.95,
