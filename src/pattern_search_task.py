@@ -121,8 +121,8 @@ class PatternSearchTask(L.LightningModule):
         assert isinstance(optimizer, LossOnlyOptimizer)
         if optimizer.needs_nodes and not (self.fast_polls and has_nodes(self.model)):
             raise ValueError(
-                "optimizer.nodes_per_step polls nodes, which only the fast polls of a DecoderOnlyTransformer do: use "
-                "such a model and task.fast_polls=true; or optimizer.nodes_per_step=null, optimizer.polls_per_step=96"
+                f"{kind.__name__} polls nodes, which only the fast polls of a DecoderOnlyTransformer do: "
+                "use such a model and task.fast_polls=true; or an optimizer that polls none: optimizer=pattern_search"
             )
         return optimizer
 

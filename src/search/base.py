@@ -174,6 +174,13 @@ class LossOnlyOptimizer(torch.optim.Optimizer, ABC):
         """
         self.coordinates.move(changes, coordinates)
 
+    def descend(self, slopes: Tensor) -> None:
+        """Move all weights against slopes (n,), by the lr of the group of each, as `move` does."""
+        changes = slopes.clone()
+        for (_, part), group in zip(self.coordinates.with_parts(changes), self.group_of.tolist(), strict=True):
+            part *= -self.param_groups[group]["lr"]
+        self.move(changes)
+
     # --- weights and state ---
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -34,18 +34,24 @@ def poll_nodes(
     Raises:
         ValueError: the closure does not answer `nodes`.
     """
-    candidates, done = evaluate.candidates, saved["nodes"]
-    if not isinstance(candidates, AnswersNodes):
-        raise ValueError(
-            "nodes_per_step needs a closure that answers `nodes`; `polls.nodes.NodePolls` does for a "
-            "DecoderOnlyTransformer (task.fast_polls=true on a CPU); else use nodes_per_step=None (null in YAML)"
-        )
+    candidates, done = answers_nodes(evaluate), saved["nodes"]
     nodes = next_nodes(done, candidates.n_nodes, at_most, seed)
     nodes = nodes[: evaluate.affordable(len(nodes))]
     steps = radius_of(candidates.node_parameter[nodes])
     found = evaluate.nodes(nodes, steps, seeded(seed, done))
     saved["nodes"] += len(nodes)
     slopes.learn(*found)
+
+
+def answers_nodes(evaluate: Evaluator) -> AnswersNodes:
+    """The candidates of a closure that answers `nodes`; ValueError if it does not."""
+    if not isinstance(evaluate.candidates, AnswersNodes):
+        raise ValueError(
+            "polls of nodes need a closure that answers `nodes`; `polls.nodes.NodePolls` does for a "
+            "DecoderOnlyTransformer (task.fast_polls=true on a CPU); else use an optimizer that polls none "
+            "(nodes_per_step=None, null in YAML, for a pattern search)"
+        )
+    return evaluate.candidates
 
 
 def next_nodes(done: int, n_nodes: int, at_most: int, seed: int) -> Tensor:

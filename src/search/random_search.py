@@ -6,6 +6,7 @@ Rastrigin 1963; Matyas 1965; Solis and Wets 1981, algorithm 1 with a fixed lengt
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from search.base import LossOnlyOptimizer
 from search.budget import Evaluator
@@ -32,14 +33,18 @@ class RandomSearch(LossOnlyOptimizer):
         self.samples = samples
 
     def take_step(self, evaluate: Evaluator) -> None:
-        n, ways = len(self.coordinates), torch.tensor([1.0, -1.0], device="cpu")
+        n = len(self.coordinates)
         radius = self.by_group(self.coordinates.owner(torch.arange(n, device="cpu")), "radius").float()  # (n,)
         self.report.planned = 2 * self.samples
         for _ in range(self.samples):
-            change = radius * torch.randn(n, generator=self.generator, device="cpu")
-            for way in ways:
-                losses = evaluate.trial(change, way[None])
-                self.report.done += 1
-                if improves(losses[0], self.report.loss_after):
-                    self.accept(losses[0], way * change)
-                    break
+            forward_or_backward(self, evaluate, radius * torch.randn(n, generator=self.generator, device="cpu"))
+
+
+def forward_or_backward(search: LossOnlyOptimizer, evaluate: Evaluator, change: Tensor) -> None:
+    """Move a search by a change (n,) if that lowers the loss of the batch, else by its opposite if that does."""
+    for way in torch.tensor([1.0, -1.0], device="cpu"):
+        losses = evaluate.trial(change, way[None])
+        search.report.done += 1
+        if improves(losses[0], search.report.loss_after):
+            search.accept(losses[0], way * change)
+            break

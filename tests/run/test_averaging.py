@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 SHORT = ["model=tiny", "logger=none", "optimizer.polls_per_step=16", "trainer.max_epochs=2"]
 
 
-@pytest.mark.parametrize("optimizer", ["pattern_search", "adam"])
+@pytest.mark.parametrize("optimizer", ["pattern_search", "adam", "adamw"])
 def test_what_is_tested_is_the_average_of_the_weights_that_the_steps_left(compose_config, monkeypatch, optimizer):
     weights, tested = [], {}
     ended, test_step = PatternSearchTask.on_train_batch_end, PatternSearchTask.test_step
@@ -29,7 +29,7 @@ def test_what_is_tested_is_the_average_of_the_weights_that_the_steps_left(compos
 
     monkeypatch.setattr(PatternSearchTask, "on_train_batch_end", on_train_batch_end)
     monkeypatch.setattr(PatternSearchTask, "test_step", recorded_test_step)
-    short = SHORT if optimizer == "pattern_search" else [*SHORT[:2], SHORT[3], "optimizer=adam"]
+    short = SHORT if optimizer == "pattern_search" else [*SHORT[:2], SHORT[3], f"optimizer={optimizer}"]
     cfg = compose_config(*short, "callbacks.averaging.decay=0.75", "~callbacks.best")
     train(cfg)
     average = weights[0]

@@ -1,8 +1,10 @@
 """Every optimizer that needs losses only keeps the contract: one class each, and none is forgotten."""
 
+import torch
 from hydra.utils import get_class
 from loss_only_tests import LossOnlyTests
 from omegaconf import OmegaConf
+from torch import nn
 
 from conftest import ROOT
 from search.base import LossOnlyOptimizer
@@ -31,6 +33,25 @@ class TestPatternSearchNodesLong(LossOnlyTests):
 class TestRandomSearch(LossOnlyTests):
     name = "random_search"
     toy = dict(radius=0.2, samples=4)
+
+
+class TestCoherentDescent(LossOnlyTests):
+    name = "coherent_descent"
+    toy = dict(lr=0.1, coordinates_per_step=4, gamma=0.9)
+
+
+class TestRSO(LossOnlyTests):
+    name = "rso"
+    toy = dict(moves_per_step=4, anneal_evaluations=1000)
+
+
+class TestNodePerturbation(LossOnlyTests):
+    name = "node_perturbation"
+    toy = dict(lr=0.02, nodes_per_step=1)
+
+    def weights(self, dtype=torch.float32):
+        matrix, vector = super().weights(dtype)
+        return [matrix, *map(nn.Parameter, vector.detach().split([1, 1, 2]))]  # four nodes, so that the seed can order
 
 
 def test_every_yaml_of_a_loss_only_optimizer_is_tested():
