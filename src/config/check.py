@@ -16,12 +16,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from config.compose import DEFAULT_CONFIG, compose_config, dig, given, job_config, key_of
-from config.nodes import text_problems
+from config.compose import DEFAULT_CONFIG, by_key, compose_config, given, job_config, key_of
 from config.refusal import ConfigError, reason
+from config.values import plain_problems
 from run import wandb_account
-from run.build import data_of, weightless_model
-from run.conflicts import of_machine, of_monitors, of_trainer, without_effect
+from run.resume import missing_run
 
 
 def check(jobs: Iterable[DictConfig]) -> list[DictConfig]:
@@ -41,7 +40,7 @@ def check(jobs: Iterable[DictConfig]) -> list[DictConfig]:
         cfgs.append(cfg)
         text: Any = OmegaConf.to_container(cfg)
         name = json.dumps(text | {"seed": None, "output_dir": None}, default=str)
-        if wrong := text_problems(cfg):
+        if wrong := plain_problems(cfg) or list(missing_run(cfg)):
             problems += wrong
         elif name not in unread:
             unread[name] = {}
@@ -64,12 +63,18 @@ def checked_config(overrides: Sequence[str], config_name: str = DEFAULT_CONFIG) 
 
 
 def build_problems(cfg: DictConfig, unread: dict[str, str]) -> list[str]:
-    """What is wrong with a config whose text is right; first of all, what it asks of the machine and cannot get.
+    """What is wrong with a config whose plain keys are right; first of all, its text, then what the machine lacks.
 
     The data, the model, the task with its optimizer, the logger, and the trainer with its callbacks are built for it.
     `unread` is filled with the keys that the command sets in vain, each with a line that says why.
     """
-    if problems := list(of_machine(cfg)):
+    from lightning.pytorch.callbacks import ProgressBar
+
+    from config.nodes import text_problems  # only here, as torch and Lightning take seconds
+    from run.build import data_of, weightless_model
+    from run.conflicts import metrics_of, of_callbacks, of_machine, of_trainer, without_effect
+
+    if problems := text_problems(cfg) or list(of_machine(cfg)):
         return problems
     build = partial(built, problems, cfg)
     data = build("datamodule", lambda: data_of(cfg))
@@ -79,13 +84,15 @@ def build_problems(cfg: DictConfig, unread: dict[str, str]) -> list[str]:
     optimizer = build("optimizer", task.configure_optimizers) if task else None
     with wandb_account.same_mode():
         build("logger", lambda: instantiate(cfg.logger))
-    callbacks = [build(f"callbacks.{name}", partial(instantiate, node)) for name, node in cfg.callbacks.items()]
-    callbacks = [callback for callback in callbacks if callback]
-    trainer = build("trainer", lambda: instantiate(cfg.trainer, logger=False, callbacks=callbacks))
+    callbacks = {name: build(f"callbacks.{name}", partial(instantiate, node)) for name, node in cfg.callbacks.items()}
+    callbacks = {name: callback for name, callback in callbacks.items() if callback}
+    quiet = [callback for callback in callbacks.values() if not isinstance(callback, ProgressBar)]
+    trainer = build("trainer", lambda: instantiate(cfg.trainer, logger=False, callbacks=quiet))
     if task and optimizer and trainer:
         command = {key_of(word) for word in given(HydraConfig.get())}
         unread |= {key: line for key, line in without_effect(cfg, data, task) if key in command}
-        problems += [*of_trainer(cfg, data, task, trainer), *of_monitors(cfg, data, task, optimizer)]
+        problems += of_trainer(cfg, data, task, trainer)
+        problems += of_callbacks(cfg, callbacks, task, metrics_of(data, task, optimizer))
     return problems
 
 
@@ -106,7 +113,7 @@ def attributed(cfg: DictConfig, node: str, message: str) -> str:
     If it begins with none, and names no key, it stands behind all that the command sets in the node, or its choice.
     """
     option = f"{node}.{message.partition('=')[0]}"
-    if (value := dig(OmegaConf.to_container(cfg), option)) is not None:
+    if (value := by_key(OmegaConf.to_container(cfg)).get(option)) is not None:
         written, named = f"{option}={value}", f"{node}.{message}"
         return named if named.startswith(written) else f"{written}: {message}"
     hydra = HydraConfig.get()

@@ -1,21 +1,19 @@
-"""The text of a config: its keys, and the types of their values, without building anything."""
+"""The nodes of a config from which objects are built: their keys and the types of their values, from signatures."""
 
 import importlib
 import inspect
-import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Collection
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
 
-from config.compose import CONFIGS, dig, leaves, shown
-from config.did_you_mean import nearest, unknown
+from config.compose import CONFIGS, by_key, shown
+from config.did_you_mean import nearest
+from config.values import NODES, Problems, mismatches
 from data.sequences import SequenceDataModule
 from pattern_search_task import PatternSearchTask
 
@@ -36,73 +34,18 @@ PASSED_ON = {  # what a class, or one that is derived from it, passes further ar
     "WandbLogger": "wandb.init",
     "TensorBoardLogger": "torch.utils.tensorboard.SummaryWriter",
 }
-PLAIN: dict[str, dict[str, Any]] = {  # the types of keys that are passed to no class, by node
-    "": {
-        "seed": Annotated[int, Field(ge=0, lt=2**32)],
-        "resume": str | None,
-        "output_dir": str,
-        "allowed_packages": list[str],
-        **dict.fromkeys([*BUILT, "wandb", "checkpoint", "choices"], dict),
-    },
-    "wandb": {"entity": str | None, "project": str},
-    "checkpoint": {
-        "every_seconds": Annotated[float, Field(ge=0)] | None,
-        "every_steps": Annotated[int, Field(ge=1)] | None,
-    },
-    "choices": dict.fromkeys(("task", "model", "optimizer", "experiment", "variant"), str | None),
-}
-
-Problems = Iterator[tuple[str, str]]  # pairs of a key and what is wrong with it
 
 
 def text_problems(cfg: DictConfig) -> list[str]:
-    """What is wrong with the keys and types of a config; first of all, with what its values refer to."""
-    raw: Any = OmegaConf.to_container(cfg)
-    try:
-        values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        key = str(error.full_key)
-        return [f"{key}={shown(dig(raw, key))}: {str(error).splitlines()[0]}"]
+    """What is wrong with the keys and types of a config whose plain keys are right (`config/values.py`)."""
+    raw, values = (by_key(OmegaConf.to_container(cfg, resolve=resolve)) for resolve in (False, True))
+    nodes = {name: values[name] for name in NODES if values[name] or name != "logger"}
+    nodes |= {f"callbacks.{name}": node for name, node in nodes.pop("callbacks").items()}
     found: list[tuple[str, str]] = []
-    for path, types in PLAIN.items():
-        if isinstance(node := dig(values, path), dict):
-            found += mismatches(path, node, types, needed=types)
-    nodes = {name: node for name, node in values.items() if isinstance(node, dict) and (node or name != "logger")}
-    nodes |= {f"callbacks.{name}": node for name, node in nodes.pop("callbacks", {}).items()}
     for path, node in nodes.items():
-        if (group := path.partition(".")[0]) in BUILT:
-            found += node_problems(path, node, *BUILT[group], values.get("allowed_packages"))
+        found += node_problems(path, node, *BUILT[path.partition(".")[0]], values["allowed_packages"])
     taken = {f"${{{key}}}" for key, _ in found}  # what is taken from a wrong value is not told again
-    return [problem for key, problem in found if str(dig(raw, key)) not in taken]
-
-
-def mismatches(
-    path: str, values: Mapping[str, Any], types: Mapping[str, Any], needed: Collection[str], further: bool = False
-) -> Problems:
-    """Keys of a node that are missing, or not known unless `further` are taken, and values of another type."""
-    for name in dict.fromkeys([*values, *needed]):
-        key = f"{path}.{name}".lstrip(".")
-        if name not in values:
-            yield key, f"{key} is missing, and cannot be left out"
-        elif name in types:
-            if rule := broken_rule(types[name], values[name]):
-                yield key, f"{key}={shown(values[name])} must be {rule}"
-        elif not further:
-            known = [f"{path}.{name}".lstrip(".") for name in types]
-            yield key, unknown(f"key {key}", key, known, list_known=False)
-
-
-def broken_rule(hint: Any, value: Any) -> str:
-    """What a value should be, if its type is another one."""
-    try:
-        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-        # as JSON, in which a list may stand for a tuple, as it does in YAML
-        adapter.validate_json(json.dumps(value, default=str), strict=True)
-    except ValidationError as error:
-        return " or ".join(dict.fromkeys(problem["msg"].removeprefix("Input should be ") for problem in error.errors()))
-    except (PydanticUserError, NameError):  # an annotation that cannot be checked
-        pass
-    return ""
+    return [problem for key, problem in found if str(raw.get(key)) not in taken]
 
 
 def node_problems(
@@ -119,7 +62,7 @@ def node_problems(
     """
     key = f"{path}._target_"
     if not isinstance(node, dict) or "_target_" not in node:
-        yield key, f"{key} is missing, the class to build (given: {', '.join(leaves(node, f'{path}.'))})"
+        yield key, f"{key} is missing, the class to build (given: {', '.join([*by_key(node, path)][1:])})"
         return
     values = {name: value for name, value in node.items() if name not in INSTRUCTIONS}
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 import sys
 from collections import defaultdict
@@ -112,8 +113,24 @@ def find_run(path: str | Path) -> tuple[Run, Path]:
         return read_run(path.absolute().parents[1]), path
     if jobs := by_number(file.parent for file in path.glob("*/config.yaml") if file.parent.name != ".hydra"):
         raise RunError(f"{path} is the directory of {len(jobs)} run(s); give one of them, such as {jobs[0]}")
-    run = read_run(path)
+    try:
+        run = read_run(path)
+    except RunError as error:
+        raise RunError(f"{error}; {where_runs_are()}") from error
     return run, run.checkpoint
+
+
+def newest_runs() -> list[Path]:
+    """The directories of all runs and jobs of sweeps below runs/ of this project, newest first."""
+    runs = Path(os.environ.get("PATTERN_SEARCH_ROOT", Path(__file__).parents[2])) / "runs"
+    found = [*runs.glob("*/config.yaml"), *runs.glob("*/[!.]*/config.yaml")]
+    return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
+
+
+def where_runs_are() -> str:
+    """What to give instead of a run that is not there."""
+    newest = [os.path.relpath(path) for path in newest_runs()[:3]]
+    return f"the newest are {', '.join(newest)}" if newest else "python src/train.py makes one"
 
 
 def read_all(*paths: str | Path, read: Callable[[Run], T], finished_only: bool = False) -> list[T]:

@@ -39,9 +39,13 @@ def imported(done):
         (["model.d_modell=8"], 2),
         (["seed=1,2"], 2),
         (["foo"], 2),
+        (["seed=abc"], 2),
+        (["-m", "seed=abc,-1"], 2),
+        (["resume=runs/nope"], 2),
+        (["datamodule.seed=${sed}"], 2),
     ],
 )
-def test_help_and_refusals_of_hydra_import_nothing_heavy(arguments, code, tmp_path):
+def test_help_and_refusals_of_text_and_of_files_import_nothing_heavy(arguments, code, tmp_path):
     done = run_alone(shlex.join(["python", "-X", "importtime", "src/train.py", *arguments]), tmp_path)
     assert done.returncode == code
     assert imported(done) & {*HEAVY} == set()
@@ -52,7 +56,7 @@ def test_help_and_refusals_of_hydra_import_nothing_heavy(arguments, code, tmp_pa
     ("arguments", "message"),
     [
         (["model=tny"], "model=tny is not known; did you mean tiny? Known: large, medium, small, tiny"),
-        (["-m", "optimizer=adam,sgd", "optimizer.lr=.1"], "To append to your config use ++optimizer.lr=.1"),
+        (["-m", "optimizer=adam,sgd", "optimizer.lr=.1"], "; or add it with ++optimizer.lr=.1"),
         (["-m", "model.d_modell=8,16"], "key model.d_modell is not known; did you mean model.d_model?"),
         (["logger.group=g"], "To append to your config use ++logger.group=g"),
         (["optimizer=adam", "optimizer.max_seconds=60"], "did you mean trainer.max_time?"),
