@@ -238,6 +238,16 @@ def test_two_lines_of_python_use_a_trained_model(runs):
     assert not task.training
 
 
+def test_inputs_of_ones_own_that_are_empty_or_too_long_are_refused(runs):
+    task, data, _ = load_run(runs / "parity")
+    assert len(predict(task, data, ["0 1 1"])[0].split()) == 3  # shorter than in training
+    for empty in ("", " ", "SEP"):
+        with pytest.raises(ValueError, match="the input is empty; give some of 0 1 SEP"):
+            predict(task, data, [empty])
+    with pytest.raises(ValueError, match=r"longer than model\.max_len=16"):
+        predict(task, data, ["0 1 1 0 1 0 0 1 1"])
+
+
 @pytest.mark.parametrize("name", ["parity", "strings"])
 def test_lightning_can_test_validate_and_predict_with_a_loaded_run(runs, name):
     task, data, _ = load_run(runs / name)

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,13 +12,13 @@ import torch
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from config.compose import CONFIGS, by_key, shown
+from config.compose import by_key, shown
 from config.did_you_mean import nearest
 from config.values import NODES, Problems, mismatches
 from data.sequences import SequenceDataModule
 from pattern_search_task import PatternSearchTask
 
-SRC = CONFIGS.parent / "src"
+SRC = Path(__file__).parents[1]
 BUILT_IN_PACKAGES = ["torch", "lightning", "torchmetrics", "wandb", *(path.stem for path in SRC.iterdir())]
 INSTRUCTIONS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")  # Hydra's own keys of a node
 BUILT: dict[str, tuple[type, list[str]]] = {  # what is built from each node, with arguments that the program gives

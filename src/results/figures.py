@@ -20,32 +20,36 @@ from matplotlib.ticker import EngFormatter
 from results.runs import RunError, read_runs, read_wandb
 
 PANELS = {"loss": "loss, nats per token", "exact_match": "exact match"}
-WIDTHS = {"train": 0.7, "val": 2.0}  # of the lines of a split
+SPLITS = {"train": "training", "val": "validation"}
+WIDTHS = {"training": 0.7, "validation": 2.0}  # of the lines
 AXES = {"evaluations": "evaluations (a gradient step: one)", "seconds": "training seconds"}
 LABELS = ["model", "optimizer", "variant", "settings"]  # what colours tell apart
+FEW = 4  # seeds get dashes of their own; the lines of more are a bundle
 WIDE = 30  # a range of values whose ends differ by more than this factor gets a logarithmic axis
 
 
 def draw_runs(table: pd.DataFrame) -> Figure:
     """Loss and exact match, training (thin) and validation (thick), against evaluations and seconds.
 
-    A line per run and split; colours tell what differs between the runs. Each task has two rows of two panels, with its
-    loss at chance where that is known.
+    A line per run and split; colours tell what differs between the runs, and dashes tell a FEW seeds. Each task has two
+    rows of two panels, with its loss at chance where that is known.
 
     Args:
         table: as `results.runs.read_runs` returns it; RunError if there is nothing to draw yet.
     """
     parts = table.metric.map(lambda name: name.partition("/"))
     table = table.assign(split=parts.str[0], panel=parts.str[2]).replace(math.inf, math.nan).dropna(subset="value")
-    table = table[table.split.isin(WIDTHS) & table.panel.isin(PANELS)]
+    table = table[table.split.isin(SPLITS) & table.panel.isin(PANELS)]
     if table.empty:
         raise RunError("no metrics yet in these runs")
-    table = table.assign(label=label_runs(table, LABELS), row=table.task + ": " + table.panel.map(PANELS))
-    rows = table.sort_values(["task", "panel"], ascending=[True, False]).melt(
-        ["row", "panel", "label", "split", "run", "value", "chance_loss"], [*AXES], "axis", "cost"
-    )
-    looks: dict[str, Any] = dict(hue="label", size="split", sizes=WIDTHS, units="run", estimator=None)
-    looks |= dict(palette="husl" if rows.label.nunique() > 10 else None)
+    table = table.assign(row=table.task + ": " + table.panel.map(PANELS), **{"measured on": table.split.map(SPLITS)})
+    label = label_runs(table, LABELS)
+    n_labels, title = label.nunique(), str(label.name)  # the legend has the names of columns as titles
+    rows = table.assign(**{title: label}).sort_values(["task", "panel"], ascending=[True, False])
+    kept = ["row", "panel", title, "measured on", "seed", "run", "value", "chance_loss"]
+    rows = rows.melt(kept, [*AXES], "axis", "cost")
+    looks: dict[str, Any] = dict(hue=title, size="measured on", sizes=WIDTHS, units="run", estimator=None)
+    looks |= dict(palette="husl" if n_labels > 10 else None, style="seed" if 1 < rows.seed.nunique() <= FEW else None)
     places: dict[str, Any] = dict(row="row", col="axis", facet_kws=dict(sharex=False, sharey=False))
     sns.set_theme(style="whitegrid", context="notebook")
     grid = sns.relplot(rows, kind="line", x="cost", y="value", height=3.2, aspect=1.6, **looks, **places)
@@ -55,22 +59,25 @@ def draw_runs(table: pd.DataFrame) -> Figure:
         of_loss = (here.panel == "loss").all()
         longest = here.groupby("run").cost.max()
         place.set(xlabel=AXES[axis], xscale="log" if is_wide(longest) else "linear")
-        if place.get_xscale() == "linear":
+        if axis == "evaluations" and place.get_xscale() == "linear":
             place.xaxis.set_major_formatter(EngFormatter(sep=""))  # 25k for 25000
         place.set(yscale="log" if of_loss and is_wide(here.value) else "linear")
         if of_loss and here.chance_loss.notna().any():
             place.axhline(here.chance_loss.max(), color="0.4", linestyle="--", linewidth=1)
-    labels = rows.label.nunique()
-    if labels <= 12:  # below the panels; more of them are a column beside
+    if n_labels <= 12:  # below the panels; more of them are a column beside
         grid.tight_layout()
-        sns.move_legend(grid, "upper center", bbox_to_anchor=(0.5, 0), ncols=min(4, labels + 4))
+        sns.move_legend(grid, "upper center", bbox_to_anchor=(0.5, 0), ncols=min(4, n_labels + 4))
     return closed(grid)
 
 
 def label_runs(table: pd.DataFrame, columns: list[str]) -> pd.Series:
-    """For each row, those of the columns that differ between the runs, joined; the optimizer if none does."""
+    """For each row, those of the columns that differ between the runs, joined; the optimizer if none does.
+
+    The name of the series is that of these columns, joined too.
+    """
     differing = [column for column in columns if table[column].nunique() > 1] or ["optimizer"]
-    return table[differing].agg(lambda names: " · ".join(filter(None, names)), axis=1)
+    labels = table[differing].agg(lambda names: " · ".join(filter(None, names)) or "as configured", axis=1)
+    return labels.rename(" · ".join(differing))
 
 
 def is_wide(values: pd.Series) -> bool:
@@ -128,6 +135,6 @@ def main(parser: ArgumentParser, arguments: list[str]) -> None:
     first = Path(*args.paths[:1])
     output = args.output or (first if first.is_dir() else first.parent) / "runs.png"
     if args.keep:
-        drawn = table[table.metric.isin(f"{split}/{panel}" for split in WIDTHS for panel in PANELS)]
+        drawn = table[table.metric.isin(f"{split}/{panel}" for split in SPLITS for panel in PANELS)]
         drawn.assign(run=drawn.run.factorize()[0]).to_csv(args.keep, index=False)
     save(draw_runs(table), output, f"{table.run.nunique()} run(s)")

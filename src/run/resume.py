@@ -16,11 +16,9 @@ from rich.console import Console
 
 from config.compose import given, shown
 from config.refusal import refuse
-from results.runs import RESUMABLE, Run, RunError, flat, newest_runs, read_run, where_runs_are
+from results.runs import LIMITS, RESUMABLE, Run, RunError, flat, newest_runs, read_run, where_runs_are
 from run.directory import RunDirectoryError, typed, unusable
 
-# keys by their last name that say where a run ends, not where it goes: may be changed when it goes on
-LIMITS = ("max_epochs", "max_steps", "max_time", "max_evaluations", "max_seconds", "target_loss", "stopping_threshold")
 # no step depends on these, nor on what lies below them
 FREE = ("resume.", "checkpoint.", "choices.", "logger.", "wandb.", "allowed_packages.", "callbacks.progress.")
 
