@@ -53,8 +53,8 @@ if __name__ == "__main__":
     except KeyboardInterrupt:  # before or after training: nothing to save
         sys.exit(130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and "run.training" not in sys.modules:  # --help | head -1
+            stop_printing()
         if HydraConfig.initialized():  # composed and begun: this is an error of the run
             raise
-        if isinstance(error, BrokenPipeError):
-            stop_printing()
         refuse([explain(error, arguments)])
