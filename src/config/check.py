@@ -17,10 +17,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from config.compose import DEFAULT_CONFIG, by_key, compose_config, given, job_config, key_of
+from config.nodes import text_problems
 from config.refusal import ConfigError, reason
-from config.values import plain_problems
 from run import wandb_account
-from run.resume import missing_run
 
 
 def check(jobs: Iterable[DictConfig]) -> list[DictConfig]:
@@ -40,7 +39,7 @@ def check(jobs: Iterable[DictConfig]) -> list[DictConfig]:
         cfgs.append(cfg)
         text: Any = OmegaConf.to_container(cfg)
         name = json.dumps(text | {"seed": None, "output_dir": None}, default=str)
-        if wrong := plain_problems(cfg) or list(missing_run(cfg)):
+        if wrong := text_problems(cfg):
             problems += wrong
         elif name not in unread:
             unread[name] = {}
@@ -63,18 +62,17 @@ def checked_config(overrides: Sequence[str], config_name: str = DEFAULT_CONFIG) 
 
 
 def build_problems(cfg: DictConfig, unread: dict[str, str]) -> list[str]:
-    """What is wrong with a config whose plain keys are right; first of all, its text, then what the machine lacks.
+    """What is wrong with a config whose text is right; first of all, what it asks of the machine and cannot get.
 
     The data, the model, the task with its optimizer, the logger, and the trainer with its callbacks are built for it.
     `unread` is filled with the keys that the command sets in vain, each with a line that says why.
     """
-    from lightning.pytorch.callbacks import ProgressBar
+    from lightning.pytorch.callbacks import ProgressBar  # only here, as torch and Lightning take seconds
 
-    from config.nodes import text_problems  # only here, as torch and Lightning take seconds
     from run.build import data_of, weightless_model
     from run.conflicts import metrics_of, of_callbacks, of_machine, of_trainer, without_effect
 
-    if problems := text_problems(cfg) or list(of_machine(cfg)):
+    if problems := list(of_machine(cfg)):
         return problems
     build = partial(built, problems, cfg)
     data = build("datamodule", lambda: data_of(cfg))

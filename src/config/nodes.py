@@ -1,63 +1,121 @@
-"""The nodes of a config from which objects are built: their keys and the types of their values, from signatures."""
+"""The text of a config: its keys, and the types of their values, without building anything.
+
+Nothing heavy is imported before the keys that no class gets are right, which takes a second.
+"""
 
 import importlib
 import inspect
+import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import lightning as L
-import torch
-from lightning.pytorch.loggers import Logger
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
 
 from config.compose import by_key, shown
 from config.did_you_mean import nearest
-from config.values import NODES, Problems, mismatches
-from data.sequences import SequenceDataModule
-from pattern_search_task import PatternSearchTask
+from run.resume import missing_run
 
 SRC = Path(__file__).parents[1]
 BUILT_IN_PACKAGES = ["torch", "lightning", "torchmetrics", "wandb", *(path.stem for path in SRC.iterdir())]
 INSTRUCTIONS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")  # Hydra's own keys of a node
-BUILT: dict[str, tuple[type, list[str]]] = {  # what is built from each node, with arguments that the program gives
-    "task": (PatternSearchTask, ["model", "optimizer"]),
-    "datamodule": (SequenceDataModule, []),
-    "model": (torch.nn.Module, ["vocab_size", "n_classes"]),
-    "optimizer": (torch.optim.Optimizer, ["params"]),
-    "trainer": (L.Trainer, ["logger", "callbacks", "default_root_dir"]),
-    "logger": (Logger, []),
-    "callbacks": (L.Callback, []),  # from each node in it
+BUILT = {  # the kind of what is built from each node, with arguments that the program gives
+    "task": ("pattern_search_task.PatternSearchTask", ["model", "optimizer"]),
+    "datamodule": ("data.sequences.SequenceDataModule", []),
+    "model": ("torch.nn.Module", ["vocab_size", "n_classes"]),
+    "optimizer": ("torch.optim.Optimizer", ["params"]),
+    "trainer": ("lightning.Trainer", ["logger", "callbacks", "default_root_dir"]),
+    "logger": ("lightning.pytorch.loggers.Logger", []),
+    "callbacks": ("lightning.Callback", []),  # from each node in it
 }
 PASSED_ON = {  # what a class, or one that is derived from it, passes further arguments to
     "LossOnlyOptimizer": "search.base.LossOnlyOptimizer",
     "WandbLogger": "wandb.init",
     "TensorBoardLogger": "torch.utils.tensorboard.SummaryWriter",
 }
+PLAIN: dict[str, dict[str, Any]] = {  # the types of keys that are passed to no class, by node
+    "": {
+        "seed": Annotated[int, Field(ge=0, lt=2**32)],
+        "resume": str | None,
+        "output_dir": str,
+        "allowed_packages": list[str],
+        **dict.fromkeys([*BUILT, "wandb", "checkpoint", "choices"], dict),
+    },
+    "wandb": {"entity": str | None, "project": str},
+    "checkpoint": {
+        "every_seconds": Annotated[float, Field(ge=0)] | None,
+        "every_steps": Annotated[int, Field(ge=1)] | None,
+    },
+    "choices": dict.fromkeys(("task", "model", "optimizer", "experiment", "variant"), str | None),
+}
+
+Problems = Iterator[tuple[str, str]]  # pairs of a key and what is wrong with it
 
 
 def text_problems(cfg: DictConfig) -> list[str]:
-    """What is wrong with the keys and types of a config whose plain keys are right (`config/values.py`)."""
-    raw, values = (by_key(OmegaConf.to_container(cfg, resolve=resolve)) for resolve in (False, True))
-    nodes = {name: values[name] for name in NODES if values[name] or name != "logger"}
-    nodes |= {f"callbacks.{name}": node for name, node in nodes.pop("callbacks").items()}
+    """What is wrong with the keys and types of a config: what its values refer to, plain keys, or else its nodes."""
+    raw = by_key(OmegaConf.to_container(cfg))
+    try:
+        values = by_key(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    except OmegaConfBaseException as error:
+        key = str(error.full_key)
+        return [f"{key}={shown(raw.get(key))}: {str(error).splitlines()[0]}"]
     found: list[tuple[str, str]] = []
-    for path, node in nodes.items():
-        found += node_problems(path, node, *BUILT[path.partition(".")[0]], values["allowed_packages"])
+    for path in PLAIN:
+        if isinstance(node := values.get(path), dict):
+            found += mismatches(path, node, PLAIN[path], needed=PLAIN[path])
+    found = found or [("resume", problem) for problem in missing_run(cfg)]
+    if not found:  # torch is imported from here on
+        nodes = {name: values[name] for name in BUILT if values[name] or name != "logger"}
+        nodes |= {f"callbacks.{name}": node for name, node in nodes.pop("callbacks").items()}
+        for path, node in nodes.items():
+            found += node_problems(path, node, *BUILT[path.partition(".")[0]], values["allowed_packages"])
     taken = {f"${{{key}}}" for key, _ in found}  # what is taken from a wrong value is not told again
     return [problem for key, problem in found if str(raw.get(key)) not in taken]
 
 
+def mismatches(
+    path: str, values: Mapping[str, Any], types: Mapping[str, Any], needed: Collection[str], further: bool = False
+) -> Problems:
+    """Keys of a node that are missing, or not known unless `further` are taken, and values of another type."""
+    for name in dict.fromkeys([*values, *needed]):
+        key = f"{path}.{name}".lstrip(".")
+        if name not in values:
+            yield key, f"{key} is missing, and cannot be left out"
+        elif name in types:
+            if rule := broken_rule(types[name], values[name]):
+                yield key, f"{key}={shown(values[name])} must be {rule}"
+        elif not further:
+            near = nearest(key, [f"{path}.{name}".lstrip(".") for name in types])
+            yield key, f"key {key} is not known" + (f"; did you mean {near}?" if near else ".")
+
+
+def broken_rule(hint: Any, value: Any) -> str:
+    """What a value should be, if its type is another one."""
+    try:
+        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+        # as JSON, in which a list may stand for a tuple, as it does in YAML
+        adapter.validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError as error:
+        return " or ".join(dict.fromkeys(problem["msg"].removeprefix("Input should be ") for problem in error.errors()))
+    except (PydanticUserError, NameError):  # an annotation that cannot be checked
+        pass
+    return ""
+
+
 def node_problems(
-    path: str, node: Any, kind: type = object, filled_in: Collection[str] = (), allowed: Collection[str] = ()
+    path: str, node: Any, kind: str = "builtins.object", filled_in: Collection[str] = (), allowed: Collection[str] = ()
 ) -> Problems:
     """What is wrong with a node that is built: its class, its keys, their types, and the nodes in it.
 
     Args:
         path: of the node.
         node: its values, without interpolations.
-        kind: what its class must be derived from.
+        kind: the name of the class that its own must be derived from.
         filled_in: arguments that the program gives.
         allowed: packages beside the built-in ones.
     """
@@ -84,7 +142,7 @@ def node_problems(
     yield from mismatches(path, values, types | dict.fromkeys(filled_in, Any), needed - {*filled_in}, further)
 
 
-def find(name: str, kind: type = object, allowed: Collection[str] = ()) -> Callable:
+def find(name: str, kind: str = "builtins.object", allowed: Collection[str] = ()) -> Callable:
     """The class of a dotted name.
 
     Raises:
@@ -99,8 +157,8 @@ def find(name: str, kind: type = object, allowed: Collection[str] = ()) -> Calla
         hint = f"did you mean {near}?" if near else "add it to allowed_packages"
         raise ValueError(f"package {package} is not allowed; {hint}")
     target = getattr(importlib.import_module(module), attribute)
-    if not callable(target) or (isinstance(target, type) and not issubclass(target, kind)):
-        raise ValueError(f"it is not a {kind.__name__}")
+    if not callable(target) or (isinstance(target, type) and not issubclass(target, get_class(kind))):
+        raise ValueError(f"it is not a {kind.rpartition('.')[2]}")
     return target
 
 
