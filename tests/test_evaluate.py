@@ -1,6 +1,7 @@
 """`src/evaluate.py`: the numbers of summary.json again, other data, predictions as people read them, refusals."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -354,9 +355,13 @@ def test_a_config_that_does_not_build_any_more_is_refused_with_the_reason(parity
     assert message in refused(f"run={parity}")
 
 
-def test_paths_that_are_no_run_are_refused(runs, parity, refused):
+def test_paths_that_are_no_run_are_refused(runs, parity, refused, monkeypatch):
     assert "is the directory of 5 run(s); give one of them, such as" in refused(f"run={runs}")
     assert "config.yaml is not the config of a run" in refused(f"run={parity / 'config.yaml'}")
+    monkeypatch.setenv("PATTERN_SEARCH_ROOT", str(parity.parent))
+    assert refused("run=nope") == "nope holds no run: it has no config.yaml; python src/train.py makes one"
+    shutil.copytree(parity, parity.parent / "runs/a")
+    assert refused("run=nope").endswith(f"; the newest are {os.path.relpath(parity.parent / 'runs/a')}")
     lost = shutil.copy(parity / "checkpoints/best.ckpt", parity.parent / "lost.ckpt")
     assert "holds no run" in refused(f"run={lost}")
 
