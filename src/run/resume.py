@@ -73,7 +73,8 @@ def run_in(run_dir: Path) -> Run | None:
 def missing_run(cfg: DictConfig) -> Iterator[str]:
     """What is wrong with `resume` if no run is there; this is known from the file system."""
     if cfg.resume not in (None, "auto") and run_in(Path(cfg.resume)) is None:
-        yield f"resume={cfg.resume}: no run is there; give the directory that holds its config.yaml; {where_runs_are()}"
+        nothing = f"resume={cfg.resume}: no run is there; give the directory that holds its config.yaml"
+        yield unusable(Path(cfg.resume).absolute()) or f"{nothing}; {where_runs_are()}"
 
 
 def saved_summary(run: Run) -> dict[str, Any] | None:
