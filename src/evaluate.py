@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from results.runs import Run, RunError, by_position, find_run
-from run.directory import print_any_character, typed
+from run.directory import printing, typed
 
 if TYPE_CHECKING:  # torch takes seconds, and a run that is not there is refused at once
     from omegaconf import DictConfig
@@ -155,5 +155,5 @@ def lines(prediction: dict[str, list[str]], width: int) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print_any_character()
-    main(sys.argv[1:])
+    with printing():
+        main(sys.argv[1:])

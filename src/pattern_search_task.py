@@ -239,7 +239,8 @@ def chosen_parameters(model: nn.Module, names: list[str] | None) -> list[nn.Para
     parts = [name for name, _ in model.named_modules() if name]
     for name in names or []:
         if name not in (*parts, *named):
-            raise ValueError(unknown(f"task.parameters: {name}", name, [*parts, *named]))
+            outer = [part for part in parts if part.count(".") < 2]  # an attention has parts, and these have tensors
+            raise ValueError(unknown(f"task.parameters: {name}", name, [*parts, *named], listed=outer))
     return [p for known, p in named.items() if names is None or f"{known}.".startswith(tuple(f"{n}." for n in names))]
 
 

@@ -17,7 +17,7 @@ import sys
 
 from config.refusal import ConfigError, refuse
 from results.runs import RunError
-from run.directory import print_any_character
+from run.directory import printing
 
 COMMANDS = {
     name: f"results.{name}"
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     """Run one of COMMANDS; exit code 2, after one line, if what is asked for is not there."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
-        return
+        sys.exit(0 if arguments else 2)
     name, *rest = arguments
     try:
         if name not in COMMANDS:
@@ -48,5 +48,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    print_any_character()
-    main(sys.argv[1:])
+    with printing():
+        main(sys.argv[1:])

@@ -19,6 +19,7 @@ from config.refusal import ConfigError, refuse
 from data.decoding import in_columns
 from data.sequences import IGNORE, SequenceDataModule
 from run.build import data_of
+from run.directory import printing
 
 N_EXAMPLES = 2  # of each split, different ones
 
@@ -67,4 +68,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with printing():
+        main(sys.argv[1:])

@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 
 from config.compose import DEFAULT_CONFIG, explain, flags_first
 from config.refusal import refuse
+from run.directory import stop_printing
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("PATTERN_SEARCH_ROOT", str(ROOT))  # configs/hydra puts runs below it
@@ -48,9 +49,12 @@ if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints what is wrong and exits with code 1
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:  # before or after training: nothing to save
         sys.exit(130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and "run.training" not in sys.modules:  # --help | head -1
+            stop_printing()
         if HydraConfig.initialized():  # composed and begun: this is an error of the run
             raise
         refuse([explain(error, arguments)])

@@ -34,7 +34,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from config import compose
 from config.check import checked_config
-from config.compose import leaves
+from config.compose import by_key
 from config.refusal import ConfigError
 from train import train
 
@@ -85,7 +85,7 @@ class Fuzz:
 
     def keys(self, command: list[str]) -> list[str]:
         raw = OmegaConf.to_container(composed(command))
-        keys = [k for k in leaves(raw) if k != "output_dir" and not k.startswith("choices")]
+        keys = [k for k in by_key(raw) if k not in ("", "output_dir") and not k.startswith("choices")]
         return [key for key in keys if not key.endswith("_target_")]
 
     def misspell(self, word: str) -> str:

@@ -1,6 +1,7 @@
 """`src/evaluate.py`: the numbers of summary.json again, other data, predictions as people read them, refusals."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -238,6 +239,16 @@ def test_two_lines_of_python_use_a_trained_model(runs):
     assert not task.training
 
 
+def test_inputs_of_ones_own_that_are_empty_or_too_long_are_refused(runs):
+    task, data, _ = load_run(runs / "parity")
+    assert len(predict(task, data, ["0 1 1"])[0].split()) == 3  # shorter than in training
+    for empty in ("", " ", "SEP"):
+        with pytest.raises(ValueError, match="the input is empty; give some of 0 1 SEP"):
+            predict(task, data, [empty])
+    with pytest.raises(ValueError, match=r"longer than model\.max_len=16"):
+        predict(task, data, ["0 1 1 0 1 0 0 1 1"])
+
+
 @pytest.mark.parametrize("name", ["parity", "strings"])
 def test_lightning_can_test_validate_and_predict_with_a_loaded_run(runs, name):
     task, data, _ = load_run(runs / name)
@@ -344,9 +355,13 @@ def test_a_config_that_does_not_build_any_more_is_refused_with_the_reason(parity
     assert message in refused(f"run={parity}")
 
 
-def test_paths_that_are_no_run_are_refused(runs, parity, refused):
+def test_paths_that_are_no_run_are_refused(runs, parity, refused, monkeypatch):
     assert "is the directory of 5 run(s); give one of them, such as" in refused(f"run={runs}")
     assert "config.yaml is not the config of a run" in refused(f"run={parity / 'config.yaml'}")
+    monkeypatch.setenv("PATTERN_SEARCH_ROOT", str(parity.parent))
+    assert refused("run=nope") == "nope holds no run: it has no config.yaml; python src/train.py makes one"
+    shutil.copytree(parity, parity.parent / "runs/a")
+    assert refused("run=nope").endswith(f"; the newest are {os.path.relpath(parity.parent / 'runs/a')}")
     lost = shutil.copy(parity / "checkpoints/best.ckpt", parity.parent / "lost.ckpt")
     assert "holds no run" in refused(f"run={lost}")
 

@@ -258,8 +258,10 @@ def test_only_the_chosen_parameters_are_trained(compose_config):
 
 def test_a_part_that_the_model_has_not_is_refused(compose_config):
     cfg = compose_config("model=tiny", "task.parameters=[blocks.0.fff]")
-    with pytest.raises(Exception, match=r"blocks.0.fff is not known; did you mean blocks.0.ff\?"):
+    with pytest.raises(Exception, match=r"blocks.0.fff is not known; did you mean blocks.0.ff\?") as refusal:
         build_task(cfg, build_datamodule(cfg))
+    parts = "token_embedding, position_embedding, drop, blocks, blocks.0, norm, head"
+    assert str(refusal.value.__cause__).endswith(f"Known: {parts}")
 
 
 def test_nodes_need_the_fast_polls(compose_config):

@@ -16,12 +16,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from config.compose import DEFAULT_CONFIG, compose_config, dig, given, job_config, key_of
+from config.compose import DEFAULT_CONFIG, by_key, compose_config, given, job_config, key_of
 from config.nodes import text_problems
 from config.refusal import ConfigError, reason
 from run import wandb_account
-from run.build import data_of, weightless_model
-from run.conflicts import of_machine, of_monitors, of_trainer, without_effect
 
 
 def check(jobs: Iterable[DictConfig]) -> list[DictConfig]:
@@ -69,6 +67,11 @@ def build_problems(cfg: DictConfig, unread: dict[str, str]) -> list[str]:
     The data, the model, the task with its optimizer, the logger, and the trainer with its callbacks are built for it.
     `unread` is filled with the keys that the command sets in vain, each with a line that says why.
     """
+    from lightning.pytorch.callbacks import ProgressBar  # only here, as torch and Lightning take seconds
+
+    from run.build import data_of, weightless_model
+    from run.conflicts import metrics_of, of_callbacks, of_machine, of_trainer, without_effect
+
     if problems := list(of_machine(cfg)):
         return problems
     build = partial(built, problems, cfg)
@@ -79,13 +82,15 @@ def build_problems(cfg: DictConfig, unread: dict[str, str]) -> list[str]:
     optimizer = build("optimizer", task.configure_optimizers) if task else None
     with wandb_account.same_mode():
         build("logger", lambda: instantiate(cfg.logger))
-    callbacks = [build(f"callbacks.{name}", partial(instantiate, node)) for name, node in cfg.callbacks.items()]
-    callbacks = [callback for callback in callbacks if callback]
-    trainer = build("trainer", lambda: instantiate(cfg.trainer, logger=False, callbacks=callbacks))
+    callbacks = {name: build(f"callbacks.{name}", partial(instantiate, node)) for name, node in cfg.callbacks.items()}
+    callbacks = {name: callback for name, callback in callbacks.items() if callback}
+    quiet = [callback for callback in callbacks.values() if not isinstance(callback, ProgressBar)]
+    trainer = build("trainer", lambda: instantiate(cfg.trainer, logger=False, callbacks=quiet))
     if task and optimizer and trainer:
         command = {key_of(word) for word in given(HydraConfig.get())}
         unread |= {key: line for key, line in without_effect(cfg, data, task) if key in command}
-        problems += [*of_trainer(cfg, data, task, trainer), *of_monitors(cfg, data, task, optimizer)]
+        problems += of_trainer(cfg, data, task, trainer)
+        problems += of_callbacks(cfg, callbacks, task, metrics_of(data, task, optimizer))
     return problems
 
 
@@ -106,7 +111,7 @@ def attributed(cfg: DictConfig, node: str, message: str) -> str:
     If it begins with none, and names no key, it stands behind all that the command sets in the node, or its choice.
     """
     option = f"{node}.{message.partition('=')[0]}"
-    if (value := dig(OmegaConf.to_container(cfg), option)) is not None:
+    if (value := by_key(OmegaConf.to_container(cfg)).get(option)) is not None:
         written, named = f"{option}={value}", f"{node}.{message}"
         return named if named.startswith(written) else f"{written}: {message}"
     hydra = HydraConfig.get()

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from config.did_you_mean import nearest, unknown
+from config.did_you_mean import RENAMED, nearest, unknown
 from config.refusal import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -82,11 +82,18 @@ def explain(error: BaseException, arguments: Sequence[str]) -> str:
         return f"configs/{file[1]}.yaml: {said}" if file else said
     if text.startswith("Could not override") and isinstance(cause, OmegaConfBaseException):
         key = str(cause.full_key)
-        path, values = key.rpartition(".")[0], OmegaConf.to_container(cause.parent_node)
-        known = [*leaves(values, f"{path}." if path else ""), *(folder.name for folder in CONFIGS.iterdir())]
-        if near := nearest(key, known):
+        keys = by_key(OmegaConf.to_container(cause.parent_node), key.rpartition(".")[0])
+        if options := options_with(key):
+            return (
+                f"key {key} belongs to {' or '.join(options)}; or add it with ++{text.rpartition('use +')[2].strip()}"
+            )
+        if near := nearest(key, [*keys, *(folder.name for folder in CONFIGS.iterdir())]):
             return f"key {key} is not known; did you mean {near}?"
         text = text.replace("config use +", "config use ++")  # right for all jobs of a sweep
+    if text.startswith("Ambiguous value"):
+        key, _, values = text.split("'")[1].partition("=")
+        as_list = "" if (CONFIGS / key).is_dir() else f"; if it is one value, a list, write {key}=[{values}]"
+        return f"{key}={values} has several values: add -m for a sweep, a run with each{as_list}"
     if text.startswith("Config group override must be"):  # Hydra does not say which
         arguments = [word for word in arguments if (CONFIGS / key_of(word)).is_dir()]
     said = " ".join(text.partition("See https")[0].split())
@@ -97,19 +104,20 @@ def explain(error: BaseException, arguments: Sequence[str]) -> str:
 # --- keys of configs, and words of commands ---
 
 
-def leaves(node: Any, path: str = "") -> Iterator[str]:
-    """The paths of all keys of a nested dict."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield f"{path}{key}"
-            yield from leaves(value, f"{path}{key}.")
+def by_key(node: Any, path: str = "") -> dict[str, Any]:
+    """A node at a path, and all that lies in it, by dotted key."""
+    found = {path: node}
+    for name, value in node.items() if isinstance(node, dict) else ():
+        found |= by_key(value, f"{path}.{name}".lstrip("."))
+    return found
 
 
-def dig(node: Any, path: str) -> Any:
-    """The value at a dotted path of nested dicts; None if there is none."""
-    for name in path.split(".") if path else ():
-        node = node.get(name) if isinstance(node, dict) else None
-    return node
+def options_with(key: str) -> list[str]:
+    """The options of a group that have a key: "optimizer=adam" for "optimizer.lr". A task chooses its data."""
+    group, _, name = key.partition(".")
+    files = sorted((CONFIGS / group).glob("*.yaml")) if name and name not in RENAMED else []
+    having = [file.stem for file in files if re.search(rf"(?m)^{re.escape(name)}:", file.read_text())]
+    return [f"{group.replace('datamodule', 'task')}={option}" for option in having]
 
 
 def key_of(override: str) -> str:

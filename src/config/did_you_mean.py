@@ -25,12 +25,15 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return near[0] if near else None
 
 
-def unknown(what: str, word: str, known: Iterable[str], list_known: bool = True) -> str:
-    """A message such as "model=medim is not known; did you mean medium? Known: large, medium"."""
+def unknown(what: str, word: str, known: Iterable[str], listed: Iterable[str] | None = None) -> str:
+    """A message such as "model=medim is not known; did you mean medium? Known: large, medium".
+
+    `listed` are the known words that are worth listing; all of them if None.
+    """
     known = list(known)
     near = nearest(word, known)
     hint = f"; did you mean {near}?" if near else "."
-    return f"{what} is not known{hint}" + (f" Known: {', '.join(known)}" if list_known else "")
+    return f"{what} is not known{hint} Known: {', '.join(known if listed is None else listed)}"
 
 
 def one_of(key: str, value: str, known: Iterable[str]) -> None:

@@ -1,35 +1,36 @@
-"""The text of a config: its keys, and the types of their values, without building anything."""
+"""The text of a config: its keys, and the types of their values, without building anything.
+
+Nothing heavy is imported before the keys that no class gets are right, which takes a second.
+"""
 
 import importlib
 import inspect
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
-import lightning as L
-import torch
-from lightning.pytorch.loggers import Logger
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
 
-from config.compose import CONFIGS, dig, leaves, shown
-from config.did_you_mean import nearest, unknown
-from data.sequences import SequenceDataModule
-from pattern_search_task import PatternSearchTask
+from config.compose import by_key, shown
+from config.did_you_mean import nearest
+from run.resume import missing_run
 
-SRC = CONFIGS.parent / "src"
+SRC = Path(__file__).parents[1]
 BUILT_IN_PACKAGES = ["torch", "lightning", "torchmetrics", "wandb", *(path.stem for path in SRC.iterdir())]
 INSTRUCTIONS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")  # Hydra's own keys of a node
-BUILT: dict[str, tuple[type, list[str]]] = {  # what is built from each node, with arguments that the program gives
-    "task": (PatternSearchTask, ["model", "optimizer"]),
-    "datamodule": (SequenceDataModule, []),
-    "model": (torch.nn.Module, ["vocab_size", "n_classes"]),
-    "optimizer": (torch.optim.Optimizer, ["params"]),
-    "trainer": (L.Trainer, ["logger", "callbacks", "default_root_dir"]),
-    "logger": (Logger, []),
-    "callbacks": (L.Callback, []),  # from each node in it
+BUILT = {  # the kind of what is built from each node, with arguments that the program gives
+    "task": ("pattern_search_task.PatternSearchTask", ["model", "optimizer"]),
+    "datamodule": ("data.sequences.SequenceDataModule", []),
+    "model": ("torch.nn.Module", ["vocab_size", "n_classes"]),
+    "optimizer": ("torch.optim.Optimizer", ["params"]),
+    "trainer": ("lightning.Trainer", ["logger", "callbacks", "default_root_dir"]),
+    "logger": ("lightning.pytorch.loggers.Logger", []),
+    "callbacks": ("lightning.Callback", []),  # from each node in it
 }
 PASSED_ON = {  # what a class, or one that is derived from it, passes further arguments to
     "LossOnlyOptimizer": "search.base.LossOnlyOptimizer",
@@ -56,24 +57,25 @@ Problems = Iterator[tuple[str, str]]  # pairs of a key and what is wrong with it
 
 
 def text_problems(cfg: DictConfig) -> list[str]:
-    """What is wrong with the keys and types of a config; first of all, with what its values refer to."""
-    raw: Any = OmegaConf.to_container(cfg)
+    """What is wrong with the keys and types of a config: what its values refer to, plain keys, or else its nodes."""
+    raw = by_key(OmegaConf.to_container(cfg))
     try:
-        values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        values = by_key(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
         key = str(error.full_key)
-        return [f"{key}={shown(dig(raw, key))}: {str(error).splitlines()[0]}"]
+        return [f"{key}={shown(raw.get(key))}: {str(error).splitlines()[0]}"]
     found: list[tuple[str, str]] = []
-    for path, types in PLAIN.items():
-        if isinstance(node := dig(values, path), dict):
-            found += mismatches(path, node, types, needed=types)
-    nodes = {name: node for name, node in values.items() if isinstance(node, dict) and (node or name != "logger")}
-    nodes |= {f"callbacks.{name}": node for name, node in nodes.pop("callbacks", {}).items()}
-    for path, node in nodes.items():
-        if (group := path.partition(".")[0]) in BUILT:
-            found += node_problems(path, node, *BUILT[group], values.get("allowed_packages"))
+    for path in PLAIN:
+        if isinstance(node := values.get(path), dict):
+            found += mismatches(path, node, PLAIN[path], needed=PLAIN[path])
+    found = found or [("resume", problem) for problem in missing_run(cfg)]
+    if not found:  # torch is imported from here on
+        nodes = {name: values[name] for name in BUILT if values[name] or name != "logger"}
+        nodes |= {f"callbacks.{name}": node for name, node in nodes.pop("callbacks").items()}
+        for path, node in nodes.items():
+            found += node_problems(path, node, *BUILT[path.partition(".")[0]], values["allowed_packages"])
     taken = {f"${{{key}}}" for key, _ in found}  # what is taken from a wrong value is not told again
-    return [problem for key, problem in found if str(dig(raw, key)) not in taken]
+    return [problem for key, problem in found if str(raw.get(key)) not in taken]
 
 
 def mismatches(
@@ -88,8 +90,8 @@ def mismatches(
             if rule := broken_rule(types[name], values[name]):
                 yield key, f"{key}={shown(values[name])} must be {rule}"
         elif not further:
-            known = [f"{path}.{name}".lstrip(".") for name in types]
-            yield key, unknown(f"key {key}", key, known, list_known=False)
+            near = nearest(key, [f"{path}.{name}".lstrip(".") for name in types])
+            yield key, f"key {key} is not known" + (f"; did you mean {near}?" if near else ".")
 
 
 def broken_rule(hint: Any, value: Any) -> str:
@@ -106,20 +108,20 @@ def broken_rule(hint: Any, value: Any) -> str:
 
 
 def node_problems(
-    path: str, node: Any, kind: type = object, filled_in: Collection[str] = (), allowed: Collection[str] = ()
+    path: str, node: Any, kind: str = "builtins.object", filled_in: Collection[str] = (), allowed: Collection[str] = ()
 ) -> Problems:
     """What is wrong with a node that is built: its class, its keys, their types, and the nodes in it.
 
     Args:
         path: of the node.
         node: its values, without interpolations.
-        kind: what its class must be derived from.
+        kind: the name of the class that its own must be derived from.
         filled_in: arguments that the program gives.
         allowed: packages beside the built-in ones.
     """
     key = f"{path}._target_"
     if not isinstance(node, dict) or "_target_" not in node:
-        yield key, f"{key} is missing, the class to build (given: {', '.join(leaves(node, f'{path}.'))})"
+        yield key, f"{key} is missing, the class to build (given: {', '.join([*by_key(node, path)][1:])})"
         return
     values = {name: value for name, value in node.items() if name not in INSTRUCTIONS}
     try:
@@ -140,7 +142,7 @@ def node_problems(
     yield from mismatches(path, values, types | dict.fromkeys(filled_in, Any), needed - {*filled_in}, further)
 
 
-def find(name: str, kind: type = object, allowed: Collection[str] = ()) -> Callable:
+def find(name: str, kind: str = "builtins.object", allowed: Collection[str] = ()) -> Callable:
     """The class of a dotted name.
 
     Raises:
@@ -155,8 +157,8 @@ def find(name: str, kind: type = object, allowed: Collection[str] = ()) -> Calla
         hint = f"did you mean {near}?" if near else "add it to allowed_packages"
         raise ValueError(f"package {package} is not allowed; {hint}")
     target = getattr(importlib.import_module(module), attribute)
-    if not callable(target) or (isinstance(target, type) and not issubclass(target, kind)):
-        raise ValueError(f"it is not a {kind.__name__}")
+    if not callable(target) or (isinstance(target, type) and not issubclass(target, get_class(kind))):
+        raise ValueError(f"it is not a {kind.rpartition('.')[2]}")
     return target
 
 

@@ -45,7 +45,7 @@ def predict(model: nn.Module, data: SequenceDataModule, inputs: Sequence[str]) -
         inputs: as in the data; a SEP at the end may be left out.
 
     Raises:
-        ValueError: an unknown token, or an input that is longer than the model can read.
+        ValueError: an empty input, an unknown token, or an input that is longer than the model can read.
     """
     return [" ".join(data.classes[c] for c in decode(model, data, data.prompt(given))) for given in inputs]
 

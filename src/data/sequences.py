@@ -274,9 +274,11 @@ class SequenceDataModule(L.LightningDataModule, ABC):
         """Token ids of an input in names, such as "0 1 1"; a SEP at its end may be left out.
 
         Raises:
-            ValueError: a name that no token has.
+            ValueError: no token, or a name that no token has.
         """
         words = text.split()
+        if not words or words == ["SEP"]:
+            raise ValueError(f"the input is empty; give some of {' '.join(self.tokens)}")
         if "SEP" in self.tokens and "SEP" not in words:
             words.append("SEP")
         for word in words:

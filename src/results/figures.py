@@ -21,33 +21,38 @@ from matplotlib.ticker import EngFormatter
 from results.runs import RunError, read_runs, read_wandb
 
 PANELS = {"loss": "loss, nats per token", "exact_match": "exact match"}
-WIDTHS = {"train": 0.7, "val": 2.0}  # of the lines of a split
+SPLITS = {"train": "training", "val": "validation"}
+WIDTHS = {"training": 0.7, "validation": 2.0}  # of the lines
 AXES = {"evaluations": "evaluations (a gradient step: one)", "seconds": "training seconds"}
 LABELS = ["model", "optimizer", "variant", "settings"]  # what colours tell apart
+FEW = 4  # seeds get dashes of their own; the lines of more are a bundle
 WIDE = 30  # a range of values whose ends differ by more than this factor gets a logarithmic axis
 
 
 def draw_runs(table: pd.DataFrame) -> Figure:
     """Loss and exact match, training (thin) and validation (thick), against evaluations and seconds.
 
-    A line per run and split; colours tell what differs between the runs. Each task has two rows of two panels, with its
-    loss at chance where that is known.
+    A line per run and split; colours tell what differs between the runs, and dashes tell a FEW seeds. Each task has two
+    rows of two panels, with its loss at chance where that is known.
 
     Args:
         table: as `results.runs.read_runs` returns it; RunError if there is nothing to draw yet.
     """
     parts = table.metric.map(lambda name: name.partition("/"))
     table = table.assign(split=parts.str[0], panel=parts.str[2]).replace(math.inf, math.nan).dropna(subset="value")
-    table = table[table.split.isin(WIDTHS) & table.panel.isin(PANELS)]
+    table = table[table.split.isin(SPLITS) & table.panel.isin(PANELS)]
     if table.empty:
         raise RunError("no metrics yet in these runs")
-    table = table.assign(label=label_runs(table, LABELS), row=table.task + ": " + table.panel.map(PANELS))
-    rows = table.sort_values(["task", "panel"], ascending=[True, False]).melt(
-        ["row", "panel", "label", "split", "run", "value", "chance_loss"], [*AXES], "axis", "cost"
-    )
-    labels, places = list(rows.label.unique()), list(itertools.product(rows.row.unique(), AXES))
-    looks: dict[str, Any] = dict(hue="label", hue_order=labels, palette="husl" if len(labels) > 10 else None)
-    looks |= dict(size="split", size_order=[*WIDTHS], sizes=WIDTHS, units="run", estimator=None)
+    table = table.assign(row=table.task + ": " + table.panel.map(PANELS), **{"measured on": table.split.map(SPLITS)})
+    label = label_runs(table, LABELS)
+    title = str(label.name)  # the legend has the names of columns as titles
+    rows = table.assign(**{title: label}).sort_values(["task", "panel"], ascending=[True, False])
+    kept = ["row", "panel", title, "measured on", "seed", "run", "value", "chance_loss"]
+    rows = rows.melt(kept, [*AXES], "axis", "cost")
+    labels, places = list(rows[title].unique()), list(itertools.product(rows.row.unique(), AXES))
+    looks: dict[str, Any] = dict(hue=title, hue_order=labels, palette="husl" if len(labels) > 10 else None)
+    looks |= dict(size="measured on", size_order=[*WIDTHS], sizes=WIDTHS, units="run", estimator=None)
+    looks |= dict(style="seed" if 1 < rows.seed.nunique() <= FEW else None)
     sns.set_theme(style="whitegrid", context="notebook")
     figure = Figure(figsize=(10.2, 0.8 + 1.6 * len(places)), layout="constrained")
     for (row, axis), place in zip(places, figure.subplots(len(places) // 2, 2).flat, strict=True):
@@ -56,7 +61,7 @@ def draw_runs(table: pd.DataFrame) -> Figure:
         of_loss = (here.panel == "loss").all()
         longest = here.groupby("run").cost.max()
         place.set(title=row, xlabel=AXES[axis], ylabel="", xscale="log" if is_wide(longest) else "linear")
-        if place.get_xscale() == "linear":
+        if axis == "evaluations" and place.get_xscale() == "linear":
             place.xaxis.set_major_formatter(EngFormatter(sep=""))  # 25k for 25000
         place.set(yscale="log" if of_loss and is_wide(here.value) else "linear")
         if of_loss and here.chance_loss.notna().any():
@@ -71,9 +76,13 @@ def draw_runs(table: pd.DataFrame) -> Figure:
 
 
 def label_runs(table: pd.DataFrame, columns: list[str]) -> pd.Series:
-    """For each row, those of the columns that differ between the runs, joined; the optimizer if none does."""
+    """For each row, those of the columns that differ between the runs, joined; the optimizer if none does.
+
+    The name of the series is that of these columns, joined too.
+    """
     differing = [column for column in columns if table[column].nunique() > 1] or ["optimizer"]
-    return table[differing].agg(lambda names: " · ".join(filter(None, names)), axis=1)
+    labels = table[differing].agg(lambda names: " · ".join(filter(None, names)) or "as configured", axis=1)
+    return labels.rename(" · ".join(differing))
 
 
 def is_wide(values: pd.Series) -> bool:
@@ -131,6 +140,6 @@ def main(parser: ArgumentParser, arguments: list[str]) -> None:
     first = Path(*args.paths[:1])
     output = args.output or (first if first.is_dir() else first.parent) / "runs.png"
     if args.keep:
-        drawn = table[table.metric.isin(f"{split}/{panel}" for split in WIDTHS for panel in PANELS)]
+        drawn = table[table.metric.isin(f"{split}/{panel}" for split in SPLITS for panel in PANELS)]
         drawn.assign(run=drawn.run.factorize()[0]).to_csv(args.keep, index=False)
     save(draw_runs(table), output, f"{table.run.nunique()} run(s)")

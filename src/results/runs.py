@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 import sys
 from collections import defaultdict
@@ -30,6 +31,8 @@ OUTCOME = ("steps", "evaluations", "seconds", "stopped_by", "test")  # of summar
 RESUMABLE = ("last.ckpt", "previous.ckpt")  # what a run goes on from, in checkpoints/, newest first
 KIND = ["task", "model", "optimizer", "variant"]  # runs that have these in common are of a kind
 SETTINGS = ("datamodule.", "model.", "task.", "optimizer.", "trainer.")  # nodes of the config that decide a result
+# keys by their last name that say where a run ends, not where it goes: a curve needs no name for them
+LIMITS = ("max_epochs", "max_steps", "max_time", "max_evaluations", "max_seconds", "target_loss", "stopping_threshold")
 PER_RUN = ("seed", "_target_", "task.pattern_search_radius")  # no settings: the last stands at the optimizer too
 
 T = TypeVar("T")
@@ -112,8 +115,24 @@ def find_run(path: str | Path) -> tuple[Run, Path]:
         return read_run(path.absolute().parents[1]), path
     if jobs := by_number(file.parent for file in path.glob("*/config.yaml") if file.parent.name != ".hydra"):
         raise RunError(f"{path} is the directory of {len(jobs)} run(s); give one of them, such as {jobs[0]}")
-    run = read_run(path)
+    try:
+        run = read_run(path)
+    except RunError as error:
+        raise RunError(f"{error}; {where_runs_are()}") from error
     return run, run.checkpoint
+
+
+def newest_runs() -> list[Path]:
+    """The directories of all runs and jobs of sweeps below runs/ of this project, newest first."""
+    runs = Path(os.environ.get("PATTERN_SEARCH_ROOT", Path(__file__).parents[2])) / "runs"
+    found = [*runs.glob("*/config.yaml"), *runs.glob("*/[!.]*/config.yaml")]
+    return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
+
+
+def where_runs_are() -> str:
+    """What to give instead of a run that is not there."""
+    newest = [os.path.relpath(path) for path in newest_runs()[:3]]
+    return f"the newest are {', '.join(newest)}" if newest else "python src/train.py makes one"
 
 
 def read_all(*paths: str | Path, read: Callable[[Run], T], finished_only: bool = False) -> list[T]:
@@ -202,7 +221,7 @@ def joined(tables: Sequence[pd.DataFrame], configs: Sequence[Mapping]) -> pd.Dat
     """The tables of runs as one, with what each run was."""
     import pandas as pd
 
-    found = zip(tables, configs, name_settings(configs), strict=True)
+    found = zip(tables, configs, name_settings(configs, leave_out=LIMITS), strict=True)
     described = [table.assign(**describe(config), settings=own) for table, config, own in found]
     return pd.concat(described, ignore_index=True)
 
@@ -223,9 +242,14 @@ def describe(config: Mapping) -> dict[str, Any]:
     }
 
 
-def name_settings(configs: Sequence[Mapping]) -> list[str]:
-    """What tells each run from the others of its kind, such as "length=16, max_steps=100"; the seed does not."""
-    runs = [(tuple(describe(config)[name] for name in KIND), settings_of(config)) for config in configs]
+def name_settings(configs: Sequence[Mapping], leave_out: Sequence[str] = ()) -> list[str]:
+    """What tells each run from the others of its kind, such as "length=16, max_steps=100"; the seed does not.
+
+    Args:
+        configs: of the runs.
+        leave_out: further keys, by their last name, that do not.
+    """
+    runs = [(tuple(describe(config)[name] for name in KIND), settings_of(config, leave_out)) for config in configs]
     values: defaultdict[tuple, set[str]] = defaultdict(set)  # of a setting among the runs of a kind
     for kind, settings in runs:
         for key, value in settings.items():
@@ -236,10 +260,10 @@ def name_settings(configs: Sequence[Mapping]) -> list[str]:
     ]
 
 
-def settings_of(config: Mapping) -> dict[str, str]:
+def settings_of(config: Mapping, leave_out: Sequence[str] = ()) -> dict[str, str]:
     """The settings that may tell runs apart, by dotted key."""
-    found = flat(config).items()
-    return {key: str(value) for key, value in found if key.startswith(SETTINGS) and not key.endswith(PER_RUN)}
+    found, without = flat(config).items(), (*PER_RUN, *(f".{name}" for name in leave_out))
+    return {key: str(value) for key, value in found if key.startswith(SETTINGS) and not key.endswith(without)}
 
 
 def flat(config: Mapping, prefix: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
 from config.compose import shown
@@ -28,69 +29,79 @@ def of_machine(cfg: DictConfig) -> Iterator[str]:
 
 def of_trainer(cfg: DictConfig, data: SequenceDataModule, task: PatternSearchTask, trainer: L.Trainer) -> Iterator[str]:
     """What the trainer accepts, and what cannot run with these data, or with a search."""
-
-    def given(name: str) -> str:
-        return f"trainer.{name}={shown(cfg.trainer.get(name))}"
-
+    search, set_to = not task.automatic_optimization, cfg.trainer.get
+    wrong: dict[str, str] = {}  # why, by option
     for name in ("check_val_every_n_epoch", "val_check_interval", "log_every_n_steps"):
-        if isinstance(value := cfg.trainer.get(name), int | float) and value <= 0:
-            yield f"{given(name)} must be above 0"
-    if cfg.trainer.get("fast_dev_run"):
+        if isinstance(set_to(name), int | float) and set_to(name) <= 0:
+            wrong[name] = " must be above 0"
+    if set_to("fast_dev_run"):
         instead = "use trainer.max_steps=1 trainer.limit_val_batches=1"
-        yield f"{given('fast_dev_run')}: Lightning would take loggers and checkpoints away; {instead}"
-    for name, neutral in {"gradient_clip_val": (None, 0), "accumulate_grad_batches": (None, 1)}.items():
-        if not task.automatic_optimization and cfg.trainer.get(name) not in neutral:
-            yield f"{given(name)} is for gradients, and a search has none"
-    if not task.automatic_optimization and "mixed" in str(trainer.precision):
-        yield f"{given('precision')} hides the closure from a search; use 32-true or 64-true"
+        wrong["fast_dev_run"] = f": Lightning would take loggers and checkpoints away; {instead}"
+    for name, neutral in {"gradient_clip_val": 0, "accumulate_grad_batches": 1}.items():
+        if search and set_to(name) not in (None, neutral):
+            wrong[name] = " is for gradients, and a search has none"
+    if search and "mixed" in str(trainer.precision):
+        wrong["precision"] = " hides the closure from a search; use 32-true or 64-true"
+    if trainer.world_size != 1:
+        name = "num_nodes" if trainer.num_nodes > 1 else "devices"
+        wrong[name] = f": a run uses one process; use trainer.{name}=1"
     n_test = min(len(loader) for loader in data.test_dataloader())
     batches = {"train": len(data.train_dataloader()), "val": len(data.val_dataloader()), "test": n_test}
     for split, n in batches.items():
         limit = getattr(trainer, f"limit_{split}_batches")
         if isinstance(limit, float) and 0 < n * limit < 1:
-            name = "overfit_batches" if cfg.trainer.get("overfit_batches") else f"limit_{split}_batches"
-            yield f"{given(name)} of {n} batches is none; use a number, or 1.0 for all"
+            name = "overfit_batches" if set_to("overfit_batches") else f"limit_{split}_batches"
+            wrong[name] = f" of {n} batches is none; use a number, or 1.0 for all"
     limit, every = trainer.limit_train_batches, trainer.val_check_interval
     n_train = int(batches["train"] * limit) if isinstance(limit, float) else min(batches["train"], limit)
     if isinstance(every, int) and every > n_train > 0 and trainer.check_val_every_n_epoch is not None:
         across = "set trainer.check_val_every_n_epoch=null to count across epochs"
-        yield f"trainer.val_check_interval={every} is more than the {n_train} batches of an epoch; {across}"
-    if trainer.world_size != 1:
-        name = "num_nodes" if trainer.num_nodes > 1 else "devices"
-        yield f"{given(name)}: a run uses one process; use trainer.{name}=1"
+        wrong["val_check_interval"] = f" is more than the {n_train} batches of an epoch; {across}"
+    for name, why in wrong.items():
+        yield f"trainer.{name}={shown(set_to(name))}{why}"
 
 
-def of_monitors(
-    cfg: DictConfig, data: SequenceDataModule, task: PatternSearchTask, optimizer: torch.optim.Optimizer
+def of_callbacks(
+    cfg: DictConfig, callbacks: dict[str, L.Callback], task: PatternSearchTask, known: list[str]
 ) -> Iterator[str]:
-    """Callbacks that wait for a metric which is never logged, or for the wrong direction of one."""
-    if {"training_step", "validation_step"} & vars(type(task)).keys():
-        return  # it may log what it likes
-    scores, y = task.scores_class(), data.splits["val"].y[:100]
-    scores.update(torch.zeros(*y.shape, data.n_classes), y)
-    known = [f"val/{name}" for name in scores.compute()] + ["train/loss", "evaluations", "seconds", "epoch", "step"]
-    if isinstance(optimizer, LossOnlyOptimizer):
-        known += [f"train/{name}" for name in optimizer.metrics()]
-    for name, callback in cfg.callbacks.items():
-        key, kind = f"callbacks.{name}", callback._target_.rpartition(".")[2]
-        if kind == "LearningRateMonitor" and not task.automatic_optimization:
+    """Callbacks that show too much, or wait for what never comes: a metric that is not `known`, or its other end."""
+    for name, callback in callbacks.items():
+        key, node = f"callbacks.{name}", cfg.callbacks[name]
+        if isinstance(callback, ProgressBar) and not cfg.trainer.get("enable_progress_bar", True):
+            instead = "'~callbacks.progress' trainer.enable_progress_bar=true"
+            yield f"{key}: the run shows its own progress, callbacks.progress; for this one instead add {instead}"
+        if isinstance(callback, LearningRateMonitor) and not task.automatic_optimization:
             yield f"{key}: a search has no learning rate to log; leave it out"
-        if callback.get("monitor") is None:
-            continue
-        monitor, mode, late = (
-            str(callback.monitor),
-            callback.get("mode", "min"),
-            callback.get("check_on_train_epoch_end"),
-        )
-        if monitor not in known:
+        monitor, mode = str(node.get("monitor") or ""), node.get("mode", "min")
+        if monitor and known and monitor not in known:
             yield unknown(f"{key}.monitor={monitor}", monitor, known)
-        if mode == "min" and monitor.endswith(("accuracy", "exact_match")):
-            yield f"{key}.mode=min: of {monitor}, higher is better; use {key}.mode=max"
-        if mode == "max" and monitor.endswith("loss"):
-            yield f"{key}.mode=max: of {monitor}, lower is better; use {key}.mode=min"
-        if kind == "EarlyStopping" and monitor.startswith("val/") and late is not False:
+        better = {"accuracy": "max", "exact_match": "max", "loss": "min"}
+        right = next((right for end, right in better.items() if monitor.endswith(end)), mode)
+        if mode != right:
+            best = "higher" if right == "max" else "lower"
+            yield f"{key}.mode={mode}: of {monitor}, {best} is better; use {key}.mode={right}"
+        late = node.get("check_on_train_epoch_end")
+        if isinstance(callback, EarlyStopping) and monitor.startswith("val/") and late is not False:
             key = f"{key}.check_on_train_epoch_end"
             yield f"{key}={shown(late)} looks before the validation has run; use {key}=false"
+
+
+def metrics_of(data: SequenceDataModule, task: PatternSearchTask, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The metrics that a callback may wait for; none if the task has steps of its own, which may log what they like."""
+    if {"training_step", "validation_step"} & vars(type(task)).keys():
+        return []
+    scores, y = task.scores_class(), data.splits["val"].y[:100]
+    scores.update(torch.zeros(*y.shape, data.n_classes), y)
+    steps = [f"train/{name}" for name in optimizer.metrics()] if isinstance(optimizer, LossOnlyOptimizer) else []
+    return [
+        *(f"val/{name}" for name in scores.compute()),
+        "train/loss",
+        "evaluations",
+        "seconds",
+        "epoch",
+        "step",
+        *steps,
+    ]
 
 
 def without_effect(cfg: DictConfig, data: SequenceDataModule, task: PatternSearchTask) -> Iterator[tuple[str, str]]:

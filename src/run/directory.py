@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from filelock import FileLock, Timeout
 
@@ -152,3 +152,22 @@ def print_any_character() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """What a command prints, any character of it, until the end or until its reader has enough, as `head` has."""
+    print_any_character()
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        stop_printing()
+
+
+def stop_printing() -> NoReturn:
+    """End the process quietly with code 1: nobody reads what it prints."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
+    sys.exit(1)

@@ -4,7 +4,6 @@
 """
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -17,12 +16,9 @@ from rich.console import Console
 
 from config.compose import given, shown
 from config.refusal import refuse
-from results.runs import RESUMABLE, Run, RunError, flat, read_run
-from run.checkpoints import read_checkpoint
+from results.runs import LIMITS, RESUMABLE, Run, RunError, flat, newest_runs, read_run, where_runs_are
 from run.directory import RunDirectoryError, typed, unusable
 
-# keys by their last name that say where a run ends, not where it goes: may be changed when it goes on
-LIMITS = ("max_epochs", "max_steps", "max_time", "max_evaluations", "max_seconds", "target_loss", "stopping_threshold")
 # no step depends on these, nor on what lies below them
 FREE = ("resume.", "checkpoint.", "choices.", "logger.", "wandb.", "allowed_packages.", "callbacks.progress.")
 
@@ -59,10 +55,8 @@ def _run_directory(cfg: DictConfig, given: bool) -> Path:
 
 def newest_unfinished(cfg: DictConfig) -> Path | None:
     """The newest unfinished run below runs/ that takes the same way as `cfg`."""
-    runs = Path(os.environ["PATTERN_SEARCH_ROOT"]) / "runs"
-    candidates = [*runs.glob("*/config.yaml"), *runs.glob("*/[!.]*/config.yaml")]  # runs, and the jobs of sweeps
-    for path in sorted(candidates, key=lambda path: path.stat().st_mtime, reverse=True):
-        run = run_in(path.parent)
+    for directory in newest_runs():
+        run = run_in(directory)
         if run and not saved_summary(run) and not differences(run.config, cfg):
             return run.directory
     return None
@@ -74,6 +68,13 @@ def run_in(run_dir: Path) -> Run | None:
         run = read_run(run_dir)
         return run if "output_dir" in run.config else None
     return None
+
+
+def missing_run(cfg: DictConfig) -> Iterator[str]:
+    """What is wrong with `resume` if no run is there; this is known from the file system."""
+    if cfg.resume not in (None, "auto") and run_in(Path(cfg.resume)) is None:
+        nothing = f"resume={cfg.resume}: no run is there; give the directory that holds its config.yaml"
+        yield unusable(Path(cfg.resume).absolute()) or f"{nothing}; {where_runs_are()}"
 
 
 def saved_summary(run: Run) -> dict[str, Any] | None:
@@ -116,8 +117,7 @@ def _problems(cfg: DictConfig, run_dir: Path) -> Iterator[str]:
     if problem := unusable(run_dir):
         yield problem
     elif run is None:
-        if cfg.resume not in (None, "auto"):
-            yield f"resume={cfg.resume}: no run is there; give the directory that holds its config.yaml"
+        yield from missing_run(cfg)
     elif cfg.resume is None:
         yield f"{where} holds a run already; resume=auto goes on with it, or choose another directory"
     else:
@@ -146,6 +146,8 @@ def begin(cfg: DictConfig, console: Console) -> Path | None:
 
 def newest_readable(run_dir: Path) -> tuple[Path | None, int]:
     """The newest checkpoint that is whole, and its step; RunDirectoryError if there are some, and all are damaged."""
+    from run.checkpoints import read_checkpoint  # only here: a resume that is refused needs no torch
+
     damaged: dict[Path, str] = {}
     for path in (run_dir / "checkpoints" / name for name in RESUMABLE):
         try:

@@ -78,7 +78,13 @@ def test_every_value_has_a_comment_with_its_meaning():
         (["logger=null"], "logger=null: Config group override must be a string"),
         (["~model"], "model is missing, and cannot be left out"),
         (["~trainer"], "trainer is missing, and cannot be left out"),
-        (["optimizer=adam", "optimizer.radius=0.1"], "To append to your config use ++optimizer.radius=0.1"),
+        (
+            ["optimizer.orthogonalise=6"],
+            "key optimizer.orthogonalise belongs to optimizer=pattern_search_nodes; "
+            "or add it with ++optimizer.orthogonalise=6",
+        ),
+        (["optimizer=adam", "optimizer.min_radius=0.1"], "; or add it with ++optimizer.min_radius=0.1"),
+        (["datamodule.universe=5"], "key datamodule.universe belongs to task=membership; or add it with"),
         (["epochs=3"], "key epochs is not known; did you mean trainer.max_epochs?"),
         (["optimizer=adam", "optimizer.lr=-1"], "optimizer.lr=-1: Invalid learning rate: -1"),
         (["foo"], "Error parsing override 'foo' missing EQUAL"),
@@ -109,7 +115,12 @@ def test_every_value_has_a_comment_with_its_meaning():
         (["callbacks.progress._target_=os.system"], "package os is not allowed; add it to allowed_packages"),
         (["datamodule.seed=${sed}"], "datamodule.seed=${sed}: Interpolation key 'sed' not found"),
         (["model.d_model=???"], "model.d_model=???: Missing mandatory value"),
-        (["seed=1,2"], "To sweep over it, add --multirun"),
+        (
+            ["seed=1,2"],
+            "seed=1,2 has several values: add -m for a sweep, a run with each; "
+            "if it is one value, a list, write seed=[1,2]",
+        ),
+        (["optimizer=sgd,adam"], "optimizer=sgd,adam has several values: add -m for a sweep, a run with each"),
         (
             ["task.pattern_search_radius=-1"],
             "optimizer.radius=${task.pattern_search_radius}: radius=-1 must be above 0",
@@ -160,7 +171,8 @@ def test_every_value_has_a_comment_with_its_meaning():
         (["callbacks.best.mode=max"], "of val/loss, lower is better; use callbacks.best.mode=min"),
         (
             ["+callbacks.c={_target_:lightning.pytorch.callbacks.RichProgressBar}"],
-            "`enable_progress_bar=False` but found",
+            "callbacks.c: the run shows its own progress, callbacks.progress; for this one instead add "
+            "'~callbacks.progress' trainer.enable_progress_bar=true",
         ),
     ],
 )
@@ -173,9 +185,9 @@ def test_what_is_wrong_is_named_with_what_to_do(overrides, message, monkeypatch)
 
 
 def test_all_problems_of_a_config_that_composes_are_found_at_once():
-    """First all keys and types; then all ranges, since the data, callbacks and the trainer are built apart."""
+    """First what no class gets; then all keys and types; then all ranges, since the parts are built apart."""
+    assert len(problems("seed=-1", "wandb.project=null", "resume=3", "model.d_model=wide")) == 3
     found = problems(
-        "seed=-1",
         "datamodule.batch_size=abc",
         "model.d_model=wide",
         "model._target_=transformer.Decoder",
@@ -183,7 +195,6 @@ def test_all_problems_of_a_config_that_composes_are_found_at_once():
         "trainer.max_steps=true",
     )
     assert [text.partition(" ")[0] for text in found[:-1]] == [
-        "seed=-1",
         "datamodule.batch_size=abc",
         "model._target_=transformer.Decoder",
         "trainer.max_steps=true",

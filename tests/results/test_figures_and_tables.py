@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from results.figures import AXES, draw_accuracy, draw_runs, main
-from results.runs import COLUMNS, OUTCOME, RunError, name_settings, read_runs, read_wandb
+from results.runs import COLUMNS, LIMITS, OUTCOME, RunError, name_settings, read_runs, read_wandb
 from results.tables import read_summaries, summary_table
 from run.metrics_table import MetricsTable
 from run.training import leave_picture
@@ -20,10 +20,10 @@ CONFIG = {
 }
 
 
-def write_run(path, optimizer="pattern_search", value=0.5, chance_loss=1.6, fade=None, **choices):
+def write_run(path, optimizer="pattern_search", value=0.5, chance_loss=1.6, seed=3, options=None, **choices):
     path.mkdir(parents=True)
     choices = CONFIG["choices"] | choices | {"optimizer": optimizer}
-    OmegaConf.save(CONFIG | {"choices": choices, "optimizer": {"fade": fade}}, path / "config.yaml")
+    OmegaConf.save(CONFIG | {"choices": choices, "optimizer": options or {}, "seed": seed}, path / "config.yaml")
     summary = dict.fromkeys(OUTCOME, 0) | {"chance_loss": chance_loss, "stopped_by": "interrupted"}
     (path / "summary.json").write_text(json.dumps(summary))
     table = MetricsTable(path)
@@ -120,14 +120,26 @@ def test_figures_show_every_run_on_both_axes(tmp_path):
     lines_of_runs = 3 * 2  # training and validation
     assert [len(drawn(panel)) for panel in figure.axes] == [lines_of_runs + 1, lines_of_runs + 1, 3, 3]  # + chance
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == ["label", "pattern_search", "adam", "pattern_search · no_fade", "split", "train", "val"]
+    assert names[:4] == ["optimizer · variant", "pattern_search", "adam", "pattern_search · no_fade"]
+    assert names[4:] == ["measured on", "training", "validation"]
     assert sum(len(c.get_offsets()) for c in draw_accuracy(table).axes[0].collections) == 6
+
+
+def test_a_few_seeds_have_dashes_and_limits_no_names(tmp_path):
+    for seed in range(3):
+        write_run(tmp_path / str(seed), seed=seed, options={"max_seconds": seed})
+    figure = draw_runs(read_runs(tmp_path))
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["optimizer", "pattern_search", "seed", "0", "1", "2", "measured on", "training", "validation"]
+    for seed in range(3, 6):
+        write_run(tmp_path / str(seed), seed=seed)
+    assert "seed" not in [text.get_text() for text in draw_runs(read_runs(tmp_path)).legends[0].get_texts()]
 
 
 @pytest.mark.slow
 def test_any_number_of_kinds_is_drawn_with_looks_of_their_own(tmp_path):
     for i in range(21):
-        write_run(tmp_path / str(i), fade=i)
+        write_run(tmp_path / str(i), options={"fade": i})
     figure = draw_runs(read_runs(tmp_path))
     assert len({line.get_color() for line in drawn(figure.axes[0])[:-1]}) == 21
     names = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -143,7 +155,7 @@ def test_losses_near_zero_get_a_logarithmic_axis(tmp_path):
 
 def test_accuracies_of_one_optimizer_with_two_settings_are_told_apart(tmp_path):
     for i, fade in enumerate((1, 1, 2)):
-        write_run(tmp_path / str(i), fade=fade)
+        write_run(tmp_path / str(i), options={"fade": fade})
     panel = draw_accuracy(read_runs(tmp_path)).axes[0]
     assert [label.get_text() for label in panel.get_yticklabels()] == ["fade=1", "fade=2"]
     with pytest.raises(RunError, match="no metrics"):
@@ -215,3 +227,6 @@ def test_settings_tell_runs_of_a_kind_apart():
         config("adam", 5, 64, lr=1),
     ]
     assert name_settings(configs) == ["memory=0.5", "memory=0.7", ""]
+    configs[1]["trainer"]["max_steps"] = 7
+    assert name_settings(configs) == ["memory=0.5, max_steps=9", "memory=0.7, max_steps=7", ""]
+    assert name_settings(configs, leave_out=LIMITS) == ["memory=0.5", "memory=0.7", ""]

@@ -1,6 +1,9 @@
 """What happens before a command starts: refusals with exit code 2, light imports, data that are made once."""
 
+import os
 import shlex
+import subprocess
+import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -11,6 +14,7 @@ from omegaconf import open_dict, read_write
 from commands import run, run_alone
 from config.compose import CONFIGS, compose_config, job_config
 from config.refusal import ConfigError
+from conftest import ROOT
 from run import build
 from run.start import Start, jobs
 from run.training import job
@@ -39,12 +43,35 @@ def imported(done):
         (["model.d_modell=8"], 2),
         (["seed=1,2"], 2),
         (["foo"], 2),
+        (["seed=abc"], 2),
+        (["-m", "seed=abc,-1"], 2),
+        (["resume=runs/nope"], 2),
+        (["datamodule.seed=${sed}"], 2),
     ],
 )
-def test_help_and_refusals_of_hydra_import_nothing_heavy(arguments, code, tmp_path):
+def test_help_and_refusals_of_text_and_of_files_import_nothing_heavy(arguments, code, tmp_path):
     done = run_alone(shlex.join(["python", "-X", "importtime", "src/train.py", *arguments]), tmp_path)
     assert done.returncode == code
     assert imported(done) & {*HEAVY} == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train", "report", "evaluate", "show_data"])
+def test_a_reader_of_the_help_may_leave(script):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, f"src/{script}.py", "--help"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE
+    )
+    os.close(writer)
+    assert done.stderr == b""
+    assert done.returncode in (0, 1)  # argparse looks over what it cannot print
+
+
+def test_a_report_without_a_command_prints_what_there_is(tmp_path):
+    done = run("python src/report.py", tmp_path)
+    assert done.returncode == 2
+    assert "report.py tables runs" in done.stdout
 
 
 @pytest.mark.slow
@@ -52,7 +79,7 @@ def test_help_and_refusals_of_hydra_import_nothing_heavy(arguments, code, tmp_pa
     ("arguments", "message"),
     [
         (["model=tny"], "model=tny is not known; did you mean tiny? Known: large, medium, small, tiny"),
-        (["-m", "optimizer=adam,sgd", "optimizer.lr=.1"], "To append to your config use ++optimizer.lr=.1"),
+        (["-m", "optimizer=adam,sgd", "optimizer.lr=.1"], "; or add it with ++optimizer.lr=.1"),
         (["-m", "model.d_modell=8,16"], "key model.d_modell is not known; did you mean model.d_model?"),
         (["logger.group=g"], "To append to your config use ++logger.group=g"),
         (["optimizer=adam", "optimizer.max_seconds=60"], "did you mean trainer.max_time?"),
