@@ -42,6 +42,8 @@ def read_text(path: str | None, encoding: str) -> str:
         raise ValueError(f"{given} is not text in datamodule.encoding={encoding}: {error}") from None
     except OSError as error:
         raise ValueError(f"{given} cannot be read: {error.strerror}") from None
+    if not text:
+        raise ValueError(f"{given} is empty")
     if "\0" in text:
         raise ValueError(f"{given} is not text in datamodule.encoding={encoding}: it holds the character NUL")
     return text
@@ -90,7 +92,7 @@ class TextDataModule(SequenceDataModule):
         windows = cut(ids, length)
         if len(windows) < 3 * BLOCK:
             raise ValueError(
-                f"datamodule.length={length} cuts the {len(text):,} characters of the text into {len(windows)} different "
+                f"datamodule.length={length} cuts the text of {len(text):,} characters into {len(windows)} different "
                 f"windows, and three splits need {3 * BLOCK}; use a longer text or another length"
             )
         rng = np.random.default_rng((seed, 1))
