@@ -32,9 +32,9 @@ def read_text(path: str | None, encoding: str) -> str:
 
         return "\n".join(topics[name] for name in sorted(topics))
     file, given = Path(path).expanduser(), f"datamodule.path={path}"
-    if file.exists() and not file.is_file():  # a directory, or a device that may never end
-        raise ValueError(f"{given} is not a file; give one text file")
     try:
+        if file.exists() and not file.is_file():  # a directory, or a device that may never end
+            raise ValueError(f"{given} is not a file; give one text file")
         text = file.read_text(encoding=encoding)
     except LookupError:
         raise ValueError(f"datamodule.encoding={encoding} is not known; try utf-8, utf-16 or latin-1") from None
@@ -87,13 +87,18 @@ class TextDataModule(SequenceDataModule):
         self.length, self.unread = length, ("encoding",) if path is None else ()
         self.characters = len(text)
         self.sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        if len(text) < (needed := 3 * BLOCK * (length + 1)):
+            raise ValueError(
+                f"datamodule.length={length} needs a text of {needed:,} characters at least, and this one has "
+                f"{len(text):,}; use shorter windows or a longer text"
+            )
         self.tokens, ids = tokenise(text, min_count)
         self.classes = self.tokens
         windows = cut(ids, length)
         if len(windows) < 3 * BLOCK:
             raise ValueError(
-                f"datamodule.length={length} cuts the text of {len(text):,} characters into {len(windows)} different "
-                f"windows, and three splits need {3 * BLOCK}; use a longer text or another length"
+                f"datamodule.length={length} leaves {len(windows)} windows that differ, and three splits need "
+                f"{3 * BLOCK}: the text repeats itself; use another one"
             )
         rng = np.random.default_rng((seed, 1))
         blocks = np.array_split(np.arange(len(windows)), len(windows) // BLOCK)  # neighbours stay together

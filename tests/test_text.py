@@ -210,6 +210,7 @@ def file(tmp_path, content):
 
 REFUSED = {
     "missing": (lambda tmp: {"path": "no/such.txt"}, "datamodule.path=no/such.txt cannot be read: No such file"),
+    "long name": (lambda tmp: {"path": "a" * 999}, "cannot be read: File name too long"),
     "directory": (lambda tmp: {"path": str(tmp)}, "is not a file; give one text file"),
     "device": (lambda tmp: {"path": "/dev/zero"}, "datamodule.path=/dev/zero is not a file; give one text file"),
     "binary": (lambda tmp: file(tmp, bytes(range(256)) * 99), "is not text in datamodule.encoding=utf-8: "),
@@ -226,9 +227,9 @@ REFUSED = {
     "empty": (lambda tmp: file(tmp, b""), "a.txt is empty"),
     "short": (
         lambda tmp: file(tmp, prose(1000).encode()),
-        "length=64 cuts the text of 1,000 characters into 15 ",
+        "needs a text of 1,950 characters at least, and this one has 1,000",
     ),
-    "monotonous": (lambda tmp: file(tmp, b"ab" * 9999), "into 2 different windows, and three splits need 30"),
+    "monotonous": (lambda tmp: file(tmp, b"ab" * 9999), "leaves 2 windows that differ, and three splits need 30"),
     "one character": (lambda tmp: file(tmp, b"a" * 9999), "leaves 1 of the 1 characters of the text"),
     "rare": (lambda tmp: {"min_count": 10**6}, "datamodule.min_count=1000000 leaves 0 of the "),
     "many": (lambda tmp: {"n_samples": 10**6}, "datamodule.n_samples=1000000 is more than the 6,"),
