@@ -131,8 +131,8 @@ def trained_on(run: Run, data: SequenceDataModule) -> dict[str, int]:
     """How many sequences of each test split the run was trained on, where there are any."""
     from run.build import data_of_run
 
-    seen = {*data_of_run(run.config).splits["train"].prompts()}
-    counts = {split: sum(prompt in seen for prompt in data.splits[split].prompts()) for split in data.test_names}
+    seen = {*data_of_run(run.config).splits["train"].inputs()}
+    counts = {split: sum(row in seen for row in data.splits[split].inputs()) for split in data.test_names}
     return {split: n for split, n in counts.items() if n}
 
 

@@ -300,6 +300,7 @@ def test_half_of_a_window_is_written_on_to_its_end(module):
     (row,) = decode_rows(Copying(data.n_classes, 4), data, "test", [3])
     window = windows_of(data)["test"][3]
     assert "".join(row["input"]) == window[:8]
+    assert data.splits["test"].inputs()[3] == (*data.prompt(window[:-1]),)  # what counts as trained on is all of it
     assert "".join(row["output"]) == (window[4:8] * 3)[:9]
     assert "".join(row["truth"]) == window[8:]
     assert predict(Copying(data.n_classes, 4), data, ["the "]) == [("the " * 4)[: 17 - 4]]

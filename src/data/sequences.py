@@ -51,12 +51,15 @@ class Sequences:
         """(N, T) bool: the scored positions that are not given."""
         return self.scored & (torch.arange(self.y.shape[1], device=self.y.device) + 1 >= (self.prompt_length or 0))
 
+    def inputs(self) -> list[tuple[int, ...]]:
+        """All tokens that each row reads, without the filler behind its last scored position."""
+        return self._first(self.x.shape[1] - self.scored.flip(1).int().argmax(1))
+
     def prompts(self) -> list[tuple[int, ...]]:
         """The tokens that each row reads before it writes: up to the first written position, or all that are given."""
-        if self.output_tokens is not None:
-            ends = self.written.int().argmax(1) + 1  # (N,)
-        else:
-            ends = self.x.shape[1] - self.scored.flip(1).int().argmax(1)
+        return self.inputs() if self.output_tokens is None else self._first(self.written.int().argmax(1) + 1)
+
+    def _first(self, ends: Tensor) -> list[tuple[int, ...]]:
         return [tuple(row[:end]) for row, end in zip(self.x.tolist(), ends.tolist(), strict=True)]
 
 
