@@ -3,6 +3,7 @@
 python src/evaluate.py run=runs/2026-11-26_00-33-10-441156            its test split, beside summary.json
 python src/evaluate.py run=<directory> --show 10                      and 10 predictions of each test split
 python src/evaluate.py run=<directory> --wrong                        wrong ones only
+python src/evaluate.py run=<directory> --prompt "0 1 1 0"             what it writes after this input, and nothing else
 python src/evaluate.py run=<directory> datamodule.test_lengths=[16]   other data: any key of its datamodule
 python src/evaluate.py run=<directory> --json                         the metrics as one line of JSON
 
@@ -50,6 +51,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("words", nargs="*", metavar="key=value", help="run=<directory>, and options of its data")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="predictions of each test split to show")
     parser.add_argument("--wrong", action="store_true", help=f"show wrong ones only, {SHOWN} without --show")
+    parser.add_argument("--prompt", metavar="INPUT", help="print what the model writes after it, and nothing else")
     parser.add_argument("--json", action="store_true", help="print the metrics as one line of JSON, and nothing else")
     options = parser.parse_intermixed_args(arguments)
     runs = [word.removeprefix("run=") for word in options.words if word.startswith("run=")]
@@ -61,18 +63,23 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def evaluate(run: Run, weights: str, options: argparse.Namespace) -> None:
-    """Test and print.
+    """Test and print; or print what is written after a prompt.
 
     Raises:
-        RunError: the run cannot be loaded, or not with these data.
+        RunError: the run cannot be loaded, or not with these data, or the prompt cannot be read.
     """
     from rich.console import Console
 
+    from data.decoding import predict
     from run.build import load_run, told
     from run.cpu import prepare_machine
 
     prepare_machine()
     task, data, cfg = load_run(options.run, options.changes)
+    if options.prompt is not None:
+        with told(f"--prompt {options.prompt!r}"):
+            print(predict(task.model, data, [options.prompt])[0])
+        return
     with told(f"{options.run} cannot be tested"):
         metrics = tested(task, data, cfg)
     if options.json:
@@ -124,8 +131,8 @@ def trained_on(run: Run, data: SequenceDataModule) -> dict[str, int]:
     """How many sequences of each test split the run was trained on, where there are any."""
     from run.build import data_of_run
 
-    seen = {*data_of_run(run.config).splits["train"].prompts()}
-    counts = {split: sum(prompt in seen for prompt in data.splits[split].prompts()) for split in data.test_names}
+    seen = {*data_of_run(run.config).splits["train"].inputs()}
+    counts = {split: sum(row in seen for row in data.splits[split].inputs()) for split in data.test_names}
     return {split: n for split, n in counts.items() if n}
 
 
@@ -141,17 +148,17 @@ def show(
     what += f", the first {options.show}" if options.show < len(rows) else ""
     console.print(f"\n[bold]{split}[/]: {what}")
     for prediction in decode_rows(task.model, data, split, rows[: options.show]):
-        for line in lines(prediction, console.width):
+        for line in lines(prediction, console.width, data.separator):
             console.print(line, markup=False, no_wrap=True, overflow="ellipsis")
 
 
-def lines(prediction: dict[str, list[str]], width: int) -> Iterator[str]:
+def lines(prediction: dict[str, list[str]], width: int, separator: str = " ") -> Iterator[str]:
     """A prediction as lines of at most `width` characters: the input, then the output above the truth."""
     from data.decoding import in_columns
 
     mark = "right" if prediction["output"] == prediction["truth"] else "wrong"
-    yield from in_columns({f"{mark}  input ": prediction["input"]}, width)
-    yield from in_columns({f"{'':5}  {name:<6}": prediction[name] for name in ("output", "truth")}, width)
+    yield from in_columns({f"{mark}  input ": prediction["input"]}, width, separator)
+    yield from in_columns({f"{'':5}  {name:<6}": prediction[name] for name in ("output", "truth")}, width, separator)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Show the data of a task: examples with tokens above targets, the sizes of the splits, chance.
+"""Show the data of a task: examples with tokens above targets, the sizes of the splits, chance, what else is known.
 
 python src/show_data.py                                       the default task
 python src/show_data.py task=scan datamodule.split=length     any key of the config can be set
+python src/show_data.py task=text                             a text, with the losses of n-grams
 """
 
 import argparse
@@ -16,7 +17,7 @@ from config.check import built
 from config.compose import compose_config, job_config
 from config.nodes import text_problems
 from config.refusal import ConfigError, refuse
-from data.decoding import in_columns
+from data.decoding import VISIBLE, in_columns
 from data.sequences import IGNORE, SequenceDataModule
 from run.build import data_of
 from run.directory import printing
@@ -43,7 +44,7 @@ def align(datamodule: SequenceDataModule, split: str, row: int, width: int) -> I
     end = max(t for t, target in enumerate(y) if target != IGNORE) + 1
     tokens = [datamodule.tokens[i] for i in x[:end]]
     targets = [datamodule.classes[c] if c != IGNORE else "" for c in y[:end]]
-    return in_columns({"x ": tokens, "y ": targets}, width)
+    return in_columns({"x ": tokens, "y ": targets}, width, datamodule.separator)
 
 
 def main(arguments: list[str]) -> None:
@@ -62,9 +63,13 @@ def main(arguments: list[str]) -> None:
                 style = "bold green" if line.startswith("y") else None
                 console.print(line, style=style, markup=False, no_wrap=True, overflow="ellipsis")
             console.print()
-    console.print(f"input tokens   {datamodule.vocab_size}: {' '.join(datamodule.tokens)}", markup=False)
-    console.print(f"classes        {datamodule.n_classes}: {' '.join(datamodule.classes)}", markup=False)
+    for title, names in {"input tokens": datamodule.tokens, "classes": datamodule.classes}.items():
+        console.print(f"{title:<14} {len(names)}: {' '.join(names).translate(VISIBLE)}", markup=False)
     console.print(f"chance         loss {datamodule.chance_loss:.4f} nats, accuracy {1 / datamodule.n_classes:.4f}")
+    for name, value in datamodule.facts().items():
+        loss = name.endswith("_loss")
+        shown = f"loss {value:.4f} nats" if loss else f"{value:,}" if isinstance(value, int) else value
+        console.print(f"{name.removesuffix('_loss'):<14} {shown}", markup=False)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,9 @@ class Fuzz:
         rng = self.rng
         command = ["model=tiny", f"logger={rng.choice(['none'] * 3 + ['csv', 'tensorboard', 'wandb'])}"]
         command.append(f"optimizer={rng.choice(self.groups['optimizer'])}")
-        command.append(rng.choice(["task=state_tracking", "task=membership", "experiment=z5", "experiment=scan_8"]))
+        command.append(
+            rng.choice(["task=state_tracking", "task=membership", "task=text", "experiment=z5", "experiment=scan_8"])
+        )
         command.append(f"callbacks={rng.choice(['default'] * 3 + ['none'])}")
         kinds = [self.misspell_key, self.set_value, self.set_value, self.misspell_option, self.drop, self.add]
         kinds += [self.misspell_line, self.change_line, self.change_line]

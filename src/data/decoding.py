@@ -1,7 +1,8 @@
 """What a model writes when it reads its own outputs, and sequences as people read them, for the data of every task.
 
 Teacher forcing reads the true outputs so far. Both agree up to the first error, so an output is right in one exactly
-if it is right in the other: `exact_match`, which comes from one teacher-forced pass, is that of greedy decoding.
+if it is right in the other: `exact_match`, which comes from one teacher-forced pass, is that of greedy decoding, but
+for a text that is written on, where it counts what is given too.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,9 @@ from itertools import zip_longest
 import torch
 from torch import nn
 
-from data.sequences import IGNORE, SequenceDataModule, SequenceLoader
+from data.sequences import SequenceDataModule, SequenceLoader
+
+VISIBLE = str.maketrans({"\n": "⏎", "\t": "⇥"})  # characters that would break a line of a display
 
 
 @torch.no_grad()
@@ -34,7 +37,7 @@ def decode(model: nn.Module, data: SequenceDataModule, prompt: Sequence[int]) ->
 
 
 def predict(model: nn.Module, data: SequenceDataModule, inputs: Sequence[str]) -> list[str]:
-    """The outputs of a trained model for inputs of one's own, both in names, with spaces between them.
+    """The outputs of a trained model for inputs of one's own, both in names, with `data.separator` between them.
 
         task, data, cfg = load_run("runs/2026-11-26_00-33-10-441156")
         predict(task, data, ["0 1 1 0 1 0 0 1"])  # ["1 1 1 0 0 1 0 0"] by a run that has learned parity
@@ -47,19 +50,21 @@ def predict(model: nn.Module, data: SequenceDataModule, inputs: Sequence[str]) -
     Raises:
         ValueError: an empty input, an unknown token, or an input that is longer than the model can read.
     """
-    return [" ".join(data.classes[c] for c in decode(model, data, data.prompt(given))) for given in inputs]
+    outputs = [decode(model, data, data.prompt(given)) for given in inputs]
+    return [data.separator.join(data.classes[c] for c in output) for output in outputs]
 
 
 def decode_rows(
     model: nn.Module, data: SequenceDataModule, split: str, rows: Sequence[int]
 ) -> Iterator[dict[str, list[str]]]:
     """The "input", the "output" of a model in eval mode, and the "truth" of some rows of a split, in names."""
-    prompts, y = data.splits[split].prompts(), data.splits[split].y
+    sequences = data.splits[split]
+    prompts, written = sequences.prompts(), sequences.written
     for row in rows:
         yield {
             "input": [data.tokens[i] for i in prompts[row]],
             "output": [data.classes[c] for c in decode(model, data, prompts[row])],
-            "truth": [data.classes[c] for c in y[row].tolist() if c != IGNORE],
+            "truth": [data.classes[c] for c in sequences.y[row][written[row]].tolist()],
         }
 
 
@@ -68,22 +73,22 @@ def wrong_rows(model: nn.Module, data: SequenceDataModule, split: str) -> list[i
     """The rows that a model in eval mode gets wrong, from teacher-forced passes."""
     device = next(model.parameters()).device
     batches = SequenceLoader(data.splits[split], 1000)
-    right = [(model(b["x"].to(device)).argmax(-1).cpu() == b["y"]) | (b["y"] == IGNORE) for b in batches]  # (B, T)
-    return (~torch.cat(right).all(1)).nonzero().flatten().tolist()
+    right = torch.cat([model(b["x"].to(device)).argmax(-1).cpu() == b["y"] for b in batches])  # (N, T)
+    return (~right & data.splits[split].written).any(1).nonzero().flatten().tolist()
 
 
-def in_columns(rows: dict[str, list[str]], width: int) -> Iterator[str]:
+def in_columns(rows: dict[str, list[str]], width: int, separator: str = " ") -> Iterator[str]:
     """Rows of words, each behind its label, as lines of at most `width` characters.
 
     The words of a column stand below each other. Rows that are too long go on below the others, with their labels.
     """
-    margin, used, blocks = max(map(len, rows)) + 1, 0, list[list[list[str]]]([[]])
+    margin, used, blocks, gap = max(map(len, rows)) + 1, 0, list[list[list[str]]]([[]]), len(separator)
     for words in zip_longest(*rows.values(), fillvalue=""):
-        column = max(map(len, words)) + 1
-        if blocks[-1] and margin + used + column - 1 > width:
+        column = max(map(len, words)) + gap
+        if blocks[-1] and margin + used + column - gap > width:
             blocks.append([])
             used = 0
-        blocks[-1].append([word.ljust(column) for word in words])
+        blocks[-1].append([word.translate(VISIBLE).ljust(column) for word in words])
         used += column
     for block in blocks:
         for label, words in zip(rows, zip(*block, strict=True), strict=True):

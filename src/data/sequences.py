@@ -1,6 +1,6 @@
 """What every task shares: the layout of x and y, disjoint splits, a resumable loader, the data module.
 
-A family of tasks (`state_tracking_data.py`, `membership_data.py`, `scan_data.py`) says which
+A family of tasks (`state_tracking_data.py`, `scan_data.py`, `text_data.py`, ...) says which
 tokens and classes there are and makes its splits; everything else is here. The way of the data is
 tokens -> `lay_out` -> `Sequences` -> `SequenceLoader` -> batch `{"x": (B, T), "y": (B, T)}`.
 """
@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -28,12 +29,14 @@ class Sequences:
     """Sequences laid out for a decoder: `x` (N, T) token ids, `y` (N, T) classes or IGNORE.
 
     `output_tokens` holds the token by which each class is read once it is written, for the first classes; the others
-    end an output. None if all of x is given, so that nothing that is written is read.
+    end an output. None if all of x is given, so that nothing that is written is read. `prompt_length` is how many
+    tokens are given where all are scored, as in a text that is written on; None: all up to the first scored position.
     """
 
     x: Tensor
     y: Tensor
     output_tokens: tuple[int, ...] | None = None
+    prompt_length: int | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -43,12 +46,20 @@ class Sequences:
         """(N, T) bool: the positions that count in the loss and in the metrics."""
         return self.y != IGNORE
 
+    @property
+    def written(self) -> Tensor:
+        """(N, T) bool: the scored positions that are not given."""
+        return self.scored & (torch.arange(self.y.shape[1], device=self.y.device) + 1 >= (self.prompt_length or 0))
+
+    def inputs(self) -> list[tuple[int, ...]]:
+        """All tokens that each row reads, without the filler behind its last scored position."""
+        return self._first(self.x.shape[1] - self.scored.flip(1).int().argmax(1))
+
     def prompts(self) -> list[tuple[int, ...]]:
-        """The tokens that each row reads before it writes: up to the first scored position, or all that are given."""
-        if self.output_tokens is not None:
-            ends = self.scored.int().argmax(1) + 1  # (N,)
-        else:
-            ends = self.x.shape[1] - self.scored.flip(1).int().argmax(1)
+        """The tokens that each row reads before it writes: up to the first written position, or all that are given."""
+        return self.inputs() if self.output_tokens is None else self._first(self.written.int().argmax(1) + 1)
+
+    def _first(self, ends: Tensor) -> list[tuple[int, ...]]:
         return [tuple(row[:end]) for row, end in zip(self.x.tolist(), ends.tolist(), strict=True)]
 
 
@@ -221,6 +232,7 @@ class SequenceDataModule(L.LightningDataModule, ABC):
     tokens: tuple[str, ...]
     classes: tuple[str, ...]
     unread: tuple[str, ...] = ()  # names of arguments that have no effect beside the other ones
+    separator = " "  # between the names of tokens and of classes where people write and read them
 
     def __init__(self, batch_size: int, n_samples: int, seed: int):
         super().__init__()
@@ -268,6 +280,10 @@ class SequenceDataModule(L.LightningDataModule, ABC):
         """Cross-entropy, in nats a scored token, of a uniform guess over the classes."""
         return math.log(self.n_classes)
 
+    def facts(self) -> dict[str, Any]:
+        """What a run keeps about its data in summary.json, plain values by name; losses, in nats, end in "_loss"."""
+        return {}
+
     # --- inputs of one's own: `data/decoding.py` ---
 
     def prompt(self, text: str) -> list[int]:
@@ -290,7 +306,7 @@ class SequenceDataModule(L.LightningDataModule, ABC):
 
         A task whose outputs have several lengths overrides this. Here it is the length of the longest output.
         """
-        return max(int(split.scored.sum(1).max()) for split in self.splits.values())
+        return max(int(split.written.sum(1).max()) for split in self.splits.values())
 
     # --- loaders ---
 

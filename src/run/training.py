@@ -105,6 +105,7 @@ def run(
     summary = {
         "test": metrics,
         "chance_loss": datamodule.chance_loss,
+        "data": datamodule.facts(),
         "evaluations": int(task.evaluations),
         "seconds": round(task.seconds, 3),
         "steps": trainer.global_step,
@@ -172,8 +173,9 @@ def print_summary(console: Console, cfg: DictConfig, summary: dict[str, Any]) ->
     """A short table, and what to type next."""
     title = f"{cfg.choices.optimizer} · {cfg.choices.task} · {cfg.choices.model} · seed {cfg.seed}"
     rows = {name: f"{value:.4f}" for name, value in summary["test"].items() if not by_position(name)}
+    losses = {"chance_loss": summary["chance_loss"], **summary.get("data", {})}
+    rows |= {name.replace("_", " "): f"{value:.4f}" for name, value in losses.items() if name.endswith("_loss")}
     rows |= {
-        "chance loss": f"{summary['chance_loss']:.4f}",
         "stopped by": summary["stopped_by"],
         "steps": f"{summary['steps']:,}",
         "function evaluations": f"{summary['evaluations']:,}",

@@ -8,6 +8,7 @@ from data.sequences import SequenceDataModule, lay_out
 from membership_data import MembershipDataModule
 from scan_data import ScanDataModule
 from state_tracking_data import StateTrackingDataModule
+from text_data import TextDataModule
 
 
 class Copying(SequenceDataModule):
@@ -58,6 +59,7 @@ DATA = {
     "sets": lambda: MembershipDataModule(universe=6, set_size=2, n_samples=20, batch_size=8, test_set_sizes=[3]),
     "strings": lambda: MembershipDataModule(language="dyck1", length=8, n_samples=50, test_lengths=[12]),
     "scan": lambda: ScanDataModule(split="scan_s", batch_size=8),
+    "text": lambda: TextDataModule(length=8, n_held_out=20),
     "own": Copying,
 }
 
@@ -76,8 +78,10 @@ def test_the_right_outputs_are_decoded_from_prompts_alone(data):
         predictions = [*decode_rows(model, data, split, rows)]
         assert all(prediction["output"] == prediction["truth"] for prediction in predictions)
         assert wrong_rows(model, data, split) == []
-        texts = [" ".join(prediction["input"]) for prediction in predictions]
-        assert predict(model, data, texts) == [" ".join(prediction["truth"]) for prediction in predictions]
+        texts, truths = (
+            [data.separator.join(prediction[what]) for prediction in predictions] for what in ("input", "truth")
+        )
+        assert predict(model, data, texts) == truths
 
 
 def test_an_output_is_as_long_as_the_task_says(data):

@@ -25,6 +25,8 @@ from scan_data import ScanDataModule
 from scan_task import ScanScores
 from state_tracking_data import StateTrackingDataModule
 from state_tracking_task import StateTrackingScores
+from text_data import TextDataModule
+from text_task import TextScores
 from transformer import DecoderOnlyTransformer
 
 FAMILIES = {
@@ -36,6 +38,7 @@ FAMILIES = {
     "aa": lambda: MembershipDataModule(language="aa"),
     "scan": lambda: ScanDataModule(),
     "scan_s": lambda: ScanDataModule(split="scan_s", batch_size=32),
+    "text": lambda: TextDataModule(length=32),
 }
 built: dict[str, SequenceDataModule] = {}
 
@@ -152,13 +155,19 @@ def test_the_last_position_is_scored(datamodule):
     assert (datamodule.splits["train"].y[:, -1] != IGNORE).any()
 
 
-SCORES = {"Scores": Scores, "states": StateTrackingScores, "membership": MembershipScores, "scan": ScanScores}
+SCORES = {
+    "Scores": Scores,
+    "states": StateTrackingScores,
+    "membership": MembershipScores,
+    "scan": ScanScores,
+    "text": TextScores,
+}
 
 
 @pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
 def test_metrics_do_not_depend_on_the_batch_size(scores):
     """Batches of 1, of 7 (with a rest) and the whole set agree: sums over the set, not means of means."""
-    source = {StateTrackingScores: "S3", ScanScores: "scan_s"}.get(scores, "tomita4")
+    source = {StateTrackingScores: "S3", ScanScores: "scan_s", TextScores: "text"}.get(scores, "tomita4")
     datamodule = built.setdefault(source, FAMILIES[source]())
     x, y = some_rows(datamodule.splits["train"], 60)
     model, results = tiny_model(datamodule), []
