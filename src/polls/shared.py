@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from search.closure import Changes
 from search.coordinates import Coordinates
 
 WILD = 1e12  # changes beyond this square to the largest float32: order of operations decides what comes out
@@ -66,3 +67,21 @@ def check_trial(coordinates: Coordinates, changes: Tensor, scales: Tensor) -> No
         raise ValueError(f"changes {tuple(changes.shape)} must be ({len(coordinates)},), one for each coordinate")
     if scales.ndim != 1 or not len(scales):
         raise ValueError(f"scales {tuple(scales.shape)} must be (S,) with at least one step length")
+
+
+def checked(changes: Changes, count: int, n: int) -> Changes:
+    """The same changes, of which every part is looked at: (last - first, n).
+
+    Raises:
+        ValueError: count is not positive; from the result, a part of another shape.
+    """
+    if count < 1:
+        raise ValueError(f"count={count} must be at least 1: ask for at least one candidate")
+
+    def some(first: int, last: int) -> Tensor:
+        part = changes(first, last)
+        if part.shape != (last - first, n):
+            raise ValueError(f"changes({first}, {last}) {tuple(part.shape)} must be ({last - first}, {n})")
+        return part
+
+    return some
