@@ -36,7 +36,7 @@ from polls.rows import Rows, rows_of
 from polls.shared import WILD, Incumbent, check_block, check_trial, checked
 from polls.stages import Embedding, FeedForward, Head, Stage
 from polls.threads import one_thread
-from search.closure import Changes
+from search.closure import Changes, part_of
 from search.coordinates import Coordinates
 from transformer import Block, DecoderOnlyTransformer
 
@@ -249,7 +249,7 @@ class StructuredClosure:
         size = max(1, min(PERTURBED_TOKENS // tokens, TRIAL_WEIGHTS // len(flat)))
         losses = self._moved(count, size, lambda a, b: flat + changes(a, b).to(flat))
         for k in np.flatnonzero(~np.isfinite(losses.numpy())).tolist():
-            losses[k] = self.generic.perturbed(1, lambda a, b, k=k: changes(k, k + 1))[0]
+            losses[k] = self.generic.perturbed(1, part_of(changes, k))[0]
         return losses
 
     def _flat(self) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from search.closure import AnswersNodes, Candidates, Changes
+from search.closure import AnswersNodes, Candidates, Changes, part_of
 from search.losses import improves
 
 
@@ -146,7 +146,7 @@ class Evaluator:
         for first in range(0, count, self.block):
             size = min(self.block, count - first)
             self._allow(size)
-            losses.append(self.candidates.perturbed(size, lambda a, b, first=first: changes(first + a, first + b)))
+            losses.append(self.candidates.perturbed(size, part_of(changes, first)))
             self.charge(size)
             self.report.done += size
         return torch.cat(losses)

@@ -37,6 +37,11 @@ from search.coordinates import Coordinates
 Changes = Callable[[int, int], Tensor]  # first, last -> changes (last - first, n) of these candidates
 
 
+def part_of(changes: Changes, start: int) -> Changes:
+    """The changes of the candidates from number `start` on, counted from 0."""
+    return lambda first, last: changes(start + first, start + last)
+
+
 @runtime_checkable
 class Candidates(Protocol):
     """What answers for many candidates. `block` is how many it likes to get in a call."""

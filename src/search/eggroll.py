@@ -15,7 +15,7 @@ from search.random_directions import SlopeEstimator
 class Eggroll(SlopeEstimator):
     """Mirrored perturbations E: a b^T of every matrix, with Gaussian a and b; Gaussian numbers of everything else.
 
-    g = sqrt(N) mean over all N = 2 samples candidates of f_i sigma E_i, with f_i the standardised loss; then SGD or Adam.
+    g = sqrt(N) mean over N = 2 samples candidates of f_i sigma E_i, with f_i the standardised loss; then SGD or Adam.
     What is drawn follows from the seed, the step and the candidate alone.
 
     Args:

@@ -57,4 +57,4 @@ def centred_ranks(losses: Tensor) -> Tensor:
     flat = losses.where(losses.isfinite(), torch.inf)
     ordered = flat.flatten().sort().values
     below, above = (torch.searchsorted(ordered, flat, right=right) for right in (False, True))
-    return (below + above - 1) / (2 * max(1, losses.numel() - 1)) - 0.5
+    return (below + above - 1).to(losses.dtype) / (2 * max(1, losses.numel() - 1)) - 0.5

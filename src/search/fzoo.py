@@ -14,7 +14,7 @@ from search.random_directions import SlopeEstimator
 
 
 class FZOO(SlopeEstimator):
-    """Differences to the incumbent's loss along Rademacher directions u, divided by the standard deviation of the losses.
+    """Differences to the incumbent's loss along Rademacher directions u, over the standard deviation of the losses.
 
     theta <- theta - lr g / std(l),  g = mean of u_i (l_i - l_0) / sigma,  l_i = L(theta + sigma u_i).
 

@@ -44,7 +44,7 @@ class RandomDirections:
         return direction
 
     def changes(self, sigma: float, mirrored: bool) -> Changes:
-        """Of candidate k: sigma times direction k; mirrored: forward and backward along each, 0 and 1 along the first."""
+        """Of candidate k: sigma times direction k; mirrored: forward along direction k / 2, or backward for odd k."""
 
         def changes(first: int, last: int) -> Tensor:
             rows = self.like.new_empty(last - first, len(self.like))

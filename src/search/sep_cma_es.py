@@ -56,7 +56,7 @@ class SepCMAES(LossOnlyOptimizer):
             self.move((torch.from_numpy(cma.mean) - weights).to(like))
 
     def restored(self, weights: Tensor) -> SepCMA:
-        """The library's object as the last step left it, by the protocol of pickle; a new one around the weights (n,)."""
+        """The library's object as the last step left it, by pickle's protocol; at first one around the weights (n,)."""
         state = self.saved.get("cma")
         if state is None or len(state["_mean"]) != len(weights):
             return SepCMA(weights.numpy().copy(), self.sigma, population_size=self.population_size)
