@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from polls.shared import WILD, Incumbent, check_block, check_trial, checked, within_rounding
+from polls.shared import WILD, Incumbent, check_block, check_trial, checked, wild, within_rounding
 from search.closure import Changes, OneByOne, forward_only
 from search.coordinates import Coordinates
 
@@ -165,11 +165,12 @@ class GenericClosure:
         size = max(1, min(CHUNK_TOKENS // max(1, self.tokens), CHUNK_WEIGHTS // len(self.coordinates)))
         losses = torch.full((count,), torch.nan, dtype=torch.float64, device="cpu")
         with forward_only(self.module):
-            for first in range(0, count, size) if size >= FEW and not self.polls.refusal else ():
-                found = self._losses(self._moved(changes(first, min(first + size, count))))
+            for first in range(0, count, size) if min(size, count) >= FEW and not self.polls.refusal else ():
+                some = changes(first, min(first + size, count))
+                found = self._losses(self._moved(some))
                 if found is None:
                     break
-                losses[first : first + size] = found
+                losses[first : first + size] = found.where(~wild(some), torch.nan)
             for k in (~losses.isfinite()).nonzero().flatten().tolist():
                 losses[k] = self._loss(self._moved(changes(k, k + 1)[0]))
         return losses

@@ -44,6 +44,11 @@ def within_rounding(losses: Tensor, loss: Tensor) -> Tensor:
     return (losses - loss).abs() <= 8 * torch.finfo(loss.dtype).eps * loss.abs()
 
 
+def wild(changes: Tensor) -> Tensor:
+    """Which candidates (K,) change a weight so far that they are left to the plain forward; changes (K, n)."""
+    return torch.linalg.vector_norm(changes, torch.inf, dim=1) > WILD
+
+
 def check_block(coordinates: Coordinates, asked: Tensor, steps: Tensor) -> None:
     """Raise unless `asked` (K,) and `steps` (K,) are one block of candidates.
 

@@ -33,7 +33,7 @@ from polls.attention import WIDE, Attention, AttentionState
 from polls.generic import GenericPolls
 from polls.node_kinds import Entry, Kind, Moves, Rank1, joined
 from polls.rows import Rows, rows_of
-from polls.shared import WILD, Incumbent, check_block, check_trial, checked
+from polls.shared import WILD, Incumbent, check_block, check_trial, checked, wild
 from polls.stages import Embedding, FeedForward, Head, Stage
 from polls.threads import one_thread
 from search.closure import Changes, part_of
@@ -247,8 +247,15 @@ class StructuredClosure:
             return self.generic.perturbed(count, changes)
         flat, tokens = self._flat(), sum(rows.x.numel() for rows in self.rows)
         size = max(1, min(PERTURBED_TOKENS // tokens, TRIAL_WEIGHTS // len(flat)))
-        losses = self._moved(count, size, lambda a, b: flat + changes(a, b).to(flat))
-        for k in np.flatnonzero(~np.isfinite(losses.numpy())).tolist():
+        beyond = torch.zeros(count, dtype=torch.bool, device=flat.device)
+
+        def weights(first: int, last: int) -> Tensor:
+            some = changes(first, last).to(flat)
+            beyond[first:last] = wild(some)
+            return flat + some
+
+        losses = self._moved(count, size, weights)
+        for k in np.flatnonzero((beyond.cpu() | ~losses.isfinite()).numpy()).tolist():
             losses[k] = self.generic.perturbed(1, part_of(changes, k))[0]
         return losses
 
