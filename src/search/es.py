@@ -27,9 +27,9 @@ class ES(SlopeEstimator):
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-2,
+        lr: float = 1e-3,
         sigma: float = 2e-2,
-        samples: int = 128,
+        samples: int = 64,
         momentum: float = 0.9,
         **limits: Any,
     ):

@@ -24,7 +24,7 @@ class FZOO(SlopeEstimator):
 
     mirrored = False
 
-    def __init__(self, params: Any, lr: float = 1e-5, sigma: float = 1e-2, samples: int = 32, **limits: Any):
+    def __init__(self, params: Any, lr: float = 3e-4, sigma: float = 1e-2, samples: int = 32, **limits: Any):
         if samples < 2:
             raise ValueError(f"samples={samples} must be at least 2: one loss has no spread")
         super().__init__(params, lr, sigma, samples, **limits)

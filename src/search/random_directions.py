@@ -29,7 +29,7 @@ class RandomDirections:
         like: (n,) a tensor of the size, type and device of a direction.
     """
 
-    def __init__(self, draw: Callable[[Tensor, torch.Generator], None], seeds: Tensor, like: Tensor):
+    def __init__(self, draw: Callable[[Tensor, torch.Generator], Any], seeds: Tensor, like: Tensor):
         self.draw, self.seeds, self.like = draw, seeds.tolist(), like
         self.kept: dict[int, Tensor] = {}
 
@@ -101,6 +101,9 @@ class SlopeEstimator(LossOnlyOptimizer):
     def uphill(self, slopes: Tensor) -> Tensor:
         """The direction (n,) against which the weights move by lr, from the slopes (n,) of this step."""
         return slopes
+
+    def status(self) -> list[str]:
+        return []  # no move is refused, so none is counted as accepted
 
     def take_step(self, evaluate: Evaluator) -> None:
         first = self.coordinates.parameters[0]
