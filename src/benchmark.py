@@ -12,8 +12,10 @@ The ways, each measured in turn, several times over; the medians are reported:
     generic            vmap over the perturbed tensor, for any module (`polls/generic.py`)
     structured         rank-1 entries into the residual stream, for the transformer (`polls/structured.py`)
     structured_cores   the same, candidates spread over all cores, as a run does it
+    perturbed          all weights moved along random directions, drawn anew for each pair of candidates
+    perturbed_generic  the same by vmap over all tensors, for any module
 
-Candidates are uniform over all parameters. The last line printed is JSON, in evaluations per second.
+Candidates of the others are uniform over all parameters. The last line printed is JSON, in evaluations per second.
 """
 
 import argparse
@@ -39,10 +41,14 @@ from results.startup import measure_startup
 from run.cpu import prepare_machine
 from search.closure import OneByOne, forward_only
 from search.coordinates import Coordinates
+from search.random_directions import RandomDirections
 from state_tracking_data import StateTrackingDataModule
 from transformer import DecoderOnlyTransformer
 
-RATIOS = (("structured", "batched_inference"), ("structured", "backward_closure"), ("structured_cores", "structured"))
+RATIOS = (
+    ("structured", "batched_inference"), ("structured", "backward_closure"), ("structured_cores", "structured"),
+    ("perturbed", "batched_inference"),
+)  # fmt: skip
 BATCHED_TOKENS = (512, 1024, 2048, 4096, 8192)  # sizes of the larger batch among which the best is taken
 ROUNDS = 5  # of measuring every way in turn
 STEP = 0.05  # by which a candidate moves its weight
@@ -69,6 +75,16 @@ def ways(model: DecoderOnlyTransformer, batch: Batch) -> dict[str, Rate]:
 
         return lambda seconds: block * rate_of(poll, seconds)
 
+    def perturbed(closure: Any) -> Rate:
+        like, pairs = torch.empty(len(coordinates)), max(closure.block, 8) // 2
+
+        def perturb() -> None:
+            seeds = torch.randint(2**63 - 1, (pairs,), generator=generator)
+            directions = RandomDirections(lambda d, own: d.normal_(generator=own), seeds, like)
+            closure.perturbed(2 * pairs, directions.changes(STEP, mirrored=True))
+
+        return lambda seconds: 2 * pairs * rate_of(perturb, seconds)
+
     def forward(batch: Batch) -> Tensor:
         return batch_loss(model(batch["x"]), batch)
 
@@ -93,6 +109,8 @@ def ways(model: DecoderOnlyTransformer, batch: Batch) -> dict[str, Rate]:
         "generic": polls(GenericPolls(model, coordinates, batch_loss).on(batch)),
         "structured": polls(StructuredPolls(model, coordinates, batch_loss, torch.get_num_threads()).on(batch)),
         "structured_cores": polls(StructuredPolls(model, coordinates, batch_loss, available_cores()).on(batch)),
+        "perturbed": perturbed(StructuredPolls(model, coordinates, batch_loss, torch.get_num_threads()).on(batch)),
+        "perturbed_generic": perturbed(GenericPolls(model, coordinates, batch_loss).on(batch)),
     }
 
 

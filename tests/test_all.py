@@ -154,6 +154,7 @@ def test_the_benchmark_ends_with_its_rates_as_json(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     ways = {"backward_closure", "plain", "batched_inference", "generic", "structured", "structured_cores"}
+    ways |= {"perturbed", "perturbed_generic"}
     assert result["threads"] == 1
     assert set(result["batch"]["4"]) == ways
     assert all(rate > 0 for rate in result["batch"]["4"].values())

@@ -88,8 +88,7 @@ class Attention(Stage[AttentionWeights, AttentionState]):
 
     def keys_and_values(self, w: AttentionWeights, n: Tensor) -> tuple[Tensor, Tensor]:
         """Normed streams (..., T, d) -> keys and values (..., T, d) each, the values without their bias."""
-        both = F.linear(n, w.key_value) if w.key_value.ndim == 2 else n @ w.key_value.mT
-        key, value = both.chunk(2, -1)
+        key, value = linear(n, w.key_value).chunk(2, -1)
         # unturned, a bias shifts all scores of a query alike, and softmax does not see it
         return (key + w.key_bias[..., None, :] if self.rotary else key), value
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from polls.shared import WILD, Incumbent, check_block, check_trial, within_rounding
-from search.closure import OneByOne, forward_only
+from polls.shared import WILD, Incumbent, check_block, check_trial, checked, wild, within_rounding
+from search.closure import Changes, OneByOne, forward_only
 from search.coordinates import Coordinates
 
 CHUNK_TOKENS = 12_800  # tokens at a time: enough to share the prefix and vmap's own cost; fixed, so results are too
@@ -65,7 +65,7 @@ class GenericPolls:
 
 
 class GenericClosure:
-    """Answers `poll` and `trial` (see `search/closure.py`) about one batch.
+    """Answers `poll`, `trial` and `perturbed` (see `search/closure.py`) about one batch.
 
     The module is evaluated in eval mode, without gradients, and left in the mode it was in: dropout is
     off and BatchNorm uses its running statistics. A tensor used in several places (tied weights) moves
@@ -155,10 +155,29 @@ class GenericClosure:
     def trial(self, changes: Tensor, scales: Tensor) -> Tensor:
         """Losses (S,) of the weights with scales[s] * changes added; changes (n,), of all coordinates, scales (S,)."""
         check_trial(self.coordinates, changes, scales)
-        parts = [(self.polls.names[id(p)], p, part) for p, part in self.coordinates.with_parts(changes)]
         with forward_only(self.module):  # a few: not worth vmap's own cost
-            moved = ({name: p + (scale * part).to(p) for name, p, part in parts} for scale in scales.tolist())
-            return torch.tensor([float(self._loss(tensors)) for tensors in moved], dtype=torch.float64, device="cpu")
+            losses = [float(self._loss(self._moved(scale * changes))) for scale in scales.tolist()]
+        return torch.tensor(losses, dtype=torch.float64, device="cpu")
+
+    def perturbed(self, count: int, changes: Changes) -> Tensor:
+        """Losses (count,) of the weights with the changes (last - first, n) of each candidate added."""
+        changes = checked(changes, count, len(self.coordinates))
+        size = max(1, min(CHUNK_TOKENS // max(1, self.tokens), CHUNK_WEIGHTS // len(self.coordinates)))
+        losses = torch.full((count,), torch.nan, dtype=torch.float64, device="cpu")
+        with forward_only(self.module):
+            for first in range(0, count, size) if min(size, count) >= FEW and not self.polls.refusal else ():
+                some = changes(first, min(first + size, count))
+                found = self._losses(self._moved(some))
+                if found is None:
+                    break
+                losses[first : first + size] = found.where(~wild(some), torch.nan)
+            for k in (~losses.isfinite()).nonzero().flatten().tolist():
+                losses[k] = self._loss(self._moved(changes(k, k + 1)[0]))
+        return losses
+
+    def _moved(self, changes: Tensor) -> dict[str, Tensor]:
+        """The searched tensors with changes (..., n) of all coordinates added, by name, (..., *shape)."""
+        return {self.polls.names[id(p)]: p + part.to(p) for p, part in self.coordinates.with_parts(changes)}
 
     def _loss(self, tensors: dict[str, Tensor]) -> Tensor:
         """The loss with some of the module's tensors replaced by name."""

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from search.closure import Changes
 from search.coordinates import Coordinates
 
 WILD = 1e12  # changes beyond this square to the largest float32: order of operations decides what comes out
@@ -43,6 +44,11 @@ def within_rounding(losses: Tensor, loss: Tensor) -> Tensor:
     return (losses - loss).abs() <= 8 * torch.finfo(loss.dtype).eps * loss.abs()
 
 
+def wild(changes: Tensor) -> Tensor:
+    """Which candidates (K,) change a weight so far that they are left to the plain forward; changes (K, n)."""
+    return torch.linalg.vector_norm(changes, torch.inf, dim=1) > WILD
+
+
 def check_block(coordinates: Coordinates, asked: Tensor, steps: Tensor) -> None:
     """Raise unless `asked` (K,) and `steps` (K,) are one block of candidates.
 
@@ -66,3 +72,21 @@ def check_trial(coordinates: Coordinates, changes: Tensor, scales: Tensor) -> No
         raise ValueError(f"changes {tuple(changes.shape)} must be ({len(coordinates)},), one for each coordinate")
     if scales.ndim != 1 or not len(scales):
         raise ValueError(f"scales {tuple(scales.shape)} must be (S,) with at least one step length")
+
+
+def checked(changes: Changes, count: int, n: int) -> Changes:
+    """The same changes, of which every part is looked at: (last - first, n).
+
+    Raises:
+        ValueError: count is not positive; from the result, a part of another shape.
+    """
+    if count < 1:
+        raise ValueError(f"count={count} must be at least 1: ask for at least one candidate")
+
+    def some(first: int, last: int) -> Tensor:
+        part = changes(first, last)
+        if part.shape != (last - first, n):
+            raise ValueError(f"changes({first}, {last}) {tuple(part.shape)} must be ({last - first}, {n})")
+        return part
+
+    return some

@@ -291,9 +291,10 @@ def times(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix @ vector[..., None])[..., 0]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(B, K, T, n) -> (B, K, T, m) by one weight (m, n) for all K, or (K, m, n)."""
     if weight.ndim == 2:
         return F.linear(x, weight, bias)
-    y = torch.baddbmm(bias[:, None], x.transpose(0, 1).flatten(1, 2), weight.mT)  # (K, B T, m)
-    return y.unflatten(1, (len(x), -1)).transpose(0, 1)
+    n_rows, x, weight = len(x), x.transpose(0, 1).flatten(1, 2), weight.mT
+    y = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias[:, None], x, weight)  # (K, B T, m)
+    return y.unflatten(1, (n_rows, -1)).transpose(0, 1)

@@ -33,14 +33,16 @@ from polls.attention import WIDE, Attention, AttentionState
 from polls.generic import GenericPolls
 from polls.node_kinds import Entry, Kind, Moves, Rank1, joined
 from polls.rows import Rows, rows_of
-from polls.shared import WILD, Incumbent, check_block, check_trial
+from polls.shared import WILD, Incumbent, check_block, check_trial, checked, wild
 from polls.stages import Embedding, FeedForward, Head, Stage
 from polls.threads import one_thread
+from search.closure import Changes, part_of
 from search.coordinates import Coordinates
 from transformer import Block, DecoderOnlyTransformer
 
 CHUNK_TOKENS = 2**14  # tokens of candidates that take the whole way through the model; see `NodeGroup`
 TRIAL_WEIGHTS = 2**24  # moved weights of a trial at a time
+PERTURBED_TOKENS = 2**13  # tokens of candidates that move all weights at a time
 CACHE_BYTES = 2**28  # what may be remembered of the incumbent; rows beyond are computed anew in every call
 
 
@@ -138,7 +140,7 @@ class StructuredPolls:
 
 
 class StructuredClosure:
-    """Answers `poll` and `trial` (see `search/closure.py`) about one batch.
+    """Answers `poll`, `trial` and `perturbed` (see `search/closure.py`) about one batch.
 
     It keeps what the incumbent computes on the batch, and after a change in place computes anew only what the change
     reaches. Equal rows of a batch are evaluated once and weighed. A candidate that changes nothing has exactly the
@@ -227,33 +229,76 @@ class StructuredClosure:
         check_trial(self.coordinates, changes, scales)
         if not self.rows:
             return self.generic.trial(changes, scales)
-        self.polls.refresh()
-        like, parameters = self.model.head.weight, self.coordinates.parameters
-        searched = {id(p) for p in parameters}
-        first = min(s for s, stage in enumerate(self.stages) if any(id(p) in searched for p in stage.tensors.values()))
-        streams = [self._state(rows, first - 1).out[:, None] if first else rows.x for rows in self.rows]
-        flat, changes = torch.cat([p.flatten() for p in parameters]), changes.to(like)
-        found = []
-        for some in scales.to(like).split(max(1, TRIAL_WEIGHTS // len(flat))):
-            moved = torch.addcmul(flat, some[:, None], changes).split([p.numel() for p in parameters], 1)
-            own = {id(p): t.view(-1, *p.shape) for p, t in zip(parameters, moved, strict=True)}  # (S, *shape) each
-            weights = []
-            for stage in self.stages[first:]:
-                t = {name: own.get(id(p), p.expand(len(some), *p.shape)) for name, p in stage.tensors.items()}
-                weights.append(stage.fold(t) if any(id(p) in own for p in stage.tensors.values()) else stage.w)
-            total = flat.new_zeros(len(some))
-            for rows, x in zip(self.rows, streams, strict=True):
-                if first:
-                    x = x.expand(-1, len(some), -1, -1)  # (B, S, T, d)
-                for stage, w in zip(self.stages[first:], weights, strict=True):
-                    x = stage.forward(w, rows, x)
-                total = total + rows.total(x)
-            found.append(total)
-        losses = torch.cat(found).double().cpu()
+        like = self.model.head.weight
+        scales, changes, flat = scales.to(like), changes.to(like), self._flat()
+        size = max(1, TRIAL_WEIGHTS // len(flat))
+        losses = self._moved(len(scales), size, lambda a, b: torch.addcmul(flat, scales[a:b, None], changes))
         wrong = np.flatnonzero(~np.isfinite(losses.numpy()))
         if len(wrong):
             losses[wrong] = self.generic.trial(changes, scales[wrong])
         return losses
+
+    @torch.no_grad()
+    @one_thread()
+    def perturbed(self, count: int, changes: Changes) -> Tensor:
+        """Losses (count,) of the weights with the changes (last - first, n) of each candidate added."""
+        changes = checked(changes, count, len(self.coordinates))
+        if not self.rows:
+            return self.generic.perturbed(count, changes)
+        flat, tokens = self._flat(), sum(rows.x.numel() for rows in self.rows)
+        size = max(1, min(PERTURBED_TOKENS // tokens, TRIAL_WEIGHTS // len(flat)))
+        beyond = torch.zeros(count, dtype=torch.bool, device=flat.device)
+
+        def weights(first: int, last: int) -> Tensor:
+            some = changes(first, last).to(flat)
+            beyond[first:last] = wild(some)
+            return flat + some
+
+        losses = self._moved(count, size, weights)
+        for k in np.flatnonzero((beyond.cpu() | ~losses.isfinite()).numpy()).tolist():
+            losses[k] = self.generic.perturbed(1, part_of(changes, k))[0]
+        return losses
+
+    def _flat(self) -> Tensor:
+        """(n,) the searched weights."""
+        return torch.cat([p.flatten() for p in self.coordinates.parameters])
+
+    def _moved(self, count: int, size: int, weights: Changes) -> Tensor:
+        """Losses (count,) of candidates whose searched weights are all their own: weights(first, last) (k, n).
+
+        So many as `size` go through the model at a time.
+        """
+        self.polls.refresh()
+        searched = {id(p) for p in self.coordinates.parameters}
+        first = min(s for s, stage in enumerate(self.stages) if any(id(p) in searched for p in stage.tensors.values()))
+        streams = [self._state(rows, first - 1).out[:, None] if first else rows.x for rows in self.rows]
+
+        @torch.no_grad()  # what a thread does for itself
+        def losses(begin: int) -> Tensor:
+            return self._losses_of(weights(begin, min(begin + size, count)), first, streams)
+
+        return torch.cat(list(self.polls.map(losses, range(0, count, size)))).double().cpu()
+
+    def _losses_of(self, weights: Tensor, first: int, streams: list[Tensor]) -> Tensor:
+        """Losses (K,) of candidates with all searched weights (K, n) of their own.
+
+        Args:
+            first: stage that has searched weights.
+            streams: what the incumbent computes in front of it, of each of the rows.
+        """
+        n, total = len(weights), weights.new_zeros(len(weights))
+        own = {id(p): t for p, t in self.coordinates.with_parts(weights)}  # (K, *shape) each
+        folded = []
+        for stage in self.stages[first:]:
+            t = {name: own.get(id(p), p.expand(n, *p.shape)) for name, p in stage.tensors.items()}
+            folded.append(stage.fold(t) if any(id(p) in own for p in stage.tensors.values()) else stage.w)
+        for rows, x in zip(self.rows, streams, strict=True):
+            if first:
+                x = x.expand(-1, n, -1, -1)  # (B, K, T, d)
+            for stage, w in zip(self.stages[first:], folded, strict=True):
+                x = stage.forward(w, rows, x)
+            total = total + rows.total(x)
+        return total
 
     def _sorted(self, coordinates: Tensor, steps: Tensor) -> tuple[np.ndarray, list[int], Moves]:
         """The order (K,) of candidates by group, tensor and coordinate; the bounds of each tensor's; their moves."""

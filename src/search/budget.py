@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from search.closure import AnswersNodes, Candidates
+from search.closure import AnswersNodes, Candidates, Changes, part_of
 from search.losses import improves
 
 
@@ -135,6 +135,21 @@ class Evaluator:
         losses = self.candidates.trial(changes, scales)
         self.charge(len(scales))
         return losses
+
+    def perturbed(self, count: int, changes: Changes) -> Tensor:
+        """Losses (count,) of candidates that move all weights, by changes(first, last) (last - first, n) of some.
+
+        They are asked for block by block, each counted as done: limits are looked at in between.
+        """
+        self._allow(count)
+        losses: list[Tensor] = []
+        for first in range(0, count, self.block):
+            size = min(self.block, count - first)
+            self._allow(size)
+            losses.append(self.candidates.perturbed(size, part_of(changes, first)))
+            self.charge(size)
+            self.report.done += size
+        return torch.cat(losses)
 
     def nodes(self, nodes: Tensor, steps: Tensor, signs: torch.Generator) -> tuple[Tensor, Tensor]:
         """Samples (n,) of the slopes of all weights of K nodes, and which these are, (n,); nodes and steps are (K,)."""

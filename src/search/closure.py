@@ -8,8 +8,12 @@ also answer for many candidates in one call, without the optimizer moving a weig
         candidate k moves one coordinate: weight[coordinates[k]] + steps[k]
     trial(changes (n,), scales (S,)) -> losses (S,)
         candidate s moves all n coordinates at once: weights + scales[s] * changes
+    perturbed(count, changes) -> losses (count,)
+        candidate k moves all n coordinates in a way of its own: weights + changes(k, k + 1)[0]. The changes of all
+        would fill the memory, so `changes(first, last)` makes those of some, (last - first, n), when they are needed.
+        It is called from several threads, maybe twice for the same, and has to give the same each time
 
-A third question is answered for models whose tokens have losses of their own (`polls/nodes.py`):
+One more question is answered for models whose tokens have losses of their own (`polls/nodes.py`):
 
     nodes(nodes (K,), steps (K,), signs) -> slopes (n,), known (n,)
         samples of the slopes of all weights of K of the model's `n_nodes` nodes, for K evaluations; and which those are
@@ -17,7 +21,7 @@ A third question is answered for models whose tokens have losses of their own (`
 Which candidates there are is decided on the host: coordinates, nodes, scales and losses are tensors of the CPU.
 Changes and slopes of all coordinates are on the device of the weights.
 
-`OneByOne` answers the first two for any closure by moving the weights and putting them back: the readable
+`OneByOne` answers the first three for any closure by moving the weights and putting them back: the readable
 reference that every faster answer is checked against.
 """
 
@@ -30,6 +34,13 @@ from torch import Tensor, nn
 
 from search.coordinates import Coordinates
 
+Changes = Callable[[int, int], Tensor]  # first, last -> changes (last - first, n) of these candidates
+
+
+def part_of(changes: Changes, start: int) -> Changes:
+    """The changes of the candidates from number `start` on, counted from 0."""
+    return lambda first, last: changes(start + first, start + last)
+
 
 @runtime_checkable
 class Candidates(Protocol):
@@ -41,6 +52,8 @@ class Candidates(Protocol):
     def poll(self, coordinates: Tensor, steps: Tensor) -> Tensor: ...
 
     def trial(self, changes: Tensor, scales: Tensor) -> Tensor: ...
+
+    def perturbed(self, count: int, changes: Changes) -> Tensor: ...
 
 
 @runtime_checkable
@@ -57,7 +70,7 @@ class AnswersNodes(Candidates, Protocol):
 
 
 class OneByOne:
-    """Answers `poll` and `trial` for any `closure()`, one candidate after the other.
+    """Answers `poll`, `trial` and `perturbed` for any `closure()`, one candidate after the other.
 
     The weights are put back by copy, bit for bit: adding a step and subtracting it again is not
     exact. Losses come back in float64, which holds those of every narrower type exactly.
@@ -95,6 +108,10 @@ class OneByOne:
                 for p, weights in saved:
                     p.copy_(weights)
         return torch.tensor(losses, dtype=torch.float64, device="cpu")
+
+    def perturbed(self, count: int, changes: Changes) -> Tensor:
+        one = torch.ones(1, device="cpu")
+        return torch.cat([self.trial(changes(k, k + 1)[0], one) for k in range(count)])
 
 
 @contextmanager

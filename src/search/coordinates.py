@@ -50,9 +50,9 @@ class Coordinates:
                 yield p, tuple(torch.as_tensor(i, device=p.device) for i in index), torch.from_numpy(rows)
 
     def with_parts(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Each parameter, and its part of numbers of all coordinates (n,), in its shape."""
-        parts = flat.split([p.numel() for p in self.parameters])
-        return [(p, part.view(p.shape)) for part, p in zip(parts, self.parameters, strict=True)]
+        """Each parameter, and its part of numbers of all coordinates (..., n), in its shape (..., *shape)."""
+        parts = flat.split([p.numel() for p in self.parameters], -1)
+        return [(p, part.view(*flat.shape[:-1], *p.shape)) for part, p in zip(parts, self.parameters, strict=True)]
 
     @torch.no_grad()
     def move_one(self, coordinate: int, step: float) -> tuple[Tensor, tuple[int, ...], Tensor]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from lightning.pytorch import demos
 from torch import nn
 
+import polls.generic
 from optimizer import PatternSearch
 from polls.generic import GenericPolls
 from polls.make import make_polls
@@ -111,6 +112,21 @@ def test_polls_and_trials_are_exact(name, dtype):
     assert closure.polls.refusal is None
 
 
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dense_perturbations_are_exact(name, dtype, monkeypatch):
+    _, coordinates, closure, plain = setup(*MODULES[name], dtype)
+    rows = 0.1 * torch.randn(14, len(coordinates), dtype=dtype)
+    rows[3], rows[4, 0] = torch.inf, 1e25  # left to the plain forward; those beside them are not harmed
+    monkeypatch.setattr(polls.generic, "CHUNK_TOKENS", 5 * closure.tokens)  # 5, 5 and 4 at a time
+    expected = plain.perturbed(14, lambda first, last: rows[first:last])
+    assert expected[expected.isfinite()].unique().numel() >= 12
+    losses = closure.perturbed(14, lambda first, last: rows[first:last])
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(losses, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert closure.polls.refusal is None
+
+
 @pytest.mark.parametrize("name", ["mlp", "tied", "decoder"])
 @pytest.mark.slow
 def test_a_search_takes_the_same_decisions(name):
@@ -152,6 +168,18 @@ def test_what_vmap_cannot_do_is_done_one_by_one_with_one_warning():
     assert closure.block == 1
 
 
+def test_dense_perturbations_that_vmap_cannot_do_are_done_one_by_one_with_one_warning():
+    _, coordinates, closure, plain = setup(Recurrent)
+    rows = 0.1 * torch.randn(6, len(coordinates))
+    expected = plain.perturbed(6, lambda first, last: rows[first:last])
+    with pytest.warns(UserWarning, match="Recurrent cannot be vectorised.*gru"):
+        losses = closure.perturbed(6, lambda first, last: rows[first:last])
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(closure.perturbed(6, lambda first, last: rows[first:last]), losses)
+
+
 @pytest.mark.parametrize("name", ["mlp", "decoder"])  # the decoder's attention is computed in another way under vmap
 def test_a_candidate_that_changes_nothing_is_exactly_as_good_as_the_incumbent(name):
     module, coordinates, closure, _ = setup(*MODULES[name])
@@ -190,6 +218,10 @@ def test_bad_questions_are_refused():
         closure.poll(torch.tensor([1, 2]), one)
     with pytest.raises(ValueError, match="at least one step length"):
         closure.trial(torch.ones(len(coordinates)), torch.empty(0))
+    with pytest.raises(ValueError, match="count=0 must be at least 1"):
+        closure.perturbed(0, lambda first, last: torch.ones(last - first, len(coordinates)))
+    with pytest.raises(ValueError, match=r"changes\(0, 4\) \(4, 1\) must be"):
+        closure.perturbed(4, lambda first, last: torch.ones(last - first, 1))
     with pytest.raises(ValueError, match="not a parameter of Sequential"):
         GenericPolls(module, Coordinates([nn.Parameter(one)]), loss)
     module.count = nn.Parameter(torch.ones(2, dtype=torch.long), requires_grad=False)

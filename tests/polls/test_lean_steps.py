@@ -9,7 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimizer import PatternSearch
 from polls.nodes import NodePolls
+from search.eggroll import Eggroll
+from search.es import ES
+from search.fzoo import FZOO
 from search.options import RECOMMENDED
+from search.sep_cma_es import SepCMAES
+from search.spsa import SPSA
 from transformer import POSITIONS, DecoderOnlyTransformer
 
 WAITS = ("_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "unique_consecutive", "equal", "masked_select")
@@ -36,15 +41,14 @@ class Operators(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def setup(positions="learned", length=16, **options):
+def setup(positions="learned", length=16, make=PatternSearch, **options):
     """A search of the default model on 32 strings, and a closure for it."""
     torch.manual_seed(0)
     model = DecoderOnlyTransformer(4, 2, length, d_model=64, n_layers=2, n_heads=4, positions=positions)
     x = torch.randint(2, (32, length))
     y = x.clone()
     y[:, : length // 2] = -100
-    groups = PatternSearch.parameter_groups(model, list(model.parameters()), **options)
-    search = PatternSearch(groups, **options)
+    search = make(make.parameter_groups(model, list(model.parameters()), **options), **options)
     polls = NodePolls(model, search.coordinates, loss)
     return search, lambda: polls.on({"x": x, "y": y})
 
@@ -72,3 +76,17 @@ def test_every_tensor_of_a_step_is_made_where_the_weights_are(options, positions
     finally:
         torch.set_default_device(None)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("rival", [SPSA, FZOO, ES, Eggroll, SepCMAES])
+def test_every_tensor_of_a_step_along_random_directions_is_made_where_the_weights_are(rival):
+    search, closure = setup(make=rival, **({} if rival is SepCMAES else dict(samples=3)))
+    before = [p.clone() for p in search.coordinates.parameters]
+    torch.set_default_device("meta")
+    try:
+        for _ in range(2):
+            search.step(closure())
+    finally:
+        torch.set_default_device(None)
+    moved = [not torch.equal(p, old) for p, old in zip(search.coordinates.parameters, before, strict=True)]
+    assert all(moved)

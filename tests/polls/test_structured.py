@@ -154,6 +154,67 @@ def test_polls_and_trials_are_exact_where_the_first_weights_are_frozen(first, po
     torch.testing.assert_close(closure.trial(changes, scales), plain.trial(changes, scales), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dense_perturbations_are_exact(kind, layout, dtype, monkeypatch):
+    monkeypatch.setattr(structured, "PERTURBED_TOKENS", 2**9)  # in several chunks
+    _, coordinates, closure, plain = setup(layout, dtype=dtype, **MODELS[kind])
+    rows = 0.05 * torch.randn(9, len(coordinates), dtype=dtype)
+    expected = plain.perturbed(9, lambda first, last: rows[first:last])
+    assert expected.unique().numel() == 9
+    monkeypatch.setattr(closure, "generic", None)  # the structured path manages by itself
+    losses = closure.perturbed(9, lambda first, last: rows[first:last])
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(losses, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("frozen", [3, 11, -2])
+def test_dense_perturbations_are_exact_where_the_first_weights_are_frozen(frozen):
+    model = make_model(dtype=torch.float64)
+    coordinates = Coordinates(list(model.parameters())[frozen:][::-1])
+    closure = StructuredPolls(model, coordinates, loss).on(make_batch("ragged"))
+    rows = 0.1 * torch.randn(5, len(coordinates), dtype=torch.float64)
+    expected = OneByOne(closure.generic.plain, coordinates).perturbed(5, lambda first, last: rows[first:last])
+    losses = closure.perturbed(5, lambda first, last: rows[first:last])
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-12)
+
+
+def test_dense_perturbations_that_overflow_come_out_as_in_the_plain_forward():
+    _, coordinates, closure, plain = setup()
+    rows = 0.05 * torch.randn(6, len(coordinates))
+    for k, bad in ((1, 1e25), (2, torch.inf), (4, torch.nan)):
+        rows[k, :100] = bad
+    expected = plain.perturbed(6, lambda first, last: rows[first:last])
+    losses = closure.perturbed(6, lambda first, last: rows[first:last])
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_losses_of_dense_perturbations_do_not_depend_on_the_number_of_threads():
+    model, coordinates, closure, _ = setup(n_rows=40, d_model=64)
+    rows = 0.05 * torch.randn(40, len(coordinates))
+    expected = closure.perturbed(40, lambda first, last: rows[first:last])
+    spread = StructuredPolls(model, coordinates, loss, threads=3).on(make_batch(n_rows=40))
+    assert torch.equal(spread.perturbed(40, lambda first, last: rows[first:last]), expected)
+
+
+def test_dense_perturbations_take_no_more_memory_where_there_are_more_of_them(monkeypatch):
+    monkeypatch.setattr(structured, "TRIAL_WEIGHTS", 2**16)
+    _, coordinates, closure, _ = setup()
+    asked, largest = [], []
+
+    def changes(first, last):
+        asked.append(last - first)
+        return torch.full((last - first, len(coordinates)), 0.01)
+
+    for count in (20, 100):
+        with LargestTensor() as seen:
+            closure.perturbed(count, changes)
+        largest.append(seen.bytes)
+    assert max(asked) * len(coordinates) <= 2**16
+    assert largest[0] == largest[1]
+
+
 @pytest.mark.parametrize(("poll", "positions"), [("opportunistic", "learned"), ("complete", "rotary")])
 @pytest.mark.slow
 def test_a_search_takes_the_same_decisions(poll, positions):

@@ -61,6 +61,16 @@ def test_trial_moves_many_weights_at_every_scale_and_puts_them_back(coordinates)
     assert all(torch.equal(p, old) for p, old in zip(coordinates.parameters, before, strict=True))
 
 
+def test_perturbed_moves_every_weight_in_a_way_of_its_own_and_puts_them_back(coordinates):
+    closure = loss_of(coordinates)
+    before, start = [p.clone() for p in coordinates.parameters], closure()
+    rows = torch.zeros(3, 10)
+    rows[0, 1], rows[1, 8], rows[2] = 1.0, 2.0, 0.5
+    losses = OneByOne(closure, coordinates).perturbed(3, lambda first, last: rows[first:last])
+    assert (losses - start).tolist() == [2.0, 18.0, 27.5]
+    assert all(torch.equal(p, old) for p, old in zip(coordinates.parameters, before, strict=True))
+
+
 def test_forward_only_turns_gradients_and_dropout_off_and_puts_modes_back():
     module = nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5).eval())
     with forward_only(module):

@@ -54,6 +54,36 @@ class TestNodePerturbation(LossOnlyTests):
         return [matrix, *map(nn.Parameter, vector.detach().split([1, 1, 2]))]  # four nodes, so that the seed can order
 
 
+class TestSPSA(LossOnlyTests):
+    name = "spsa"
+    toy = dict(lr=0.05, samples=2)
+
+
+class TestFZOO(LossOnlyTests):
+    name = "fzoo"
+    toy = dict(lr=0.002, samples=4)
+
+
+class TestES(LossOnlyTests):
+    name = "es"
+    toy = dict(lr=0.002, samples=4)
+
+
+class TestEggroll(LossOnlyTests):
+    name = "eggroll"
+    toy = dict(lr=0.1, samples=4)
+
+
+class TestEggrollSGD(LossOnlyTests):
+    name = "eggroll"
+    toy = dict(lr=0.5, samples=4, update="sgd")
+
+
+class TestSepCMAES(LossOnlyTests):
+    name = "sep_cma_es"
+    toy = dict(sigma=0.5)
+
+
 def test_every_yaml_of_a_loss_only_optimizer_is_tested():
     def target(path):
         cfg = OmegaConf.load(path)
