@@ -41,6 +41,7 @@ class LossOnlyOptimizer(torch.optim.Optimizer, ABC):
         ValueError: a limit out of range, a parameter that is not of a floating type, or no weight at all.
     """
 
+    tests_moves = True  # whether it moves only where a loss has fallen, so that moves are worth counting
     _generator: torch.Generator | None = None  # of the running step
 
     def __init__(
@@ -86,7 +87,8 @@ class LossOnlyOptimizer(torch.optim.Optimizer, ABC):
     def status(self) -> list[str]:
         """What a live display shows beside the counts, such as ["accepted 12", "radius 0.05"]."""
         radii = dict.fromkeys(f"{radius:.3g}" for radius in self.radii())  # equal ones once
-        return [f"accepted {self.saved['accepted']:,}", *([f"radius {'/'.join(radii)}"] if radii else [])]
+        accepted = [f"accepted {self.saved['accepted']:,}"] if self.tests_moves else []
+        return [*accepted, *([f"radius {'/'.join(radii)}"] if radii else [])]
 
     def radii(self) -> list[float]:
         """The radius of each parameter group; none for an optimizer whose groups have no such option."""

@@ -41,6 +41,8 @@ class CoherentDescent(LossOnlyOptimizer):
         ValueError: an option out of range.
     """
 
+    tests_moves = False
+
     def __init__(
         self,
         params: Any,

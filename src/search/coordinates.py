@@ -52,7 +52,7 @@ class Coordinates:
     def with_parts(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Each parameter, and its part of numbers of all coordinates (..., n), in its shape (..., *shape)."""
         parts = flat.split([p.numel() for p in self.parameters], -1)
-        return [(p, part.view(*flat.shape[:-1], *p.shape)) for part, p in zip(parts, self.parameters, strict=True)]
+        return [(p, part.view((*flat.shape[:-1], *p.shape))) for part, p in zip(parts, self.parameters, strict=True)]
 
     @torch.no_grad()
     def move_one(self, coordinate: int, step: float) -> tuple[Tensor, tuple[int, ...], Tensor]:

@@ -47,6 +47,8 @@ class NodePerturbation(LossOnlyOptimizer):
         ValueError: an option out of range; from a step, a closure that does not answer `nodes`.
     """
 
+    tests_moves = False
+
     def __init__(
         self,
         params: Any,

@@ -78,6 +78,7 @@ class SlopeEstimator(LossOnlyOptimizer):
         ValueError: an option out of range.
     """
 
+    tests_moves = False
     mirrored = True  # whether each direction is evaluated forward and backward
 
     def __init__(self, params: Any, lr: float, sigma: float, samples: int, **limits: Any):
@@ -102,9 +103,6 @@ class SlopeEstimator(LossOnlyOptimizer):
         """The direction (n,) against which the weights move by lr, from the slopes (n,) of this step."""
         return slopes
 
-    def status(self) -> list[str]:
-        return []  # no move is refused, so none is counted as accepted
-
     def take_step(self, evaluate: Evaluator) -> None:
         first = self.coordinates.parameters[0]
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
@@ -115,7 +113,4 @@ class SlopeEstimator(LossOnlyOptimizer):
         losses = evaluate.perturbed(self.report.planned, directions.changes(self.sigma, self.mirrored))
         losses = losses.view(self.samples, 2) if self.mirrored else losses
         known = losses.isfinite().view(self.samples, -1).all(1)
-        step = self.uphill(measured(directions.combined(self.worth(losses).where(known, 0))))
-        for (_, part), group in zip(self.coordinates.with_parts(step), self.group_of.tolist(), strict=True):
-            part *= -self.param_groups[group]["lr"]
-        self.move(step)
+        self.descend(self.uphill(measured(directions.combined(self.worth(losses).where(known, 0)))))

@@ -32,6 +32,8 @@ class SepCMAES(LossOnlyOptimizer):
         ValueError: an option out of range, or a single weight.
     """
 
+    tests_moves = False
+
     def __init__(self, params: Any, sigma: float = 0.03, population_size: int | None = None, **limits: Any):
         if not sigma > 0 or (population_size is not None and population_size < 2):
             raise ValueError(f"sigma={sigma} must be above 0, and population_size={population_size} at least 2")
@@ -39,9 +41,6 @@ class SepCMAES(LossOnlyOptimizer):
         if len(self.coordinates) < 2:
             raise ValueError("sep_cma_es needs at least two weights")
         self.sigma, self.population_size = sigma, population_size
-
-    def status(self) -> list[str]:
-        return []  # no move is refused, so none is counted as accepted
 
     def take_step(self, evaluate: Evaluator) -> None:
         weights = torch.cat([p.detach().flatten() for p in self.coordinates.parameters]).cpu().double()  # (n,)
