@@ -28,8 +28,8 @@ class Eggroll(SlopeEstimator):
         self,
         params: Any,
         lr: float = 1e-2,
-        sigma: float = 5e-2,
-        samples: int = 256,
+        sigma: float = 2e-2,
+        samples: int = 32,
         update: str = "adam",
         **limits: Any,
     ):

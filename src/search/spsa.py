@@ -20,7 +20,7 @@ class SPSA(SlopeEstimator):
     Arguments and errors: see `SlopeEstimator`; sigma is MeZO's epsilon.
     """
 
-    def __init__(self, params: Any, lr: float = 1e-3, sigma: float = 1e-3, samples: int = 1, **limits: Any):
+    def __init__(self, params: Any, lr: float = 0.1, sigma: float = 1e-2, samples: int = 64, **limits: Any):
         super().__init__(params, lr, sigma, samples, **limits)
 
     def worth(self, losses: Tensor) -> Tensor:

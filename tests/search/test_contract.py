@@ -76,7 +76,7 @@ class TestEggroll(LossOnlyTests):
 
 class TestEggrollSGD(LossOnlyTests):
     name = "eggroll"
-    toy = dict(lr=0.5, samples=4, update="sgd")
+    toy = dict(lr=0.5, sigma=0.05, samples=4, update="sgd")
 
 
 class TestSepCMAES(LossOnlyTests):
