@@ -76,7 +76,7 @@ def ways(model: DecoderOnlyTransformer, batch: Batch) -> dict[str, Rate]:
         return lambda seconds: block * rate_of(poll, seconds)
 
     def perturbed(closure: Any) -> Rate:
-        like, pairs = torch.empty(len(coordinates)), max(closure.block, 8) // 2
+        like, pairs = torch.empty(len(coordinates)), 32  # two chunks and more
 
         def perturb() -> None:
             seeds = torch.randint(2**63 - 1, (pairs,), generator=generator)
