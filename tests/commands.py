@@ -13,8 +13,9 @@ from interpreters import Interpreter
 SHORT = ["trainer.max_steps=1", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
 README, LOG = ROOT / "README.md", ROOT / "report" / "log.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-WITH_COMMANDS = [README, *DOCS, ROOT / "CONTRIBUTING.md"]  # that are run; those of the log take hours, and are composed
-DOCUMENTS = [*WITH_COMMANDS, LOG]
+WITH_COMMANDS = [README, *DOCS, ROOT / "CONTRIBUTING.md"]  # that are run; those of the others take hours
+COMPARISON = ROOT / "report" / "README.md"
+DOCUMENTS = [*WITH_COMMANDS, LOG, COMPARISON]
 CODE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# (\S+/\S+)\n")  # the first line of a block that is a file
 

@@ -45,6 +45,10 @@ TESTED_ELSEWHERE = {
     "make train": "tests/test_docs.py::test_make_does_what_the_documents_say",
     "make test": "tests/test_docs.py::test_make_does_what_the_documents_say",
     "make test-fast": "tests/test_docs.py::test_make_does_what_the_documents_say",
+    "make report": "tests/test_docs.py::test_make_does_what_the_documents_say",
+    "make report-quick": "tests/test_docs.py::test_make_does_what_the_documents_say",
+    "python src/report.py compare report/full.yaml --draw": "tests/comparison/test_comparison.py::"
+    "test_the_figures_of_the_project_are_drawn_from_its_rows",
     "make lint": "tests/test_docs.py::test_make_does_what_the_documents_say",
     "make types": "tests/test_docs.py::test_make_does_what_the_documents_say",
     "make format": "tests/test_docs.py::test_make_does_what_the_documents_say",
@@ -87,12 +91,14 @@ def test_the_readme_has_the_promised_commands():
 
 
 def test_make_does_what_the_documents_say():
-    targets = ["train", "test", "test-fast", "lint", "types", "format"]
+    targets = ["train", "test", "test-fast", "report", "report-quick", "lint", "types", "format"]
     printed = subprocess.run(
         ["make", "-n", "-B", *targets], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     assert "src/train.py --config-name=pattern_search_train" in printed
     assert "-m pytest -n auto" in printed
+    assert "src/report.py compare report/full.yaml" in printed
+    assert "src/report.py compare report/quick.yaml" in printed
     assert '-m "not slow"' in printed
     assert "pip install --quiet --requirement requirements.txt" in printed
     assert all(part in printed for part in ("ruff check .", "ruff format .", "-m mypy"))

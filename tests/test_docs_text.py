@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import report
-from commands import CODE, DOCUMENTS, LOG, README, files
+from commands import CODE, COMPARISON, DOCUMENTS, LOG, README, files
+from comparison.pictures import FIGURES
 from conftest import ROOT
 from results.ablation import ablation_table, read_costs
 from results.runs import read_runs
@@ -90,8 +91,13 @@ def test_the_kept_curves_are_those_of_the_sweeps_named_beside_them():
 
 def test_all_that_is_kept_is_shown_and_every_figure_has_its_command():
     kept = {path.relative_to(ROOT).as_posix() for path in (ROOT / "report" / "results").iterdir()}
-    assert kept == {path for _, _, path in SHOWN}
-    drawn = set(re.findall(r"python src/report\.py .*--output (report/\S+)\n", LOG.read_text()))
+    text = LOG.read_text() + COMPARISON.read_text()
+    drawn = set(re.findall(r"python src/report\.py .*--output (report/\S+)\n", text))
+    compared = set()
+    for name in set(re.findall(r"python src/report\.py compare report/(\w+)\.yaml", text)):
+        compared |= {f"report/results/{name}.csv", f"report/results/{name}_curves.csv.gz"}
+        drawn |= {f"report/{name}_{figure}.png" for figure in FIGURES}
+    assert kept == {path for _, _, path in SHOWN} | compared
     assert drawn == {path.relative_to(ROOT).as_posix() for path in (ROOT / "report").glob("*.png")}
 
 

@@ -20,6 +20,7 @@ from comparison.rows import curves_path, read_table, summary_of
 from comparison.runner import Comparison
 from results.runs import RunError
 from results.tables import markdown
+from run.start import silence_libraries
 
 
 def main(parser: ArgumentParser, arguments: list[str]) -> None:
@@ -27,6 +28,7 @@ def main(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("--draw", action="store_true", help="run nothing")
     parser.add_argument("--missing", action="store_true", help="take kept rows for runs that need not be run here")
     args = parser.parse_args(arguments)
+    silence_libraries()
     plan, output = read_plan(args.plan), args.plan.parent / "results" / args.plan.with_suffix(".csv").name
     if not args.draw:
         root = os.environ.get("PATTERN_SEARCH_ROOT") or str(Path(__file__).resolve().parents[2])

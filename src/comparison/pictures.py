@@ -16,11 +16,12 @@ from results.figures import closed
 
 COSTS = {"evaluations": "function evaluations (a gradient step: 3)", "seconds": "seconds of training, one thread"}
 VALUES = {"val/loss": "validation loss, nats per token", "val/exact_match": "validation exact match"}
+FIGURES = ("loss", "exact_match", "solved", "ratios", "costs")
 GRID = 80  # costs at which the curves of the seeds are joined
 
 
 def figures_of(plan: Plan, rows: pd.DataFrame, curves: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
-    """Every figure of a comparison with its name, from its rows and curves."""
+    """Every figure of a comparison with its name, one of FIGURES, from its rows and curves."""
     rows, curves = ordered(reported(rows), plan), ordered(curves[curves.phase == REPORTED], plan)
     looks = looks_of(plan)
     yield "loss", draw_curves(curves, "val/loss", looks)

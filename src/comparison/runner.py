@@ -79,7 +79,7 @@ class Comparison:
                 failed.append(str(log))
                 self.console.print(f"Failed with exit code {code}: {log}", soft_wrap=True, highlight=False)
                 continue
-            row = self._keep([job]).iloc[-1]
+            row = self._keep([job]).set_index(KEY).loc[tuple(key_of(job).values())]
             solved = f"solved after {row.solved_at_seconds:.1f} s" if pd.notna(row.solved_at_seconds) else "not solved"
             self.console.print(
                 f"{job.directory}: {row.evaluations:,.0f} evaluations, {row.seconds:.1f} s, {solved}, "

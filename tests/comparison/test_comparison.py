@@ -1,6 +1,7 @@
 """A comparison: what its plan says, what is run, what is kept, chosen and drawn."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -230,6 +231,17 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, c
     said = capsys.readouterr()
     assert "1 run(s) failed" in said.err
     assert len(read_table(tmp_path / "results" / "mine.csv")) == 3
+
+
+@pytest.mark.slow
+def test_the_figures_of_the_project_are_drawn_from_its_rows(tmp_path, capsys):
+    for path in ("full.yaml", "results/full.csv", "results/full_curves.csv.gz"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / "report" / path, tmp_path / path)
+    report.main(["compare", str(tmp_path / "full.yaml"), "--draw"])
+    table = capsys.readouterr().out.split("\n\n")[0]
+    assert table in (ROOT / "report" / "README.md").read_text()
+    assert len(list(tmp_path.glob("full_*.png"))) == 5
 
 
 @pytest.mark.parametrize("name", ["full", "quick"])
