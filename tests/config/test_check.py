@@ -274,7 +274,7 @@ def test_random_mistakes_run_or_are_refused_by_name(monkeypatch):
     counts = fuzz_config.run(range(25), seed=7)
     assert counts["refused"] + counts["ran"] == 25
     assert counts["refused"] > 5
-    assert counts["ran"] > 1
+    assert counts["ran"] > 0
 
 
 def test_flags_may_stand_between_overrides():

@@ -130,7 +130,7 @@ def test_a_few_seeds_have_dashes_and_limits_no_names(tmp_path):
         write_run(tmp_path / str(seed), seed=seed, options={"max_seconds": seed})
     figure = draw_runs(read_runs(tmp_path))
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == ["optimizer", "pattern_search", "seed", "0", "1", "2", "measured on", "training", "validation"]
+    assert names == ["optimizer", "pattern_search", "measured on", "training", "validation", "seed", "0", "1", "2"]
     for seed in range(3, 6):
         write_run(tmp_path / str(seed), seed=seed)
     assert "seed" not in [text.get_text() for text in draw_runs(read_runs(tmp_path)).legends[0].get_texts()]
