@@ -2,6 +2,7 @@
 
     python src/benchmark.py                             the default model at batch 4, 32 and 200, on one thread
     python src/benchmark.py --seconds 60 --batches 32   shorter
+    python src/benchmark.py --models tiny small medium large --batches 32     against the number of weights
     python src/benchmark.py --startup                   seconds and memory that commands take beside the libraries alone
 
 The ways, each measured in turn, several times over; the medians are reported:
@@ -19,6 +20,7 @@ Candidates of the others are uniform over all parameters. The last line printed 
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from functools import partial
@@ -28,15 +30,21 @@ from typing import Any
 
 import pandas as pd
 import torch
+from hydra.utils import instantiate
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from config.compose import CONFIGS
+from config.did_you_mean import unknown
 from pattern_search_task import Batch, batch_loss
 from polls.generic import GenericPolls
 from polls.structured import StructuredPolls
 from polls.threads import available_cores
+from results.runs import RunError
 from results.startup import measure_startup
 from run.cpu import prepare_machine
 from search.closure import OneByOne, forward_only
@@ -142,9 +150,31 @@ def bound(model: DecoderOnlyTransformer, batch: Batch) -> float:
     return peak / (counter.get_total_flops() / len(chosen))
 
 
+def model_of(name: str, data: StateTrackingDataModule) -> DecoderOnlyTransformer:
+    """The model of configs/model/NAME.yaml; RunError if there is none."""
+    path = CONFIGS / "model" / f"{name}.yaml"
+    if not path.exists():
+        known = (other.stem for other in sorted(path.parent.glob("*.yaml")))
+        raise RunError(unknown(f"--models {name}", name, known))
+    torch.manual_seed(0)
+    return instantiate(OmegaConf.load(path), vocab_size=data.vocab_size, n_classes=data.n_classes, max_len=data.max_len)
+
+
+def draw(rates: pd.DataFrame, weights: list[int], title: str) -> Figure:
+    """Evaluations per second: against the number of weights if there are several models, else against the batch."""
+    if len(set(weights)) > 1:
+        lines = rates.T.assign(weights=weights).groupby("weights").mean()  # over the batches
+        panel = lines.plot(loglog=True, marker="o", figsize=(9, 4.5), title=title)
+        panel.set(xlabel="weights", ylabel="evaluations per second")
+    else:
+        panel = rates.T.plot.bar(logy=True, rot=0, figsize=(9, 4.5), title=title)
+    return panel.figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 32, 200], help="sequences per batch, up to 200")
+    parser.add_argument("--models", nargs="+", default=["small"], metavar="NAME", help="options of configs/model")
     parser.add_argument("--seconds", type=float, default=150, help="of measuring in all")
     parser.add_argument("--threads", type=int, default=1, help="threads that torch may use")
     parser.add_argument("--startup", action="store_true", help="measure how commands start instead")
@@ -156,23 +186,35 @@ def main() -> None:
         print(json.dumps(measure_startup(rounds=3, console=Console())))
         return
     prepare_machine(args.threads)
-    torch.manual_seed(0)
     data = StateTrackingDataModule()
-    model, split = DecoderOnlyTransformer(data.vocab_size, data.n_classes, data.max_len), data.splits["train"]
-    batches = {n: {"x": split.x[:n], "y": split.y[:n]} for n in args.batches}
-    seconds = args.seconds / len(batches)
-    rates = pd.DataFrame({str(n): measure(model, batch, seconds) for n, batch in batches.items()})
+    split = data.splits["train"]
+    try:
+        models = {name: model_of(name, data) for name in args.models}
+    except RunError as error:
+        parser.error(str(error))
+    seconds = args.seconds / len(args.batches) / len(models)
+    measured, bounds, weights = {}, {}, []
+    for (name, model), n in itertools.product(models.items(), args.batches):
+        batch = {"x": split.x[:n], "y": split.y[:n]}
+        column = f"{name}, batch {n}"
+        measured[column], bounds[column] = measure(model, batch, seconds), bound(model, batch)
+        weights.append(sum(p.numel() for p in model.parameters()))
+    rates = pd.DataFrame(measured)
     ratios = pd.DataFrame({f"{a} / {b}": rates.loc[a] / rates.loc[b] for a, b in RATIOS}).T
-    bounds = pd.DataFrame({str(n): {"what is left of the operations": bound(model, b)} for n, b in batches.items()})
-    table = pd.concat([rates.map("{:,.0f}".format), ratios.map("{:.2f} x".format), bounds.map("{:,.0f}".format)])
-    weights = sum(p.numel() for p in model.parameters())
-    title = f"Evaluations per second: {weights:,} weights, {data.max_len} tokens, {args.threads} thread(s)"
-    print(f"{title}\n{table.add_prefix('batch ').to_string()}\n")
-    panel = rates.add_prefix("batch ").T.plot.bar(logy=True, rot=0, figsize=(9, 4.5), title=title)
+    left = pd.DataFrame({"what is left of the operations": bounds}).T
+    table = pd.concat([rates.map("{:,.0f}".format), ratios.map("{:.2f} x".format), left.map("{:,.0f}".format)])
+    sizes = ", ".join(f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items())
+    title = f"Evaluations per second: weights {sizes}; {data.max_len} tokens, {args.threads} thread(s)"
+    print(f"{title}\n{table.to_string()}\n")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    panel.figure.savefig(args.output, dpi=120, bbox_inches="tight")
+    draw(rates, weights, title).savefig(args.output, dpi=120, bbox_inches="tight")
     print(f"Figure: {args.output}")
-    print(json.dumps({"threads": args.threads, "weights": weights, "batch": rates.to_dict()}))
+    by_model = {
+        name: {"weights": count, "batch": {str(n): measured[f"{name}, batch {n}"] for n in args.batches}}
+        for name, count in zip(models, weights[:: len(args.batches)], strict=True)
+    }
+    first = next(iter(by_model.values()))
+    print(json.dumps({"threads": args.threads} | first | ({"models": by_model} if len(by_model) > 1 else {})))
 
 
 if __name__ == "__main__":

@@ -161,6 +161,21 @@ def test_the_benchmark_ends_with_its_rates_as_json(tmp_path):
     assert figure.stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_the_benchmark_measures_models_against_their_weights(tmp_path):
+    figure = tmp_path / "sizes.png"
+    command = f"python src/benchmark.py --models tiny small --seconds 3 --batches 4 --output {figure}"
+    done = run(command, tmp_path)
+    assert done.returncode == 0, done.stderr
+    models = json.loads(done.stdout.splitlines()[-1])["models"]
+    assert models["tiny"]["weights"] < models["small"]["weights"]
+    assert models["tiny"]["batch"]["4"]["structured"] > 0
+    assert figure.stat().st_size > 10_000
+    done = run("python src/benchmark.py --models tny", tmp_path)
+    assert done.returncode == 2
+    assert "did you mean tiny?" in done.stderr
+
+
 def test_figures_of_a_place_without_runs_say_so(tmp_path):
     done = run(f"python src/report.py figures {tmp_path}", tmp_path)
     assert done.returncode == 2
