@@ -123,11 +123,7 @@ class Evaluator:
         What lies behind it may have been evaluated too. It is not charged, since it will be asked for again.
         """
         self._allow(len(coordinates))
-        losses = self.candidates.poll(coordinates, steps)
-        better = improves(losses, loss).nonzero().flatten()
-        losses = losses[: int(better[0]) + 1] if len(better) else losses
-        self.charge(len(losses))
-        return losses
+        return self._until(loss, self.candidates.poll(coordinates, steps))
 
     def trial(self, changes: Tensor, scales: Tensor) -> Tensor:
         """Losses (S,) of the weights with scales[s] * changes added; changes (n,) of all coordinates, scales (S,)."""
@@ -151,6 +147,11 @@ class Evaluator:
             self.report.done += size
         return torch.cat(losses)
 
+    def perturbed_until(self, loss: float, count: int, changes: Changes) -> Tensor:
+        """The same up to the first that improves on a loss, as `poll_until`; none of them is counted as done."""
+        self._allow(count)
+        return self._until(loss, self.candidates.perturbed(count, changes))
+
     def nodes(self, nodes: Tensor, steps: Tensor, signs: torch.Generator) -> tuple[Tensor, Tensor]:
         """Samples (n,) of the slopes of all weights of K nodes, and which these are, (n,); nodes and steps are (K,)."""
         assert isinstance(self.candidates, AnswersNodes)
@@ -158,6 +159,12 @@ class Evaluator:
         found = self.candidates.nodes(nodes, steps, signs)
         self.charge(len(nodes))
         return found
+
+    def _until(self, loss: float, losses: Tensor) -> Tensor:
+        better = improves(losses, loss).nonzero().flatten()
+        losses = losses[: int(better[0]) + 1] if len(better) else losses
+        self.charge(len(losses))
+        return losses
 
     def _allow(self, evaluations: int) -> None:
         if self.report.evaluations and (limit := self.limit()):  # the first question of a step is always allowed

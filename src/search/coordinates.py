@@ -54,6 +54,12 @@ class Coordinates:
         parts = flat.split([p.numel() for p in self.parameters], -1)
         return [(p, part.view((*flat.shape[:-1], *p.shape))) for part, p in zip(parts, self.parameters, strict=True)]
 
+    def empty_like_weights(self) -> Tensor:
+        """(n,) without values, on the device of the weights; in float32, unless they are of float64."""
+        first = self.parameters[0]
+        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        return torch.empty(len(self), dtype=dtype, device=first.device)
+
     @torch.no_grad()
     def move_one(self, coordinate: int, step: float) -> tuple[Tensor, tuple[int, ...], Tensor]:
         """Add a step to one weight, in place; returns its tensor, its index and the weight as it was."""

@@ -104,9 +104,7 @@ class SlopeEstimator(LossOnlyOptimizer):
         return slopes
 
     def take_step(self, evaluate: Evaluator) -> None:
-        first = self.coordinates.parameters[0]
-        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        like = torch.empty(len(self.coordinates), dtype=dtype, device=first.device)
+        like = self.coordinates.empty_like_weights()
         seeds = torch.randint(2**63 - 1, (self.samples,), generator=self.generator, device="cpu")
         directions = RandomDirections(self.draw, seeds, like)
         self.report.planned = self.samples * (1 + self.mirrored)

@@ -6,11 +6,11 @@ Rastrigin 1963; Matyas 1965; Solis and Wets 1981, algorithm 1 with a fixed lengt
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from search.base import LossOnlyOptimizer
+from search.both_ways import try_both_ways
 from search.budget import Evaluator
-from search.losses import improves
+from search.random_directions import RandomDirections
 
 
 class RandomSearch(LossOnlyOptimizer):
@@ -33,18 +33,8 @@ class RandomSearch(LossOnlyOptimizer):
         self.samples = samples
 
     def take_step(self, evaluate: Evaluator) -> None:
-        n = len(self.coordinates)
-        radius = self.by_group(self.coordinates.owner(torch.arange(n, device="cpu")), "radius").float()  # (n,)
-        self.report.planned = 2 * self.samples
-        for _ in range(self.samples):
-            forward_or_backward(self, evaluate, radius * torch.randn(n, generator=self.generator, device="cpu"))
-
-
-def forward_or_backward(search: LossOnlyOptimizer, evaluate: Evaluator, change: Tensor) -> None:
-    """Move a search by a change (n,) if that lowers the loss of the batch, else by its opposite if that does."""
-    for way in torch.tensor([1.0, -1.0], device="cpu"):
-        losses = evaluate.trial(change, way[None])
-        search.report.done += 1
-        if improves(losses[0], search.report.loss_after):
-            search.accept(losses[0], way * change)
-            break
+        like = self.coordinates.empty_like_weights()
+        radius = self.by_group(self.coordinates.owner(torch.arange(len(like), device="cpu")), "radius").to(like)  # (n,)
+        seeds = torch.randint(2**63 - 1, (self.samples,), generator=self.generator, device="cpu")
+        directions = RandomDirections(lambda row, drawn: row.normal_(generator=drawn).mul_(radius), seeds, like)
+        try_both_ways(self, evaluate, self.samples, directions.changes(1.0, mirrored=True))

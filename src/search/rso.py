@@ -12,9 +12,8 @@ from torch import Tensor
 
 from config.did_you_mean import one_of
 from search.base import LossOnlyOptimizer
+from search.both_ways import ask_ahead, try_both_ways
 from search.budget import Evaluator
-from search.losses import improves
-from search.random_search import forward_or_backward
 
 VECTOR_STD = 0.167  # of moves of biases and gains, from the authors' program
 
@@ -68,7 +67,6 @@ class RSO(LossOnlyOptimizer):
         self.moves_per_step = moves_per_step
 
     def take_step(self, evaluate: Evaluator) -> None:
-        self.report.planned = 2 * self.moves_per_step
         (self._move_weights if self.unit == "weight" else self._move_rows)(evaluate, self._sigma())
 
     def _sigma(self) -> Tensor:
@@ -84,17 +82,12 @@ class RSO(LossOnlyOptimizer):
         drawn = torch.randint(len(self.coordinates), (m,), generator=self.generator, device="cpu")
         normal = torch.randn(m, generator=self.generator, dtype=torch.float64, device="cpu")
         steps = ((sigma[self.coordinates.owner(drawn)] * normal)[:, None] * ways).flatten()  # (2 m,)
-        coordinates, ahead = drawn.repeat_interleave(2), 1
-        while self.report.done < 2 * m and evaluate.limit() is None:
-            begin = self.report.done
-            end = begin + evaluate.affordable(min(ahead, evaluate.block, 2 * m - begin))
-            losses = evaluate.poll_until(self.report.loss_after, coordinates[begin:end], steps[begin:end])
-            last = begin + len(losses) - 1
-            success = bool(improves(losses[-1:], self.report.loss_after))
-            if success:
-                self.accept(losses[-1], steps[last : last + 1], coordinates[last : last + 1])
-            self.report.done = last + 2 - last % 2 if success else last + 1  # without the other side of a success
-            ahead = 1 if success else 2 * ahead  # ask for few where successes are frequent
+        coordinates = drawn.repeat_interleave(2)
+
+        def ask(begin: int, end: int) -> Tensor:
+            return evaluate.poll_until(self.report.loss_after, coordinates[begin:end], steps[begin:end])
+
+        ask_ahead(self, evaluate, m, ask, lambda k, loss: self.accept(loss, steps[k : k + 1], coordinates[k : k + 1]))
 
     def _move_rows(self, evaluate: Evaluator, sigma: Tensor) -> None:
         rows = [
@@ -103,12 +96,20 @@ class RSO(LossOnlyOptimizer):
             for width in [inputs(p) if p.ndim > 1 else max(1, p.numel())]
             for start in range(end - p.numel(), end, width)
         ]
-        for drawn in torch.randint(len(rows), (self.moves_per_step,), generator=self.generator, device="cpu").tolist():
-            number, row = rows[drawn]
-            change = torch.zeros(len(self.coordinates), dtype=torch.float64, device="cpu")
-            normal = torch.randn(len(row), generator=self.generator, dtype=torch.float64, device="cpu")
-            change[row.start : row.stop] = sigma[number] * normal
-            forward_or_backward(self, evaluate, change)
+        drawn = torch.randint(len(rows), (self.moves_per_step,), generator=self.generator, device="cpu").tolist()
+        widest = max(len(row) for _, row in rows)
+        normal = torch.randn(self.moves_per_step, widest, generator=self.generator, dtype=torch.float64, device="cpu")
+        like = self.coordinates.empty_like_weights()
+
+        def changes(first: int, last: int) -> Tensor:
+            moved = like.new_zeros(last - first, len(like))
+            for k, change in zip(range(first, last), moved, strict=True):
+                number, row = rows[drawn[k // 2]]
+                step = (1 - 2 * (k % 2)) * sigma[number] * normal[k // 2, : len(row)]
+                change[row.start : row.stop] = step.to(like)
+            return moved
+
+        try_both_ways(self, evaluate, self.moves_per_step, changes)
 
 
 def inputs(p: Tensor) -> int:

@@ -1,5 +1,7 @@
 """Rivals that move single weights, rows or nodes: their steps against plain ones, order, options out of range."""
 
+from functools import partial
+
 import pytest
 import torch
 from loss_only_tests import Answers, bits, equal
@@ -8,6 +10,7 @@ from torch import nn
 from search.closure import OneByOne
 from search.coherent_descent import CoherentDescent
 from search.node_perturbation import NodePerturbation
+from search.random_search import RandomSearch
 from search.rso import RSO, VECTOR_STD
 
 CURVATURE = torch.linspace(0.5, 3, 10, dtype=torch.float64)
@@ -108,6 +111,19 @@ def test_rso_takes_the_moves_of_one_candidate_at_a_time(block):
         assert search.evaluations == evaluations
         assert search.report.done == search.report.planned == 24
     assert search.saved["accepted"] > 10
+
+
+@pytest.mark.parametrize("make", [partial(RSO, unit="row"), partial(RandomSearch, radius=0.2)])
+def test_moves_of_many_weights_are_the_same_however_many_are_asked_for_at_a_time(make):
+    ends = []
+    for block in (1, 2, 7, 64):
+        weights = parameters()
+        search = make(weights, seed=5)
+        for _ in range(6):
+            search.step(Asked(quadratic(weights), search.coordinates, block))
+        ends.append((flat(weights).tolist(), search.evaluations, search.saved["accepted"]))
+    assert ends == ends[:1] * 4
+    assert ends[0][2] > 10
 
 
 def test_rso_moves_whole_rows_and_keeps_what_is_lower():
