@@ -20,6 +20,7 @@ from comparison.rows import curves_path, read_table, summary_of
 from comparison.runner import Comparison
 from results.runs import RunError
 from results.tables import markdown
+from run.directory import RunDirectoryError, locked
 from run.start import silence_libraries
 
 
@@ -34,7 +35,10 @@ def main(parser: ArgumentParser, arguments: list[str]) -> None:
         root = os.environ.get("PATTERN_SEARCH_ROOT") or str(Path(__file__).resolve().parents[2])
         directory = Path(root) / "runs" / "comparison" / args.plan.stem
         try:
-            Comparison(plan, directory, output, args.missing, Console()).run()
+            with locked(directory):
+                Comparison(plan, directory, output, args.missing, Console()).run()
+        except RunDirectoryError as error:
+            raise RunError(str(error)) from error
         except KeyboardInterrupt:
             print("Stopped. The same command goes on.", file=sys.stderr)
             sys.exit(130)

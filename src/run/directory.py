@@ -36,8 +36,8 @@ def locked(run_dir: Path) -> Iterator[None]:
         with FileLock(run_dir / ".lock", timeout=0):
             yield
     except Timeout:
-        pid = (starts(run_dir) or [{}])[-1].get("pid", "unknown")
-        raise RunDirectoryError(f"{run_dir} is in use by process {pid}; wait for it, or end it") from None
+        process = f"process {newest[-1]['pid']}" if (newest := starts(run_dir)) else "another process"
+        raise RunDirectoryError(f"{run_dir} is in use by {process}; wait for it, or end it") from None
 
 
 def unusable(run_dir: Path) -> str | None:

@@ -16,6 +16,7 @@ from comparison.plan import job_of, pairs, read_plan, reported_jobs, tuning_jobs
 from comparison.rows import KEY, best_setting, curves_path, read_table, replaced, reported, spread, summary_of, thinned
 from conftest import ROOT
 from results.runs import RunError
+from run.directory import locked
 
 LOSS = {"metric": "val/loss"}
 PLAN = {
@@ -216,6 +217,14 @@ def test_a_comparison_runs_is_kept_and_is_not_run_again(tmp_path, monkeypatch, c
     monkeypatch.setattr(runner, "run_command", None)  # nothing is asked for
     report.main(["compare", str(path)])
     assert read_table(tmp_path / "results" / "mine.csv")[KEY].equals(rows[KEY])
+
+
+def test_two_of_the_same_do_not_run_at_the_same_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATTERN_SEARCH_ROOT", str(tmp_path))
+    with locked(tmp_path / "runs" / "comparison" / "mine"), pytest.raises(SystemExit) as end:
+        report.main(["compare", str(written(tmp_path))])
+    assert end.value.code == 2
+    assert "is in use by another process" in capsys.readouterr().err
 
 
 @pytest.mark.slow
