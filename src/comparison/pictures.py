@@ -44,12 +44,10 @@ def draw_all(plan: Plan, rows: pd.DataFrame, curves: pd.DataFrame, stem: Path) -
 def looks_of(plan: Plan) -> dict[str, Any]:
     """The colour and the dashes of each contender, the same in every figure."""
     names = [*plan.contenders]
-    colors = sns.color_palette("husl", len(names))
-    return {
-        "hue": "contender",
-        "hue_order": names,
-        "palette": dict(zip(names, colors, strict=True)),
-    }
+    circle = sns.color_palette("husl", len(names))
+    half = -(-len(names) // 2)
+    colors = [circle[i // 2 + (i % 2) * half] for i in range(len(names))]  # neighbours lie across the circle
+    return {"hue": "contender", "hue_order": names, "palette": dict(zip(names, colors, strict=True))}
 
 
 def draw_curves(curves: pd.DataFrame, metric: str, looks: dict[str, Any]) -> Figure:
@@ -103,15 +101,16 @@ def draw_profile(rows: pd.DataFrame, looks: dict[str, Any]) -> Figure:
     figure, panels = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True)
     for panel, (cost, label) in zip(panels, COSTS.items(), strict=True):
         here = long[long.cost == cost]
+        begin, end = here.spent.min(), here[np.isfinite(here.spent)].spent.max()
         for name, color in looks["palette"].items():
             spent = np.sort(here[here.contender == name].spent)
             if not len(spent):
                 continue
             shares = np.arange(1, len(spent) + 1) / len(spent)
             solved = np.isfinite(spent)
-            end = here[np.isfinite(here.spent)].spent.max()
-            x, y = [*spent[solved], end], [*shares[solved], shares[solved][-1] if solved.any() else 0.0]
-            panel.step(x, y, where="post", color=color, label=name)
+            x, y = [begin, *spent[solved], end], [0.0, *shares[solved], shares[solved][-1] if solved.any() else 0.0]
+            dashes = ("-", "--", ":", "-.")[looks["hue_order"].index(name) % 4]
+            panel.step(x, y, where="post", color=color, linestyle=dashes, label=name)
         panel.set(xscale="log", xlabel=label, ylabel="share of runs that are solved", ylim=(-0.02, 1.02))
     panels[1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.tight_layout()
