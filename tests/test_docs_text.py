@@ -60,25 +60,26 @@ def test_every_file_that_is_named_is_there(document):
 # --- numbers: each from kept rows, or from one run ---
 
 SHOWN = [  # the reports of kept rows that a document shows, and what each prints and draws
-    (document, command, path)
+    (document, command, path, metric or "test/exact_match")
     for document in (README, LOG)
-    for command, path in re.findall(
-        r"python src/report\.py (\w+) (report/results/\S+?)(?: --output|[`\n])", document.read_text()
+    for command, path, metric in re.findall(
+        r"python src/report\.py (\w+) (report/results/\S+?)(?: --metric (\S+))?(?: --output|[`\n])",
+        document.read_text(),
     )
 ]
 TABLES = {
-    "tables": lambda path: summary_table(read_summaries(path)),
-    "ablation": lambda path: ablation_table(read_costs(path)),
+    "tables": lambda path, metric: summary_table(read_summaries(path), metric),
+    "ablation": lambda path, metric: ablation_table(read_costs(path)),
 }
 
 
-@pytest.mark.parametrize(("document", "command", "path"), [shown for shown in SHOWN if shown[1] in TABLES])
-def test_a_table_of_kept_rows_is_as_its_command_prints_it(document, command, path):
-    assert TABLES[command](ROOT / path) in document.read_text()
+@pytest.mark.parametrize(("document", "command", "path", "metric"), [shown for shown in SHOWN if shown[1] in TABLES])
+def test_a_table_of_kept_rows_is_as_its_command_prints_it(document, command, path, metric):
+    assert TABLES[command](ROOT / path, metric) in document.read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("document", "command", "path"), [shown for shown in SHOWN if shown[1] != "tables"])
+@pytest.mark.parametrize(("document", "command", "path"), [shown[:3] for shown in SHOWN if shown[1] != "tables"])
 def test_a_figure_of_kept_rows_is_drawn_by_its_command(document, command, path, tmp_path):
     report.main([command, str(ROOT / path), "--output", str(tmp_path / "again.png")])
     assert (tmp_path / "again.png").stat().st_size > 10_000
@@ -97,7 +98,7 @@ def test_all_that_is_kept_is_shown_and_every_figure_has_its_command():
     for name in set(re.findall(r"python src/report\.py compare report/(\w+)\.yaml", text)):
         compared |= {f"report/results/{name}.csv", f"report/results/{name}_curves.csv.gz"}
         drawn |= {f"report/{name}_{figure}.png" for figure in FIGURES}
-    assert kept == {path for _, _, path in SHOWN} | compared
+    assert kept == {path for _, _, path, _ in SHOWN} | compared
     assert drawn == {path.relative_to(ROOT).as_posix() for path in (ROOT / "report").glob("*.png")}
 
 
@@ -105,6 +106,6 @@ def test_the_log_is_short_and_its_numbers_stand_in_tables_of_kept_rows():
     text = LOG.read_text()
     assert len(text.splitlines()) < 250
     prose = CODE.sub("", text)
-    for _, command, path in SHOWN:
-        prose = prose.replace(TABLES[command](ROOT / path), "") if command in TABLES else prose
+    for _, command, path, metric in SHOWN:
+        prose = prose.replace(TABLES[command](ROOT / path, metric), "") if command in TABLES else prose
     assert re.findall(r"\d ?%|\d,\d{3} (?:evaluations|seconds)|\b[01]?\.\d{2,}|\b\d+ of \d+\b", prose) == []

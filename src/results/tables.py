@@ -14,6 +14,7 @@ import pandas as pd
 
 from results.runs import KIND, OUTCOME, Run, RunError, name_settings, read_all, read_kept
 
+LOWER_IS_BETTER = ("loss", "bits_per_character")  # ends of the names of metrics
 SOLVED = 0.99  # a run with at least this value of the metric counts as solved
 
 
@@ -47,13 +48,15 @@ def summary_table(runs: pd.DataFrame, metric: str = "test/exact_match") -> str:
     if metric not in runs:
         known = ", ".join(sorted(column for column in runs if column.startswith("test/")))
         raise RunError(f"no run has {metric}; known: {known}")
+    lower = metric.endswith(LOWER_IS_BETTER)
+    worst = max if lower else min
     rows = [
         {
             "task": ", ".join(filter(None, [task, settings])),
             "model": model,
             "optimizer": f"{optimizer} {variant}".strip(),
-            "solved / runs": f"{(of[metric] >= SOLVED).sum()} / {len(of)}",
-            f"mean (worst) {metric.removeprefix('test/')}": f"{of[metric].mean():.3f} ({of[metric].min():.3f})",
+            **({"runs": f"{len(of)}"} if lower else {"solved / runs": f"{(of[metric] >= SOLVED).sum()} / {len(of)}"}),
+            f"mean (worst) {metric.removeprefix('test/')}": f"{of[metric].mean():.3f} ({worst(of[metric]):.3f})",
             "steps": f"{of.steps.median():,.0f}",
             "seconds (worst)": f"{of.seconds.median():.1f} ({of.seconds.max():.1f})",
             "evaluations": f"{of.evaluations.median():,.0f}",

@@ -230,3 +230,11 @@ def test_settings_tell_runs_of_a_kind_apart():
     configs[1]["trainer"]["max_steps"] = 7
     assert name_settings(configs) == ["memory=0.5, max_steps=9", "memory=0.7, max_steps=7", ""]
     assert name_settings(configs, leave_out=LIMITS) == ["memory=0.5", "memory=0.7", ""]
+
+
+def test_of_a_loss_the_worst_is_the_highest_and_none_counts_as_solved():
+    kind = dict(task="text", model="small", optimizer="adam", variant="", settings="", steps=1, seconds=1.0)
+    rows = [kind | {"evaluations": 1, "stopped_by": "max_seconds", "test/loss": loss} for loss in (2.0, 3.0)]
+    table = summary_table(pd.DataFrame(rows), "test/loss")
+    assert "| runs | mean (worst) loss |" in table
+    assert "| 2 | 2.500 (3.000) |" in table
