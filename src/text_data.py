@@ -136,8 +136,9 @@ class TextDataModule(SequenceDataModule):
 
     def baselines(self, split: str = "test") -> dict[str, float]:
         """Loss of n-grams that were fitted to the training windows, nats per character of a split."""
-        losses = ngram_losses(self.windows["train"], self.windows[split], self.n_classes, len(NGRAMS))
-        return dict(zip(NGRAMS, losses, strict=True))
+        known = NGRAMS[: self.length + 1]  # a window of 2 characters has no trigram
+        losses = ngram_losses(self.windows["train"], self.windows[split], self.n_classes, len(known))
+        return dict(zip(known, losses, strict=True))
 
     def facts(self) -> dict[str, Any]:
         losses = {f"{name}_loss": loss for name, loss in self.baselines().items()}

@@ -362,3 +362,7 @@ def test_evaluate_writes_on_from_windows_and_from_a_prompt(trained, capsys):
     assert capsys.readouterr().err == (
         "evaluate: --prompt 'é': the text has too few of these characters, or none: 'é'\n"
     )
+
+
+def test_windows_too_short_for_a_trigram_have_the_shorter_ngrams():
+    assert set(TextDataModule(length=1).baselines()) == {"unigram", "bigram"}

@@ -10,8 +10,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from comparison.plan import REPORTED, Plan
-from comparison.rows import ordered, reported
+from comparison.plan import Plan
+from comparison.rows import KEY, reported
 from results.figures import closed
 
 COSTS = {"evaluations": "function evaluations (a gradient step: 3)", "seconds": "seconds of training, one thread"}
@@ -22,7 +22,9 @@ GRID = 80  # costs at which the curves of the seeds are joined
 
 def figures_of(plan: Plan, rows: pd.DataFrame, curves: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
     """Every figure of a comparison with its name, one of FIGURES, from its rows and curves."""
-    rows, curves = ordered(reported(rows), plan), ordered(curves[curves.phase == REPORTED], plan)
+    rows = reported(plan, rows)
+    curves = curves.set_index(KEY).loc[rows.set_index(KEY).index.intersection(pd.MultiIndex.from_frame(curves[KEY]))]
+    curves = curves.reset_index()  # of these rows, in their order
     looks = looks_of(plan)
     yield "loss", draw_curves(curves, "val/loss", looks)
     yield "exact_match", draw_curves(curves, "val/exact_match", looks)
@@ -101,7 +103,8 @@ def draw_profile(rows: pd.DataFrame, looks: dict[str, Any]) -> Figure:
     figure, panels = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True)
     for panel, (cost, label) in zip(panels, COSTS.items(), strict=True):
         here = long[long.cost == cost]
-        begin, end = here.spent.min(), here[np.isfinite(here.spent)].spent.max()
+        costs = here.spent[np.isfinite(here.spent)]
+        begin, end = (costs.min(), costs.max()) if len(costs) else (1.0, 10.0)
         for name, color in looks["palette"].items():
             spent = np.sort(here[here.contender == name].spent)
             if not len(spent):
@@ -129,7 +132,7 @@ def draw_ratios(rows: pd.DataFrame, plan: Plan) -> Figure:
         medians = medians.reindex([name for name in plan.contenders if name in medians.index])
         if plan.baseline not in medians.index:
             continue
-        ratios = (medians / medians.loc[plan.baseline]).replace([np.inf, -np.inf], np.nan)
+        ratios = (medians / medians.loc[plan.baseline]).replace([0, np.inf, -np.inf], np.nan)
         texts = ratios.map(lambda ratio: "" if np.isnan(ratio) else f"{ratio:.2g}")
         looks: dict[str, Any] = dict(cmap="vlag", vmin=-2, vmax=2, cbar=False, linewidths=1, fmt="")
         sns.heatmap(np.log10(ratios), annot=texts, ax=panel, **looks)

@@ -7,9 +7,13 @@ The protocol, which the runner enforces:
    task's seconds. Validation alone chooses.
 3. The setting that was chosen runs on the seeds that are reported. Its best weights on validation are tested once.
 4. Every run has one thread, and ends when its validation loss is at the threshold of early stopping, or its seconds of
-   training are spent.
+   training are spent. What a run needs once, such as the first call of an operation, counts as training.
+5. A target is met at the first validation that meets it. Validations come after an epoch, or so many steps, as the
+   task has it: a contender with long steps is seen less often, and meets its target a little later than it could be
+   seen.
 """
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,12 +100,19 @@ class Job:
     setting: tuple[tuple[str, Any], ...]
     phase: str
     seed: int
+    seconds: float  # of training
     words: tuple[str, ...]  # of src/train.py
 
     @property
     def directory(self) -> Path:
-        """Where it runs, below the directory of the comparison. Another setting has another one."""
-        return Path(self.task, self.contender, name_of(self.setting) or "defaults", f"{self.phase}_seed_{self.seed}")
+        """Where it runs, below the directory of the comparison. Another setting or budget has another one."""
+        name = f"{self.phase}_{self.seconds:g}s_seed_{self.seed}"
+        return Path(self.task, self.contender, name_of(self.setting) or "defaults", name)
+
+    @property
+    def command(self) -> str:
+        """What to type for this run alone."""
+        return shlex.join(["python", "src/train.py", *self.words])
 
 
 def name_of(setting: Sequence[tuple[str, Any]]) -> str:
@@ -150,4 +161,4 @@ def job_of(plan: Plan, task: str, contender: str, setting: dict[str, Any], phase
     common = (*COMMON[:-1], COMMON[-1] % seconds)
     chosen = (f"{key}={shown(value).replace(' ', '')}" for key, value in setting.items())
     words = (*of.overrides, *plan.contenders[contender].overrides, *chosen, *common, f"seed={seed}")
-    return Job(task, contender, tuple((k, str(v)) for k, v in setting.items()), phase, seed, words)
+    return Job(task, contender, tuple((k, str(v)) for k, v in setting.items()), phase, seed, seconds, words)

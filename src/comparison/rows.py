@@ -1,6 +1,7 @@
 """What came of the runs of a comparison: a row and a curve per run, and the setting that tuning chose."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,10 @@ import numpy as np
 import pandas as pd
 from hydra.utils import get_class
 
-from comparison.plan import REPORTED, TUNING, Job, Plan, Target, name_of, tuning_jobs
+from comparison.plan import REPORTED, Job, Plan, Target, name_of, pairs, reported_jobs, tuning_jobs
 from results.collect import origin
 from results.runs import Run, RunError, by_position
-from run.build import data_of
-from run.directory import write
+from run.directory import replacing, write
 from search.base import LossOnlyOptimizer
 
 GRADIENT_STEP = 3  # function evaluations that a step by gradients is charged: a backward costs about two forwards
@@ -27,11 +27,10 @@ def row_of(job: Job, run: Run, target: Target) -> dict[str, Any]:
     best = curve[curve.metric == "val/loss"].value.min()
     met = curve[(curve.metric == target.metric) & target.met(curve.value)]
     solved = {f"solved_at_{cost}": met[cost].min() if len(met) else np.nan for cost in ("evaluations", "seconds")}
-    data = data_of(run.config)
     counts = {
         "steps": summary["steps"],
         "evaluations": summary["evaluations"] * charge(run),
-        "tokens_per_evaluation": data.batch_size * data.max_len,
+        "tokens_per_evaluation": summary.get("tokens_per_batch"),
         "seconds": summary["seconds"],
         "stopped_by": summary["stopped_by"],
         "val/loss": best,
@@ -76,18 +75,22 @@ def curves_path(rows: Path) -> Path:
 def read_table(path: Path) -> pd.DataFrame:
     """The rows kept in a file; none if it does not exist yet."""
     if not path.exists():
-        return pd.DataFrame(columns=KEY)
+        return pd.DataFrame(columns=[*KEY, "command"])
     return pd.read_csv(path, dtype={"commit": str, "setting": str}).fillna({"setting": "", "variant": ""})
 
 
 def keep(path: Path, jobs: Sequence[Job], runs: Sequence[Run], plan: Plan) -> pd.DataFrame:
-    """Add finished runs to the tables, in the place of rows of the same key; returns all rows."""
+    """Add finished runs to the tables, in the place of rows of the same key; returns all rows.
+
+    Each table is written as a whole or not at all, the curves first: no row is without its curve.
+    """
     found = list(zip(jobs, runs, strict=True))
     rows = pd.DataFrame([row_of(job, run, plan.tasks[job.task].target) for job, run in found])
     curves = pd.concat([thinned(curve_of(job, run)) for job, run in found])
     rows, curves = replaced(read_table(path), rows), replaced(read_table(curves_path(path)), curves)
+    with replacing(curves_path(path)) as file:
+        curves.to_csv(file, index=False, float_format="%.6g", compression={"method": "gzip", "mtime": 0})
     write(path, rows.to_csv(index=False))
-    curves.to_csv(curves_path(path), index=False, float_format="%.6g")
     return rows
 
 
@@ -109,39 +112,41 @@ def best_setting(plan: Plan, rows: pd.DataFrame, task: str, contender: str) -> d
     jobs = tuning_jobs(plan, task, contender)
     if not jobs:
         return settings[0]
-    names = [name_of(job.setting) for job in jobs]
-    tried = rows[(rows.task == task) & (rows.contender == contender) & (rows.phase == TUNING)]
-    tried = tried[tried.setting.isin(names)]
+    commands = [job.command for job in jobs]
+    tried = rows[rows.command.isin(commands) & (rows.contender == contender)]
     if tried.empty:
         raise RunError(f"no run of the tuning of {contender} on {task} has ended")
     tried = tried.sort_values(["solved_at_seconds", "val/loss"])  # NaN comes last
-    return settings[names.index(tried.setting.iloc[0])]
+    return settings[commands.index(tried.command.iloc[0])]
 
 
-def reported(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows that are reported, with whether each run solved its task."""
-    rows = rows[rows.phase == REPORTED]
+def reported(plan: Plan, rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows that are reported, in the order of the plan, with whether each run solved its task.
+
+    They are those of the settings that the tuning chooses, as the plan is now: others may be left of an earlier one.
+    """
+    commands: list[str] = []
+    for task, contender in pairs(plan):
+        with suppress(RunError):  # not tuned yet
+            jobs = reported_jobs(plan, task, contender, best_setting(plan, rows, task, contender))
+            commands += [job.command for job in jobs]
+    place = {command: number for number, command in enumerate(commands)}
+    rows = rows[(rows.phase == REPORTED) & rows.command.isin(commands)]
+    rows = rows.loc[rows.command.map(place).sort_values(kind="stable").index]
     return rows.assign(solved=rows.solved_at_evaluations.notna())
-
-
-def ordered(table: pd.DataFrame, plan: Plan) -> pd.DataFrame:
-    """The rows of what is in the plan, in its order: tasks, contenders, seeds."""
-    table = table[table.task.isin([*plan.tasks]) & table.contender.isin([*plan.contenders])]
-    places = pd.DataFrame({"task": table.task.map([*plan.tasks].index)})
-    places["contender"] = table.contender.map([*plan.contenders].index)
-    return table.loc[places.assign(seed=table.seed).sort_values(["task", "contender", "seed"], kind="stable").index]
 
 
 def summary_of(plan: Plan, rows: pd.DataFrame) -> list[dict[str, str]]:
     """A row for each task and contender: runs solved, costs to solve, and what was tested; medians and ranges."""
     found = []
-    for (task, contender), of in ordered(reported(rows), plan).groupby(["task", "contender"], sort=False):
+    for (task, contender), of in reported(plan, rows).groupby(["task", "contender"], sort=False):
+        missing = len(plan.seeds[: plan.tasks[task].seeds]) - len(of)
         found.append(
             {
                 "task": task,
                 "contender": contender,
-                "setting": " / ".join(of.setting.unique()),
-                "solved / seeds": f"{of.solved.sum()} / {len(of)}",
+                "setting": of.setting.iloc[0],
+                "solved / seeds": f"{of.solved.sum()} / {len(of)}" + (f", {missing} missing" if missing else ""),
                 "evaluations to solve": spread(of.solved_at_evaluations, of.evaluations, ",.0f"),
                 "seconds to solve": spread(of.solved_at_seconds, of.seconds, ",.1f"),
                 "test loss": ranged(of["test/loss"], ".4f"),
@@ -152,9 +157,9 @@ def summary_of(plan: Plan, rows: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def spread(solved: pd.Series, spent: pd.Series, form: str) -> str:
-    """Median and range of a cost to solve, where a run that did not is known to need more than it spent."""
+    """Median and range of a cost to solve; where at most half of the runs solved, more than any of the others spent."""
     if solved.notna().sum() * 2 <= len(solved):
-        return f"> {spent.median():{form}}"
+        return f"> {spent[solved.isna()].max():{form}}"
     worst = f"{solved.max():{form}}" if solved.notna().all() else "not solved"
     return f"{solved.fillna(np.inf).median():{form}} ({solved.min():{form}} to {worst})"
 

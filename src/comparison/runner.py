@@ -5,9 +5,8 @@ import multiprocessing
 import os
 import runpy
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from comparison.rows import KEY, best_setting, keep, key_of, read_table
 from config.check import checked_config
 from config.refusal import ConfigError
 from polls.threads import share_cores
+from results.collect import origin
 from results.runs import RunError, read_run
 from run.directory import TRAIN, quoted
 
@@ -39,8 +39,7 @@ class Comparison:
     def __init__(self, plan: Plan, directory: Path, output: Path, missing: bool, console: Console):
         self.plan, self.directory, self.output, self.console = plan, directory, output, console
         self.rows = read_table(output)
-        self.known = {*map(tuple, self.rows[KEY].itertuples(index=False))} if missing else set()
-        self.ended = 0
+        self.known = {*self.rows.command} if missing else set()
 
     def run(self) -> None:
         """Run what is missing. A run that fails is named, and the others go on; RunError at the end if some did.
@@ -53,7 +52,7 @@ class Comparison:
             for task in self.plan.tasks:
                 contenders = [contender for other, contender in pairs(self.plan) if other == task]
                 failed += self._run(pool, [job for c in contenders for job in tuning_jobs(self.plan, task, c)])
-                reported = []
+                reported: list[Job] = []
                 for contender in contenders:
                     with contextlib.suppress(RunError):  # its tuning has failed, which has been said
                         setting = best_setting(self.plan, self.rows, task, contender)
@@ -62,18 +61,17 @@ class Comparison:
         if failed:
             raise RunError(f"{len(failed)} run(s) failed: {'; '.join(failed)}")
 
-    def _run(self, pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> list[str]:
+    def _run(self, pool: ThreadPoolExecutor, jobs: Sequence[Job]) -> list[str]:
         """Run jobs of which none waits for another; returns the directories of those that failed."""
-        jobs = [job for job in jobs if tuple(key_of(job).values()) not in self.known]
-        done = [job for job in jobs if finished(self.directory / job.directory)]
+        jobs = [job for job in jobs if job.command not in self.known]
+        done = [job for job in jobs if finished(self.directory / job.directory, job)]
         self._keep(done)
         waiting = {
-            pool.submit(run_command, job.words, self.directory / job.directory): job for job in jobs if job not in done
+            pool.submit(run_apart, job.words, self.directory / job.directory): job for job in jobs if job not in done
         }
-        failed = []
+        failed: list[str] = []
         for future in as_completed(waiting):
             job, code = waiting[future], future.result()
-            self.ended += 1
             if code:
                 log = self.directory / job.directory / "output.txt"
                 failed.append(str(log))
@@ -131,41 +129,43 @@ def check(plan: Plan) -> None:
         raise ConfigError(problems)
 
 
-def finished(directory: Path) -> bool:
-    """Whether a run has ended here."""
+def finished(directory: Path, job: Job) -> bool:
+    """Whether this run has ended here, and not one of other words, in whose place it will be refused to start."""
     with contextlib.suppress(RunError):
-        return read_run(directory).finished
+        run = read_run(directory)
+        return run.finished and origin(run)["command"] == job.command
     return False
 
 
 @contextlib.contextmanager
-def workers(processes: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes for commands, each new for every command, with the libraries imported already and one thread."""
+def workers(processes: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that each wait for one command; the commands have one thread each."""
     share_cores(-1)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["run.training", "results.figures"])
-    pool = ProcessPoolExecutor(processes, context, max_tasks_per_child=1)
+    pool = ThreadPoolExecutor(processes)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def run_command(words: Sequence[str], directory: Path) -> int:
-    """Run `python src/train.py` with these words in this process, and go on where it was stopped; its exit code.
+def run_apart(words: Sequence[str], directory: Path) -> int:
+    """The exit code of a command in a process of its own, in which the libraries are imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["run.training", "results.figures"])
+    process = context.Process(target=run_command, args=(words, directory))
+    process.start()
+    process.join()
+    return process.exitcode or 0
 
-    What it prints goes to output.txt in its directory.
+
+def run_command(words: Sequence[str], directory: Path) -> None:
+    """Run `python src/train.py` with these words in this process, and go on where it was stopped.
+
+    What it prints goes to output.txt in its directory, also the reason why it fails.
     """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "output.txt").open("a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
     sys.argv = [str(TRAIN), *words, f"hydra.run.dir={quoted(str(directory))}", "resume=auto"]
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with (directory / "output.txt").open("a") as file:
-            for stream in (1, 2):
-                os.dup2(file.fileno(), stream)
-        runpy.run_path(str(TRAIN), run_name="__main__")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 1
-    except Exception:  # the reason lies beside the run, and the other runs go on
-        traceback.print_exc()
-        return 1
-    return 0
+    runpy.run_path(str(TRAIN), run_name="__main__")

@@ -27,6 +27,18 @@ FEW = 4  # fewer candidates of a tensor are not worth vmap's own cost
 CHUNK_WEIGHTS = 2**22  # stacked weights at a time: 16 MiB in float32, whatever the number of candidates
 
 
+def settled(losses: Tensor, changes: Changes, incumbent: Tensor, generic: "GenericClosure") -> Tensor:
+    """Losses (K,) of candidates where those that are not finite, or that rounding may decide, are evaluated plainly.
+
+    A candidate whose plain loss is that of the incumbent has exactly the incumbent's loss.
+    """
+    rounded = incumbent.to(generic.coordinates.parameters[0].dtype)  # rounding is that of the weights' type
+    unsettled = (~losses.isfinite() | within_rounding(losses, rounded)).nonzero().flatten().tolist()
+    for k in unsettled:
+        losses[k] = generic.plain_moved(changes(k, k + 1)[0])
+    return torch.where(losses == generic.plain(), incumbent, losses) if unsettled else losses
+
+
 class GenericPolls:
     """Evaluates candidates of any `nn.Module`, exact up to rounding: `on(batch)` is a closure.
 
@@ -171,9 +183,12 @@ class GenericClosure:
                 if found is None:
                     break
                 losses[first : first + size] = found.where(~wild(some), torch.nan)
-            for k in (~losses.isfinite()).nonzero().flatten().tolist():
-                losses[k] = self._loss(self._moved(changes(k, k + 1)[0]))
-        return losses
+        return settled(losses, changes, self(), self)
+
+    def plain_moved(self, changes: Tensor) -> Tensor:
+        """The loss of the weights with changes (n,) of all coordinates added, by the plain forward."""
+        with forward_only(self.module):
+            return self._loss(self._moved(changes))
 
     def _moved(self, changes: Tensor) -> dict[str, Tensor]:
         """The searched tensors with changes (..., n) of all coordinates added, by name, (..., *shape)."""

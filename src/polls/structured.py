@@ -30,13 +30,13 @@ import torch
 from torch import Tensor
 
 from polls.attention import WIDE, Attention, AttentionState
-from polls.generic import GenericPolls
+from polls.generic import GenericPolls, settled
 from polls.node_kinds import Entry, Kind, Moves, Rank1, joined
 from polls.rows import Rows, rows_of
 from polls.shared import WILD, Incumbent, check_block, check_trial, checked, wild
 from polls.stages import Embedding, FeedForward, Head, Stage
 from polls.threads import one_thread
-from search.closure import Changes, part_of
+from search.closure import Changes
 from search.coordinates import Coordinates
 from transformer import Block, DecoderOnlyTransformer
 
@@ -255,9 +255,7 @@ class StructuredClosure:
             return flat + some
 
         losses = self._moved(count, size, weights)
-        for k in np.flatnonzero((beyond.cpu() | ~losses.isfinite()).numpy()).tolist():
-            losses[k] = self.generic.perturbed(1, part_of(changes, k))[0]
-        return losses
+        return settled(losses.masked_fill(beyond.cpu(), torch.nan), changes, self(), self.generic)
 
     def _flat(self) -> Tensor:
         """(n,) the searched weights."""

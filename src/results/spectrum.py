@@ -3,10 +3,10 @@
 python src/report.py spectrum experiment=z5                     after 5, 20 and 80 steps
 python src/report.py spectrum experiment=z5 --steps 10 40       after others
 
-For every matrix of the blocks: the gradient of all training strings; the slopes that the search remembers; and the
-direction that it steps along, orthogonalised if the command asks for it. Each is divided by its largest singular value.
-The table gives the effective rank of each (Roy and Vetterli 2007): the exponential of the entropy of its singular
-values taken as shares.
+For every matrix of the blocks: the gradient of the first 1,000 training strings; the slopes that the search remembers;
+and the direction that it steps along, orthogonalised if the command asks for it. Each is divided by its largest
+singular value. The table gives the effective rank of each (Roy and Vetterli 2007): the exponential of the entropy of
+its singular values taken as shares.
 """
 
 from argparse import ArgumentParser

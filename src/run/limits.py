@@ -11,7 +11,8 @@ from pattern_search_task import PatternSearchTask
 class MaxSeconds(L.Callback):
     """Ends a run after so many seconds of training; validations and setup are not counted.
 
-    A search gets it as a limit of its own too, and so ends within a step.
+    A search gets it as a limit of its own too, and so ends within a step. A run by gradients ends with the step behind
+    the one that reached it.
 
     Args:
         max_seconds: spent in training steps, those of earlier starts of a resumed run included.

@@ -109,6 +109,7 @@ def run(
         "evaluations": int(task.evaluations),
         "seconds": round(task.seconds, 3),
         "steps": trainer.global_step,
+        "tokens_per_batch": datamodule.batch_size * datamodule.max_len,
         "stopped_by": reason,
         "checkpoint": weights,
         "config": str(run_dir / "config.yaml"),

@@ -11,7 +11,7 @@ import torch
 from config.did_you_mean import one_of
 from search import moments
 from search.base import LossOnlyOptimizer
-from search.budget import Evaluator
+from search.budget import Evaluator, LimitReached
 from search.node_polls import answers_nodes, next_nodes
 
 
@@ -55,7 +55,7 @@ class NodePerturbation(LossOnlyOptimizer):
         lr: float = 0.1,
         update: str = "sgd",
         momentum: float = 0.95,
-        square_decay: float = 0.95,
+        square_decay: float = 0.99,
         radius: float = 0.2,
         samples: int = 1,
         nodes_per_step: int | None = None,
@@ -80,6 +80,8 @@ class NodePerturbation(LossOnlyOptimizer):
         nodes = next_nodes(self.saved["nodes"], n_nodes, self.nodes_per_step or n_nodes, self.seed)  # (K,)
         radius = self.by_group(candidates.node_parameter[nodes], "radius")  # (K,)
         self.report.planned = self.samples * len(nodes)
+        if evaluate.affordable(self.report.planned) < self.report.planned:
+            raise LimitReached("max_evaluations")
         like = self.coordinates.parameters[0]
         slopes = torch.zeros(len(self.coordinates), dtype=like.dtype, device=like.device)
         for _ in range(self.samples):

@@ -12,8 +12,19 @@ import yaml
 import report
 from comparison import runner
 from comparison.pictures import draw_all, on_a_grid
-from comparison.plan import job_of, pairs, read_plan, reported_jobs, tuning_jobs
-from comparison.rows import KEY, best_setting, curves_path, read_table, replaced, reported, spread, summary_of, thinned
+from comparison.plan import Plan, job_of, pairs, read_plan, reported_jobs, tuning_jobs
+from comparison.rows import (
+    KEY,
+    best_setting,
+    curves_path,
+    key_of,
+    read_table,
+    replaced,
+    reported,
+    spread,
+    summary_of,
+    thinned,
+)
 from conftest import ROOT
 from results.runs import RunError
 from run.directory import locked
@@ -52,14 +63,25 @@ def plan(tmp_path):
     return read_plan(written(tmp_path))
 
 
-def row(task="small", contender="adam", setting="lr=0.01", phase="reported", seed=0, solved=100.0, **more):
-    of = dict(zip(KEY, (task, contender, setting, phase, seed), strict=True))
-    of |= {"evaluations": 400, "seconds": 4.0, "steps": 100, "val/loss": 0.1, "test/loss": 0.2, "test/exact_match": 0.5}
-    return of | {"solved_at_evaluations": solved, "solved_at_seconds": solved / 100} | more
+def row(task="small", contender="adam", setting=0, phase="reported", seed=0, solved=100.0, **more):
+    plan = Plan.model_validate(PLAN)
+    job = job_of(plan, task, contender, plan.contenders[contender].settings[setting], phase, seed)
+    of = key_of(job) | {"command": job.command, "evaluations": 400, "seconds": 4.0, "steps": 100, "val/loss": 0.1}
+    of |= {
+        "test/loss": 0.2,
+        "test/exact_match": 0.5,
+        "solved_at_evaluations": solved,
+        "solved_at_seconds": solved / 100,
+    }
+    return of | more
+
+
+TUNED = [row(task, setting=k, phase="tuning", seed=100, solved=100.0 + k) for task in ("small", "text") for k in (0, 1)]
 
 
 def curve(contender="adam", seed=0, at=(3, 6, 9), values=(3.0, 2.0, 1.0), task="small"):
-    of = dict(zip(KEY, (task, contender, "", "reported", seed), strict=True))
+    setting = "lr=0.01" if contender == "adam" else ""
+    of = dict(zip(KEY, (task, contender, setting, "reported", seed), strict=True))
     return pd.DataFrame({"evaluations": at, "seconds": at, "value": values}).assign(metric="val/loss", **of)
 
 
@@ -129,7 +151,7 @@ def test_commands_that_cannot_run_are_refused_before_any_run(tmp_path, capsys):
 
 
 def test_the_setting_that_solved_soonest_is_chosen_else_the_lowest_loss(plan):
-    tried = [row(phase="tuning", setting="lr=0.01"), row(phase="tuning", setting="lr=1e-09", solved=50.0)]
+    tried = [row(phase="tuning", seed=100), row(phase="tuning", seed=100, setting=1, solved=50.0)]
     assert best_setting(plan, pd.DataFrame(tried), "small", "adam") == {"optimizer.lr": 1e-9}
     never = [
         one | {"solved_at_seconds": math.nan, "val/loss": loss} for one, loss in zip(tried, (0.1, 0.3), strict=True)
@@ -137,6 +159,8 @@ def test_the_setting_that_solved_soonest_is_chosen_else_the_lowest_loss(plan):
     assert best_setting(plan, pd.DataFrame(never), "small", "adam") == {"optimizer.lr": 0.01}
     with pytest.raises(RunError, match="tuning of adam on text"):
         best_setting(plan, pd.DataFrame(never), "text", "adam")
+    unknown = row(phase="tuning", seed=100, solved=1.0, command="python src/train.py of another plan")
+    assert best_setting(plan, pd.DataFrame([*tried, unknown]), "small", "adam") == {"optimizer.lr": 1e-9}
 
 
 def test_a_new_row_takes_the_place_of_an_old_one_of_its_key():
@@ -159,19 +183,22 @@ def test_costs_of_runs_that_did_not_solve_are_bounds():
     assert spread(pd.Series([1.0, 3.0, 2.0]), pd.Series([9.0, 9, 9]), ".0f") == "2 (1 to 3)"
     assert spread(pd.Series([1.0, 3.0, nan]), pd.Series([9.0, 9, 9]), ".0f") == "3 (1 to not solved)"
     assert spread(pd.Series([1.0, nan, nan]), pd.Series([9.0, 9, 9]), ".0f") == "> 9"
-    assert spread(pd.Series([1.0, nan]), pd.Series([9.0, 9]), ".0f") == "> 9"
+    assert spread(pd.Series([1.0, nan, nan]), pd.Series([1.0, 9, 0.1]), ".0f") == "> 9"  # one ended early, as by NaN
+    assert spread(pd.Series([1.0, nan]), pd.Series([1.0, 9]), ".0f") == "> 9"
 
 
 def test_the_table_is_in_the_order_of_the_plan(plan):
-    rows = pd.DataFrame([row("text"), row("small", "nodes", ""), row("small", seed=1, solved=math.nan), row("small")])
+    rows = [row("text"), row("small", "nodes"), row("small", seed=1, solved=math.nan), row("small")]
+    stale = [row("small", setting=1), row("small", seed=7)]  # a setting that is not chosen, a seed that is not reported
+    rows = pd.DataFrame([*TUNED, *rows, *stale])
     table = summary_of(plan, rows)
     assert [(line["task"], line["contender"]) for line in table] == [
         ("small", "adam"),
         ("small", "nodes"),
         ("text", "adam"),
     ]
-    assert table[0]["solved / seeds"] == "1 / 2"
-    assert reported(rows).solved.sum() == 3
+    assert [line["solved / seeds"] for line in table] == ["1 / 2", "1 / 1, 1 missing", "1 / 1"]
+    assert reported(plan, rows).solved.sum() == 3
 
 
 def test_curves_of_seeds_are_joined_at_the_same_costs():
@@ -183,8 +210,11 @@ def test_curves_of_seeds_are_joined_at_the_same_costs():
     assert ends.to_dict() == {0: 1.0, 1: 4.0}  # a run that has ended keeps its last value
 
 
-def test_every_figure_is_drawn_also_where_nothing_is_solved(plan, tmp_path):
-    rows = pd.DataFrame([row(), row(seed=1), row("small", "nodes", "", solved=math.nan), row("text", solved=math.nan)])
+@pytest.mark.parametrize("nothing", [False, True])
+def test_every_figure_is_drawn_also_where_nothing_is_solved(nothing, plan, tmp_path):
+    nan = math.nan
+    rows = [row(), row(seed=1), row("small", "nodes", solved=nan), row("text", solved=nan)]
+    rows = pd.DataFrame([*TUNED, *([one | {"solved_at_seconds": nan} for one in rows] if nothing else rows)])
     curves = pd.concat([curve(), curve("nodes"), curve(task="text"), curve().assign(metric="val/exact_match")])
     drawn = {path.name for path in draw_all(plan, rows, curves, tmp_path / "mine")}
     assert drawn == {
@@ -214,7 +244,7 @@ def test_a_comparison_runs_is_kept_and_is_not_run_again(tmp_path, monkeypatch, c
     assert "at most 0:00:00 left" in printed
     assert "| small | adam | lr=0.01 | " in printed
 
-    monkeypatch.setattr(runner, "run_command", None)  # nothing is asked for
+    monkeypatch.setattr(runner, "run_apart", None)  # nothing is asked for
     report.main(["compare", str(path)])
     assert read_table(tmp_path / "results" / "mine.csv")[KEY].equals(rows[KEY])
 
@@ -231,7 +261,7 @@ def test_two_of_the_same_do_not_run_at_the_same_time(tmp_path, monkeypatch, caps
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATTERN_SEARCH_ROOT", str(tmp_path))
     path = written(tmp_path, tasks={"small": PLAN["tasks"]["small"]}, seeds=[0])
-    place = tmp_path / "runs" / "comparison" / "mine" / "small" / "nodes" / "defaults" / "reported_seed_0"
+    place = tmp_path / "runs" / "comparison" / "mine" / "small" / "nodes" / "defaults" / "reported_0.4s_seed_0"
     place.parent.mkdir(parents=True)
     place.write_text("a file where a directory is needed")
     with pytest.raises(SystemExit) as end:

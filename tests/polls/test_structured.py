@@ -169,6 +169,20 @@ def test_dense_perturbations_are_exact(kind, layout, dtype, monkeypatch):
     torch.testing.assert_close(losses, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dense_perturbations_that_change_nothing_have_the_loss_of_the_incumbent(layout):
+    """A row of the embedding whose token no input has moves: rounding must not make a success of it."""
+    torch.manual_seed(1)
+    model = DecoderOnlyTransformer(4, 3, 16, d_model=16, n_layers=2, n_heads=2)  # no input has token 3
+    coordinates = Coordinates(model.parameters())
+    closure = StructuredPolls(model, coordinates, loss).on(make_batch(layout))
+    rows = torch.zeros(40, len(coordinates))
+    rows[1:, 48:64] = torch.randn(39, 16)
+    assert model.token_embedding.weight is coordinates.parameters[0]
+    losses = closure.perturbed(40, lambda first, last: rows[first:last])
+    assert (losses == closure()).all()
+
+
 @pytest.mark.parametrize("frozen", [3, 11, -2])
 def test_dense_perturbations_are_exact_where_the_first_weights_are_frozen(frozen):
     model = make_model(dtype=torch.float64)
