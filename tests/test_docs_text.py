@@ -63,13 +63,13 @@ SHOWN = [  # the reports of kept rows that a document shows, and what each print
     (document, command, path, metric or "test/exact_match")
     for document in (README, LOG)
     for command, path, metric in re.findall(
-        r"python src/report\.py (\w+) (report/results/\S+?)(?: --metric (\S+))?(?: --output|[`\n])",
+        r"python src/report\.py (\w+) (report/results/\S+?)(?: --(?:metric|costs) (\S+))?(?: --output|[`\n])",
         document.read_text(),
     )
 ]
 TABLES = {
     "tables": lambda path, metric: summary_table(read_summaries(path), metric),
-    "ablation": lambda path, metric: ablation_table(read_costs(path)),
+    "ablation": lambda path, cost: ablation_table(read_costs(path), costs=[cost]),
 }
 
 

@@ -10,6 +10,7 @@ A run that ended without solving its task is censored: it would have needed more
 
 import math
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +70,20 @@ def median(runs: pd.DataFrame, cost: str) -> str:
     return f"{'' if solved else '> '}{runs[cost].median():,.{1 if cost == 'seconds' else 0}f}"
 
 
-def ablation_table(runs: pd.DataFrame, by: str = VARIANT) -> str:
+def ablation_table(runs: pd.DataFrame, by: str = VARIANT, costs: Sequence[str] = tuple(COSTS)) -> str:
     """A row for each task and label, as a Markdown table."""
     return markdown(
         [
             {"task": task, by.removeprefix("choices."): label, "solved / seeds": f"{of.solved.sum()} / {len(of)}"}
-            | {f"{cost}: median": median(of, cost) for cost in COSTS}
+            | {f"{cost}: median": median(of, cost) for cost in costs}
             for (task, label), of in runs.groupby(["task", "label"], sort=False)
         ]
     )
 
 
-def draw_ablation(runs: pd.DataFrame, by: str = VARIANT) -> Figure:
+def draw_ablation(runs: pd.DataFrame, by: str = VARIANT, costs: Sequence[str] = tuple(COSTS)) -> Figure:
     """A row of panels per task, a column per cost: a dot per seed, an arrow to the right for a censored run."""
-    rows = runs.assign(outcome=runs.solved.map(OUTCOMES)).melt(["task", "label", "outcome"], [*COSTS], "cost", "spent")
+    rows = runs.assign(outcome=runs.solved.map(OUTCOMES)).melt(["task", "label", "outcome"], [*costs], "cost", "spent")
     height = 0.9 + 0.42 * runs.label.nunique()
     looks: dict[str, Any] = dict(
         hue="outcome", style="outcome", markers=dict(zip(OUTCOMES.values(), "o>", strict=True))
@@ -99,10 +100,11 @@ def draw_ablation(runs: pd.DataFrame, by: str = VARIANT) -> Figure:
 def main(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("paths", nargs="+", type=Path, help="directories of sweeps, or CSVs")
     parser.add_argument("--by", default=VARIANT, metavar="KEY", help="the key that was swept")
+    parser.add_argument("--costs", nargs="+", default=[*COSTS], choices=COSTS, help="those to show; all by default")
     parser.add_argument("--output", type=Path, help="the picture to write (default: ablation.png at the first path)")
     args = parser.parse_args(arguments)
     runs = read_costs(*args.paths, by=args.by)
-    print(ablation_table(runs, args.by), end="\n\n")
+    print(ablation_table(runs, args.by, args.costs), end="\n\n")
     first = args.paths[0]
     output = args.output or (first if first.is_dir() else first.parent) / "ablation.png"
-    save(draw_ablation(runs, args.by), output, f"{len(runs)} run(s)")
+    save(draw_ablation(runs, args.by, args.costs), output, f"{len(runs)} run(s)")
