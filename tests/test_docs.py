@@ -185,6 +185,10 @@ def test_every_diagnosis_draws(command, tmp_path):
     assert (tmp_path / "seen.png").stat().st_size > 10_000
 
 
+def choices(swept):
+    return [swept] if swept.startswith("{") else swept.split(",")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in commands(LOG) if "src/report.py" not in c])
 def test_every_command_of_the_log_composes(command, compose_config):
@@ -192,7 +196,7 @@ def test_every_command_of_the_log_composes(command, compose_config):
     arguments = [word for word in shlex.split(command)[2:] if word != "-m"]
     name = next((a.removeprefix("--config-name=") for a in arguments if a.startswith("--")), "pattern_search_train")
     keys = [a.partition("=") for a in arguments if not a.startswith("--")]
-    values = [[f"{key}={v}" for v in swept.split(",")[: 1 if key == "seed" else None]] for key, _, swept in keys]
+    values = [[f"{key}={v}" for v in choices(swept)[: 1 if key == "seed" else None]] for key, _, swept in keys]
     jobs = max(map(len, values))
     for overrides in zip(*(islice(cycle(of_key), jobs) for of_key in values), strict=True):
         assert compose_config(*overrides, config_name=name).seed >= 0

@@ -1,7 +1,7 @@
 """Draw the loss around the way that weights took, in the plane that holds most of it.
 
 python src/report.py landscape experiment=z5                                       the search of that command
-python src/report.py landscape experiment=z5 --optimizers adam pattern_search_nodes    a panel for each, from one start
+python src/report.py landscape experiment=z5 --optimizers adam,pattern_search_nodes    a panel for each, from one start
 
 Each panel shows the validation loss on the plane through the last weights along the two principal components of all
 weights on the way (Li et al. 2018, https://arxiv.org/abs/1712.09913, section 7), and the way itself.
@@ -104,11 +104,11 @@ def draw_landscape(panel: Axes, task: PatternSearchTask, data: SequenceDataModul
 
 def main(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", help="as those of src/train.py")
-    parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="a panel for each of these options")
+    parser.add_argument("--optimizers", default="", metavar="A,B", help="a panel for each of these options")
     parser.add_argument("--output", type=Path, default=Path("landscape.png"), help="the picture to write")
     args = parser.parse_args(arguments)
     silence_libraries()
-    names = [f"optimizer={name}" for name in args.optimizers or ()] or [""]
+    names = [f"optimizer={name}" for name in args.optimizers.split(",") if name] or [""]
     figure = Figure(figsize=(6.5 * len(names), 5.5), layout="constrained")
     figure.suptitle(" ".join(["python src/train.py", *args.overrides]))
     for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):

@@ -52,7 +52,7 @@ DAMAGE = [
 @pytest.mark.parametrize(("name", "content"), DAMAGE)
 def test_a_damaged_run_is_named_in_one_line_and_the_others_are_shown(runs, command, name, content, capsys, monkeypatch):
     monkeypatch.setattr("results.figures.draw_runs", lambda table: Figure())  # which takes seconds, and is tested alone
-    monkeypatch.setattr("results.ablation.draw_ablation", lambda runs, by: Figure())
+    monkeypatch.setattr("results.ablation.draw_ablation", lambda *_: Figure())
     (runs / "1" / name).write_text(content)
     report.main([command, str(runs)])
     said = capsys.readouterr()
