@@ -185,7 +185,7 @@ def draw_diagnosis(diagnosis: Diagnosis, table: pd.DataFrame, command: str) -> F
 def main(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", help="as those of src/train.py")
     parser.add_argument("--output", type=Path, default=Path("diagnosis.png"), help="the picture to write")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     silence_libraries()
     diagnosis, table = diagnose(args.overrides)
     print(table.to_string(float_format="{:.3f}".format), end="\n\n")

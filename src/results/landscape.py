@@ -106,7 +106,7 @@ def main(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", help="as those of src/train.py")
     parser.add_argument("--optimizers", default="", metavar="A,B", help="a panel for each of these options")
     parser.add_argument("--output", type=Path, default=Path("landscape.png"), help="the picture to write")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     silence_libraries()
     names = [f"optimizer={name}" for name in args.optimizers.split(",") if name] or [""]
     figure = Figure(figsize=(6.5 * len(names), 5.5), layout="constrained")

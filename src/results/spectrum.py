@@ -98,7 +98,7 @@ def main(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", help="as those of src/train.py")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 20, 80], help="after which it is looked at")
     parser.add_argument("--output", type=Path, default=Path("spectrum.png"), help="the picture to write")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     silence_libraries()
     words = [f"trainer.max_steps={max(args.steps)}", *args.overrides]
     _, _, seen = train_watched(words, lambda task, data: Spectrum(task, data, args.steps))
