@@ -30,7 +30,8 @@ def test_all_starts_of_a_run_have_one_id_and_another_run_has_another(compose_con
     train(other)
 
     def ids(run_dir):
-        return [path.name.rpartition("-")[2] for path in run_dir.glob("wandb/offline-run-*")]
+        # offline-run-<time>-<id>, with a number behind it for a second start in the same second
+        return [path.name.split("-")[3] for path in run_dir.glob("wandb/offline-run-*")]
 
     assert len(set(ids(tmp_path))) == 1
     assert len(ids(tmp_path)) == 2
