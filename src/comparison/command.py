@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from comparison.pictures import draw_all
-from comparison.plan import read_plan
+from comparison.plan import REPORTED, read_plan
 from comparison.rows import curves_path, read_table, summary_of
 from comparison.runner import Comparison
 from results.runs import RunError
@@ -43,7 +43,7 @@ def main(parser: ArgumentParser, arguments: list[str]) -> None:
             print("Stopped. The same command goes on.", file=sys.stderr)
             sys.exit(130)
     rows, curves = read_table(output), read_table(curves_path(output))
-    if (rows.phase == "reported").sum() == 0:
+    if (rows.phase == REPORTED).sum() == 0:
         raise RunError(f"{output} has no run that is reported yet")
     print(markdown(summary_of(plan, rows)), end="\n\n")
     for path in draw_all(plan, rows, curves, args.plan.with_suffix("")):

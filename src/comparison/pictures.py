@@ -133,7 +133,7 @@ def draw_ratios(rows: pd.DataFrame, plan: Plan) -> Figure:
         if plan.baseline not in medians.index:
             continue
         ratios = (medians / medians.loc[plan.baseline]).replace([0, np.inf, -np.inf], np.nan)
-        texts = ratios.map(lambda ratio: "" if np.isnan(ratio) else f"{ratio:.2g}")
+        texts = ratios.map(lambda ratio: "" if np.isnan(ratio) else f"{ratio:.2g}" if ratio < 99 else f"{ratio:,.0f}")
         looks: dict[str, Any] = dict(cmap="vlag", vmin=-2, vmax=2, cbar=False, linewidths=1, fmt="")
         sns.heatmap(np.log10(ratios), annot=texts, ax=panel, **looks)
         panel.set(title=cost, xlabel="", ylabel="")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from comparison.plan import Job, Plan, job_of, pairs, reported_jobs, tuning_jobs
+from comparison.plan import REPORTED, TUNING, Job, Plan, job_of, pairs, reported_jobs, tuning_jobs
 from comparison.rows import KEY, best_setting, keep, key_of, read_table
 from config.check import checked_config
 from config.refusal import ConfigError
@@ -102,7 +102,7 @@ class Comparison:
             wanted = n_tuning * self.plan.tuning_share * of.seconds + len(self.plan.seeds[: of.seeds]) * of.seconds
             seconds += wanted + OVERHEAD * (n_tuning + len(self.plan.seeds[: of.seeds]))
             ran = self.rows[(self.rows.task == task) & (self.rows.contender == contender)]
-            for phase, share in (("tuning", self.plan.tuning_share), ("reported", 1.0)):
+            for phase, share in ((TUNING, self.plan.tuning_share), (REPORTED, 1.0)):
                 seconds -= (ran.phase == phase).sum() * (share * of.seconds + OVERHEAD)
         return timedelta(seconds=round(max(0.0, seconds) / self.plan.processes))
 
@@ -115,10 +115,10 @@ def check(plan: Plan) -> None:
     """
     first = next(iter(plan.contenders))
     seen: dict[str, str] = {}
-    jobs = [job_of(plan, task, first, plan.contenders[first].settings[0], "tuning", 0) for task in plan.tasks]
+    jobs = [job_of(plan, task, first, plan.contenders[first].settings[0], TUNING, 0) for task in plan.tasks]
     for task, contender in pairs(plan):
         if seen.setdefault(contender, task) == task:
-            jobs += [job_of(plan, task, contender, s, "tuning", 0) for s in plan.contenders[contender].settings]
+            jobs += [job_of(plan, task, contender, s, TUNING, 0) for s in plan.contenders[contender].settings]
     problems = []
     for job in jobs:
         try:
