@@ -3,6 +3,10 @@
 The slopes of a weight matrix are dominated by a few singular vectors, and a step along them moves little else. Muon
 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) replaces the matrix of slopes by the nearest one with
 orthogonal rows or columns: its singular vectors stay, its singular values become about 1.
+
+All directions of a wide matrix then add up to a long step of what it puts out. So a matrix wider than `WIDTH` moves by
+less, in inverse proportion, as the learning rates of Adam do that fit every width (Yang et al. 2021, Tensor Programs
+V): the same step lengths then do for larger models.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,6 +18,7 @@ from torch import Tensor
 from search.coordinates import Coordinates
 
 QUINTIC = 3.4445, -4.7750, 2.0315  # Muon's: takes singular values from 0 to 1 near to 1 in five or six iterations
+WIDTH = 64  # up to which, in the smaller dimension of a matrix, its step lengths are as they are given
 
 
 class Matrices(NamedTuple):
@@ -59,11 +64,12 @@ def matrices_of(coordinates: Coordinates, iterations: Sequence[int]) -> list[Mat
 def orthogonalised(direction: Tensor, slopes: Tensor, matrices: Iterable[Matrices]) -> Tensor:
     """The direction (n,) downhill with its part in some matrices replaced by the orthogonalised slopes (n,) there.
 
-    In each matrix its root mean square stays as it was, so that a step is as long as it would have been.
+    In each matrix its root mean square stays as it was, so that a step is as long as it would have been; in one of
+    m > WIDTH rows and columns at least, WIDTH / m of it.
     """
     direction = direction.clone()
     for some in matrices:
-        length = some.of(direction).norm(dim=(1, 2), keepdim=True)
+        length = min(1.0, WIDTH / some.size[0]) * some.of(direction).norm(dim=(1, 2), keepdim=True)
         downhill = -newton_schulz(some.of(slopes), some.iterations)
         downhill *= length / downhill.norm(dim=(1, 2), keepdim=True).clamp_(min=torch.finfo(downhill.dtype).tiny)
         for (own, tall), part in zip(some.members, downhill, strict=True):

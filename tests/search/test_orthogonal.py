@@ -41,6 +41,16 @@ def test_the_direction_keeps_its_length_in_each_matrix_and_all_else_as_it_is():
     assert torch.equal(found[outside], direction[outside])
 
 
+def test_a_wide_matrix_moves_by_less_in_inverse_proportion_to_its_width():
+    def length(m: int, n: int) -> float:
+        x = torch.randn(m * n, generator=torch.Generator().manual_seed(0))
+        matrices = matrices_of(Coordinates([nn.Parameter(torch.ones(m, n))]), [6])
+        return float(orthogonalised(x, x, matrices).norm() / x.norm())
+
+    lengths = [length(m, n) for m, n in ((64, 256), (128, 256), (256, 128), (256, 256))]
+    assert lengths == pytest.approx([1, 1 / 2, 1 / 2, 1 / 4])
+
+
 def test_where_nothing_is_known_the_direction_stays_zero():
     nothing, coordinates = torch.zeros(12), Coordinates([nn.Parameter(torch.ones(3, 4))])
     assert torch.equal(orthogonalised(nothing, nothing, matrices_of(coordinates, [6])), nothing)
