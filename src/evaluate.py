@@ -101,7 +101,7 @@ def tested(task: PatternSearchTask, data: SequenceDataModule, cfg: DictConfig) -
     """The metrics of the test splits, by name."""
     import lightning as L
 
-    from run.start import silence_libraries
+    from run.quiet import silence_libraries
 
     silence_libraries()
     of_run = {name: cfg.trainer[name] for name in ("precision", "limit_test_batches") if name in cfg.trainer}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from search.base import LossOnlyOptimizer
 from search.budget import Evaluator
 from search.directions import Directions
-from search.groups import polls_for, split_at_last_block, split_matrices
+from search.groups import BLOCKS, polls_for, split_at_last_block, split_matrices
 from search.node_polls import poll_nodes
 from search.options import RECOMMENDED, check_group, check_options, check_shares
 from search.orthogonal import matrices_of, orthogonalised
@@ -80,6 +80,7 @@ class PatternSearch(LossOnlyOptimizer):
             none. The closure must answer `nodes`. `polls_per_step` may then be 0.
         orthogonalise: Newton-Schulz iterations on the direction of the search step in every matrix of the group, see
             `search.orthogonal`; 0 leaves it as it is. Needs `nodes_per_step`: slopes of single weights are too few.
+        orthogonalise_in: names of these matrices, with wildcards, for `parameter_groups`.
         seed: seeds the order of the directions and of the nodes.
 
     Raises:
@@ -124,6 +125,7 @@ class PatternSearch(LossOnlyOptimizer):
         half_after: float | None = None,
         nodes_per_step: int | None = None,
         orthogonalise: int = 0,
+        orthogonalise_in: Sequence[str] = BLOCKS,
         seed: int = 0,
     ):
         self.options: dict[str, Any] = dict(poll=poll, polls_per_step=polls_per_step, last_group_share=last_group_share)
@@ -292,8 +294,10 @@ class PatternSearch(LossOnlyOptimizer):
         """Groups for the options that concern a part of the weights.
 
         With `last_group_share` and more than one of `model.blocks`: what comes before the last, and the rest. With
-        `orthogonalise`: the matrices of `model.blocks`, and the rest, which is left as it is.
+        `orthogonalise`: the matrices that `orthogonalise_in` names, and the rest, which is left as it is.
         """
         if options.get("last_group_share") is not None:
             return split_at_last_block(model, parameters)
-        return split_matrices(model, parameters) if options.get("orthogonalise") else parameters
+        if not options.get("orthogonalise"):
+            return parameters
+        return split_matrices(model, parameters, options.get("orthogonalise_in", BLOCKS))

@@ -21,7 +21,7 @@ from comparison.runner import Comparison
 from results.runs import RunError
 from results.tables import markdown
 from run.directory import RunDirectoryError, locked
-from run.start import silence_libraries
+from run.quiet import silence_libraries
 
 
 def main(parser: ArgumentParser, arguments: list[str]) -> None:

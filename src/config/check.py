@@ -71,7 +71,9 @@ def build_problems(cfg: DictConfig, unread: dict[str, str]) -> list[str]:
 
     from run.build import data_of, weightless_model
     from run.conflicts import metrics_of, of_callbacks, of_machine, of_trainer, without_effect
+    from run.quiet import silence_libraries
 
+    silence_libraries()
     if problems := list(of_machine(cfg)):
         return problems
     build = partial(built, problems, cfg)

@@ -27,7 +27,7 @@ from optimizer import PatternSearch
 from pattern_search_task import PatternSearchTask, masked_loss, optimizer_class
 from results.figures import save
 from results.watched import train_watched
-from run.start import silence_libraries
+from run.quiet import silence_libraries
 from search.base import seeded
 from search.closure import AnswersNodes, forward_only
 

@@ -23,7 +23,7 @@ from data.sequences import SequenceDataModule
 from pattern_search_task import PatternSearchTask
 from results.figures import save
 from results.watched import train_watched
-from run.start import silence_libraries
+from run.quiet import silence_libraries
 from search.closure import forward_only
 
 SEQUENCES = 200  # of the validation set, at the most, that the loss is of

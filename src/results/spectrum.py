@@ -26,7 +26,7 @@ from optimizer import PatternSearch
 from pattern_search_task import PatternSearchTask, masked_loss, optimizer_class
 from results.figures import closed, save
 from results.watched import train_watched
-from run.start import silence_libraries
+from run.quiet import silence_libraries
 from search.orthogonal import orthogonalised
 
 SEQUENCES = 1000  # of the training set, at the most, that the gradient is of

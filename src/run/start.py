@@ -5,12 +5,10 @@ directory of a run that resumes another one is found, and what cannot run ends w
 """
 
 import itertools
-import logging
 import os
 import signal
 import sys
 import traceback
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -76,7 +74,6 @@ def jobs(config: DictConfig) -> list[list[str]]:
 @contextmanager
 def final() -> Iterator[None]:
     """Hydra makes a warning of an error in a callback; here it ends the program. Ctrl-C is the run's from then on."""
-    silence_libraries()
     try:
         try:
             yield
@@ -88,11 +85,3 @@ def final() -> Iterator[None]:
         traceback.print_exc()
         sys.exit(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def silence_libraries() -> None:
-    """What the header and the summary say better, and warnings that are not for the user."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning 2.6 uses a name torch 2.13 renames
-    warnings.filterwarnings("ignore", message=".ModelCheckpoint.* could not find the monitored key")  # `run` says so
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* is not empty")  # that of a resumed run never is

@@ -29,8 +29,9 @@ from run.cpu import prepare_machine
 from run.directory import TRAIN, RunDirectoryError, locked, print_any_character, record_start, typed, write
 from run.interrupts import Interrupted, Interrupts, in_sweep, resumable
 from run.limits import MaxSeconds
+from run.quiet import silence_libraries
 from run.resume import begin, finished
-from run.start import chosen_before, silence_libraries
+from run.start import chosen_before
 from run.wandb_logger import opened_loggers
 
 EARLY = {  # why early stopping ended a training

@@ -1,5 +1,6 @@
 """How the weights of a model are parted into parameter groups, for options that concern some of them."""
 
+import fnmatch
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
@@ -8,6 +9,8 @@ from torch import nn
 
 from search.options import RECOMMENDED
 
+BLOCKS = ("blocks.*",)  # names of what is orthogonalised if nothing else is asked for
+
 
 def polls_for(groups: Any) -> int:
     """Recommended polls per step of parameters, or of groups of them: no weight of a small model twice in a step."""
@@ -15,17 +18,25 @@ def polls_for(groups: Any) -> int:
     return min([RECOMMENDED["polls_per_step"], *(sizes or [sum(p.numel() for p in groups)])])
 
 
-def split_matrices(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Any:
-    """Parameter groups: the matrices of `model.blocks`, and the rest, not to be orthogonalised.
+def split_matrices(model: nn.Module, parameters: Sequence[nn.Parameter], patterns: Sequence[str]) -> Any:
+    """Parameter groups: the matrices whose names match a pattern such as "blocks.*", and the rest.
 
-    One group for a model without blocks.
+    The rest is not to be orthogonalised. One group for a model without blocks, if nothing else is asked for.
+
+    Raises:
+        ValueError: a pattern that no matrix of the model matches, or no pattern at all.
     """
-    blocks = getattr(model, "blocks", None)
-    if blocks is None:
+    if tuple(patterns) == BLOCKS and not hasattr(model, "blocks"):
         return parameters
-    inside = {id(p) for block in blocks for p in block.parameters() if p.ndim == 2}
-    matrices, rest = [p for p in parameters if id(p) in inside], [p for p in parameters if id(p) not in inside]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": rest, "orthogonalise": 0}]
+    matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2}
+    if wrong := [pattern for pattern in patterns or [""] if not fnmatch.filter(matrices, pattern)]:
+        raise ValueError(
+            f"orthogonalise_in={list(patterns)}: no matrix of the model has a name like {wrong[0]!r}; there are "
+            + ", ".join(matrices)
+        )
+    inside = {id(matrices[name]) for pattern in patterns for name in fnmatch.filter(matrices, pattern)}
+    chosen, rest = [p for p in parameters if id(p) in inside], [p for p in parameters if id(p) not in inside]
+    groups: list[dict[str, Any]] = [{"params": chosen}, {"params": rest, "orthogonalise": 0}]
     return [group for group in groups if group["params"]]
 
 

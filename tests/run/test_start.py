@@ -56,6 +56,15 @@ def test_help_and_refusals_of_text_and_of_files_import_nothing_heavy(arguments, 
 
 
 @pytest.mark.slow
+def test_a_run_begins_with_its_header_and_libraries_say_nothing(tmp_path):
+    command = "python src/train.py experiment=parity_tiny trainer.max_steps=1 logger=none"
+    done = run_alone(command, tmp_path)  # a new interpreter: it imports the libraries after the program has begun
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("pattern_search trains tiny")
+    assert done.stderr == ""
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train", "report", "evaluate", "show_data"])
 def test_a_reader_of_the_help_may_leave(script):
     reader, writer = os.pipe()
@@ -149,8 +158,11 @@ def test_the_sweep_that_an_experiment_names_has_all_variants_and_the_command_lin
     with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name="train"):
         sweep = compose("pattern_search_train", ["experiment=ablation_z5", "seed=7"], return_hydra_config=True)
         found = [compose("pattern_search_train", overrides) for overrides in jobs(sweep)]
-        of_nodes = ("no_orthogonal", "search_first")  # of experiment=ablation_nodes
-        variants = sorted(path.stem for path in (CONFIGS / "variant").glob("*.yaml") if path.stem not in of_nodes)
+        nodes = compose("pattern_search_train", ["experiment=ablation_nodes"], return_hydra_config=True)
+        of_nodes = nodes.hydra.sweeper.params.variant.split(",")
+        every = {path.stem for path in (CONFIGS / "variant").glob("*.yaml")}
+        variants = sorted(sweep.hydra.sweeper.params.variant.split(","))
+        assert {*variants, *of_nodes} == every
         assert sorted(overrides[0].partition("=")[2] for overrides in jobs(sweep)) == variants
     assert {(cfg.seed, cfg.datamodule.group, cfg.optimizer.max_evaluations) for cfg in found} == {(7, "Z5", 135_000)}
     searches = {str(dict(cfg.optimizer) | {"max_seconds": None}) for cfg in found}

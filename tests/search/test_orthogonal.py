@@ -1,5 +1,7 @@
 """The orthogonalised direction: its singular values, its length, and what a search makes of it."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from optimizer import PatternSearch
 from search.coordinates import Coordinates
 from search.orthogonal import matrices_of, newton_schulz, orthogonalised
+from transformer import DecoderOnlyTransformer
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 32)])
@@ -82,3 +85,26 @@ def test_the_matrices_of_the_blocks_are_a_group_of_their_own():
     assert [len(group["params"]) for group in groups] == [1, 4]
     assert groups[0]["params"][0] is model.blocks[0].weight
     assert groups[1]["orthogonalise"] == 0
+
+
+@pytest.mark.parametrize(
+    ("patterns", "names"),
+    [
+        (["blocks.*.ff.*"], ["blocks.0.ff.inner.weight", "blocks.0.ff.outer.weight"]),
+        (["head.*", "token_embedding.weight"], ["token_embedding.weight", "head.weight"]),
+    ],
+)
+def test_names_with_wildcards_tell_which_matrices_are_orthogonalised(patterns, names):
+    model = DecoderOnlyTransformer(4, 2, 8, d_model=16, n_layers=1, n_heads=2)
+    options = dict(orthogonalise=6, orthogonalise_in=patterns)
+    groups = PatternSearch.parameter_groups(model, list(model.parameters()), **options)
+    of = {id(p): name for name, p in model.named_parameters()}
+    assert [of[id(p)] for p in groups[0]["params"]] == names
+    assert sum(len(group["params"]) for group in groups) == len(of)
+
+
+@pytest.mark.parametrize(("patterns", "wrong"), [(["blocks.*", "block.*"], "'block.*'"), ([], "''")])
+def test_a_name_that_no_matrix_has_is_refused_with_those_there_are(patterns, wrong):
+    model = DecoderOnlyTransformer(4, 2, 8, d_model=16, n_layers=1, n_heads=2)
+    with pytest.raises(ValueError, match=re.escape(f"has a name like {wrong}; there are token_embedding.weight")):
+        PatternSearch.parameter_groups(model, [*model.parameters()], orthogonalise=6, orthogonalise_in=patterns)
