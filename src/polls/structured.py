@@ -40,8 +40,10 @@ from search.closure import Changes
 from search.coordinates import Coordinates
 from transformer import Block, DecoderOnlyTransformer
 
-CHUNK_TOKENS = 2**14  # tokens of candidates that take the whole way through the model; see `NodeGroup`
-TRIAL_WEIGHTS = 2**24  # moved weights of a trial at a time
+CHUNK_TOKENS = 2**14  # tokens of candidates that take the whole way through the model, at a time
+CHUNK_WORK = 2**26  # and at the most so many tokens times the square of the model's width: what a CPU's cache holds
+TRIAL_WORK = 2**28  # moved weights of a trial times tokens, at a time; smaller parts cost more than a thread gains
+TRIAL_WEIGHTS = 2**24  # moved weights at a time
 PERTURBED_TOKENS = 2**13  # tokens of candidates that move all weights at a time
 CACHE_BYTES = 2**28  # what may be remembered of the incumbent; rows beyond are computed anew in every call
 
@@ -129,7 +131,7 @@ class StructuredPolls:
         work = [sum(t * n for t, n in zip(tokens[s:], sizes[s:], strict=True)) for s in range(len(sizes) + 1)]
         costs = [tokens[g.stage] / 4 + work[g.stage + g.kind.rank1] / sum(sizes) for g in self.groups]
         done = np.cumsum(np.repeat(costs, counts))
-        n = max(1, math.ceil(done[-1] / CHUNK_TOKENS))
+        n = max(1, math.ceil(done[-1] / min(CHUNK_TOKENS, CHUNK_WORK / self.head.w.head.shape[1] ** 2)))
         cuts = np.searchsorted(done, np.arange(1, n) * done[-1] / n).tolist()
         bounds = [0, *np.cumsum(counts).tolist()]
         for begin, end in pairwise([0, *cuts, len(done)]):
@@ -231,7 +233,8 @@ class StructuredClosure:
             return self.generic.trial(changes, scales)
         like = self.model.head.weight
         scales, changes, flat = scales.to(like), changes.to(like), self._flat()
-        size = max(1, TRIAL_WEIGHTS // len(flat))
+        tokens = sum(rows.x.numel() for rows in self.rows)
+        size = max(1, TRIAL_WORK // (len(flat) * tokens))
         losses = self._moved(len(scales), size, lambda a, b: torch.addcmul(flat, scales[a:b, None], changes))
         wrong = np.flatnonzero(~np.isfinite(losses.numpy()))
         if len(wrong):
