@@ -44,7 +44,7 @@ def draw_all(plan: Plan, rows: pd.DataFrame, curves: pd.DataFrame, stem: Path) -
 
 
 def looks_of(plan: Plan) -> dict[str, Any]:
-    """The colour and the dashes of each contender, the same in every figure."""
+    """The colour of each contender, the same in every figure."""
     names = [*plan.contenders]
     # by the golden angle, so that any few in a row are far apart, and every other four darker
     colors = [sns.husl_palette(1, h=0.382 * i % 1, s=0.9, l=(0.6, 0.4)[i // 4 % 2])[0] for i in range(len(names))]

@@ -234,7 +234,7 @@ class StructuredClosure:
         like = self.model.head.weight
         scales, changes, flat = scales.to(like), changes.to(like), self._flat()
         tokens = sum(rows.x.numel() for rows in self.rows)
-        size = max(1, TRIAL_WORK // (len(flat) * tokens))
+        size = max(1, min(TRIAL_WORK // tokens, TRIAL_WEIGHTS) // len(flat))
         losses = self._moved(len(scales), size, lambda a, b: torch.addcmul(flat, scales[a:b, None], changes))
         wrong = np.flatnonzero(~np.isfinite(losses.numpy()))
         if len(wrong):
