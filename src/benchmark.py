@@ -84,7 +84,8 @@ def ways(model: DecoderOnlyTransformer, batch: Batch) -> dict[str, Rate]:
         return lambda seconds: block * rate_of(poll, seconds)
 
     def perturbed(closure: Any) -> Rate:
-        like, pairs = torch.empty(len(coordinates)), 32  # two chunks and more
+        like = torch.empty(len(coordinates), device=batch["x"].device)
+        pairs = 32 if like.is_cpu else 1024  # two chunks and more
 
         def perturb() -> None:
             seeds = torch.randint(2**63 - 1, (pairs,), generator=generator)
@@ -104,7 +105,8 @@ def ways(model: DecoderOnlyTransformer, batch: Batch) -> dict[str, Rate]:
         return loss
 
     def batched_inference(seconds: float) -> float:
-        copies, rates = sorted({max(1, n // batch["x"].numel()) for n in BATCHED_TOKENS}), []
+        more = 1 if batch["x"].is_cpu else 256  # a GPU wants more at a time
+        copies, rates = sorted({max(1, more * n // batch["x"].numel()) for n in BATCHED_TOKENS}), []
         for n in copies:
             larger = {name: part.repeat(n, 1) for name, part in batch.items()}
             rates.append(n * rate_of(partial(forward, larger), seconds / len(copies)))
@@ -145,8 +147,9 @@ def bound(model: DecoderOnlyTransformer, batch: Batch) -> float:
     closure()  # what the incumbent computes is no candidate's
     with FlopCounterMode(display=False) as counter:
         closure.poll(chosen, torch.full((len(chosen),), STEP, dtype=torch.float64))
-    a, b, out = torch.randn(1024, 1024), torch.randn(1024, 1024), torch.empty(1024, 1024)
-    peak = rate_of(lambda: torch.mm(a, b, out=out), 0.5) * 2 * 1024**3  # operations per second
+    n, device = (1024, "cpu") if model.head.weight.is_cpu else (8192, "cuda")
+    a, b, out = torch.randn(3, n, n, device=device)
+    peak = rate_of(lambda: torch.mm(a, b, out=out), 0.5) * 2 * n**3  # operations per second
     return peak / (counter.get_total_flops() / len(chosen))
 
 
@@ -177,6 +180,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["small"], metavar="NAME", help="options of configs/model")
     parser.add_argument("--seconds", type=float, default=150, help="of measuring in all")
     parser.add_argument("--threads", type=int, default=1, help="threads that torch may use")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the weights")
     parser.add_argument("--startup", action="store_true", help="measure how commands start instead")
     parser.add_argument("--output", type=Path, default=Path("benchmark.png"), help="the figure to write")
     args = parser.parse_args()
@@ -185,17 +189,19 @@ def main() -> None:
     if args.startup:
         print(json.dumps(measure_startup(rounds=3, console=Console())))
         return
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no CUDA GPU")
     prepare_machine(args.threads)
     data = StateTrackingDataModule()
     split = data.splits["train"]
     try:
-        models = {name: model_of(name, data) for name in args.models}
+        models = {name: model_of(name, data).to(args.device) for name in args.models}
     except RunError as error:
         parser.error(str(error))
     seconds = args.seconds / len(args.batches) / len(models)
     measured, bounds, weights = {}, {}, []
     for (name, model), n in itertools.product(models.items(), args.batches):
-        batch = {"x": split.x[:n], "y": split.y[:n]}
+        batch = {"x": split.x[:n].to(args.device), "y": split.y[:n].to(args.device)}
         column = f"{name}, batch {n}"
         measured[column], bounds[column] = measure(model, batch, seconds), bound(model, batch)
         weights.append(sum(p.numel() for p in model.parameters()))
@@ -204,7 +210,8 @@ def main() -> None:
     left = pd.DataFrame({"what is left of the operations": bounds}).T
     table = pd.concat([rates.map("{:,.0f}".format), ratios.map("{:.2f} x".format), left.map("{:,.0f}".format)])
     sizes = ", ".join(f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items())
-    title = f"Evaluations per second: weights {sizes}; {data.max_len} tokens, {args.threads} thread(s)"
+    where = f"{args.threads} thread(s)" if args.device == "cpu" else torch.cuda.get_device_name()
+    title = f"Evaluations per second: weights {sizes}; {data.max_len} tokens, {where}"
     print(f"{title}\n{table.to_string()}\n")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     draw(rates, weights, title).savefig(args.output, dpi=120, bbox_inches="tight")
@@ -214,7 +221,8 @@ def main() -> None:
         for name, count in zip(models, weights[:: len(args.batches)], strict=True)
     }
     first = next(iter(by_model.values()))
-    print(json.dumps({"threads": args.threads} | first | ({"models": by_model} if len(by_model) > 1 else {})))
+    more = {"models": by_model} if len(by_model) > 1 else {}
+    print(json.dumps({"device": args.device, "threads": args.threads} | first | more))
 
 
 if __name__ == "__main__":

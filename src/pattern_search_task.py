@@ -160,7 +160,7 @@ class PatternSearchTask(L.LightningModule):
 
     def make_closure(self, batch: Batch) -> Callable[[], Tensor]:
         """What a search gets to ask about this batch: the loss, and those of candidates."""
-        if self.search is None or not self.fast_polls or self.device.type != "cpu":  # fast polls are for CPUs
+        if self.search is None or not self.fast_polls:
             return partial(self.loss, batch)
         if self._polls is None:
             self._polls = make_polls(self.model, self.search.coordinates, batch_loss)

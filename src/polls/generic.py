@@ -19,12 +19,11 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from polls.shared import WILD, Incumbent, check_block, check_trial, checked, wild, within_rounding
+from polls.sizes import sizes_on
 from search.closure import Changes, OneByOne, forward_only
 from search.coordinates import Coordinates
 
-CHUNK_TOKENS = 12_800  # tokens at a time: enough to share the prefix and vmap's own cost; fixed, so results are too
 FEW = 4  # fewer candidates of a tensor are not worth vmap's own cost
-CHUNK_WEIGHTS = 2**22  # stacked weights at a time: 16 MiB in float32, whatever the number of candidates
 
 
 def settled(losses: Tensor, changes: Changes, incumbent: Tensor, generic: "GenericClosure") -> Tensor:
@@ -69,6 +68,7 @@ class GenericPolls:
                 )
             if not p.is_floating_point():
                 raise ValueError(f"{self.names[id(p)]} is of type {p.dtype}; only floating types can be searched")
+        self.sizes = sizes_on(coordinates.parameters[0].device)
         self.refusal: str | None = None  # why vmap refused this module, for the closures of all batches
 
     def on(self, batch: Any) -> "GenericClosure":
@@ -103,16 +103,18 @@ class GenericClosure:
     @property
     def block(self) -> int:
         """Candidates per call that keep the chunks of most tensors full."""
-        return 1 if self.polls.refusal else max(16, min(1024, 2**19 // max(1, self.tokens)))
+        if self.polls.refusal:
+            return 1
+        return max(16, min(self.polls.sizes.block_most, self.polls.sizes.block // max(1, self.tokens)))
 
     def __call__(self) -> Tensor:
         """The loss at the incumbent; see `Incumbent`."""
         return self.incumbent(self.module.parameters(), self.plain)
 
     def plain(self) -> Tensor:
-        """The loss at the current weights by the plain forward."""
+        """The loss at the current weights by the plain forward, on the CPU."""
         with forward_only(self.module):
-            return self._loss({})
+            return self._loss({}).cpu()
 
     def poll(self, coordinates: Tensor, steps: Tensor) -> Tensor:
         """Losses (K,) of the candidates weight[coordinates[k]] + steps[k]; coordinates and steps are (K,)."""
@@ -125,10 +127,10 @@ class GenericClosure:
                 f"two evaluations of {type(self.module).__name__} at the same weights differ ({incumbent}, {plain}): a "
                 "search needs a forward that is deterministic in eval mode; draw random numbers only if self.training"
             )
-        losses = torch.empty(len(coordinates), dtype=torch.float64, device="cpu")
+        losses, sizes = torch.empty(len(coordinates), dtype=torch.float64, device="cpu"), self.polls.sizes
         with forward_only(self.module):
             for p, index, rows in self.coordinates.touched(coordinates):
-                size = max(1, min(CHUNK_TOKENS // max(1, self.tokens), CHUNK_WEIGHTS // p.numel()))
+                size = max(1, min(sizes.vmapped // max(1, self.tokens), sizes.vmapped_weights // p.numel()))
                 for some in torch.arange(len(rows), device=rows.device).split(size):
                     if len(some) < FEW:
                         losses[rows[some]] = self.plain_poll(coordinates[rows[some]], steps[rows[some]])
@@ -174,7 +176,8 @@ class GenericClosure:
     def perturbed(self, count: int, changes: Changes) -> Tensor:
         """Losses (count,) of the weights with the changes (last - first, n) of each candidate added."""
         changes = checked(changes, count, len(self.coordinates))
-        size = max(1, min(CHUNK_TOKENS // max(1, self.tokens), CHUNK_WEIGHTS // len(self.coordinates)))
+        sizes = self.polls.sizes
+        size = max(1, min(sizes.vmapped // max(1, self.tokens), sizes.vmapped_weights // len(self.coordinates)))
         losses = torch.full((count,), torch.nan, dtype=torch.float64, device="cpu")
         with forward_only(self.module):
             for first in range(0, count, size) if min(size, count) >= FEW and not self.polls.refusal else ():
@@ -182,13 +185,13 @@ class GenericClosure:
                 found = self._losses(self._moved(some))
                 if found is None:
                     break
-                losses[first : first + size] = found.where(~wild(some), torch.nan)
+                losses[first : first + size] = found.where(~wild(some).cpu(), torch.nan)
         return settled(losses, changes, self(), self)
 
     def plain_moved(self, changes: Tensor) -> Tensor:
-        """The loss of the weights with changes (n,) of all coordinates added, by the plain forward."""
+        """The loss of the weights with changes (n,) of all coordinates added, by the plain forward, on the CPU."""
         with forward_only(self.module):
-            return self._loss(self._moved(changes))
+            return self._loss(self._moved(changes)).cpu()
 
     def _moved(self, changes: Tensor) -> dict[str, Tensor]:
         """The searched tensors with changes (..., n) of all coordinates added, by name, (..., *shape)."""
@@ -199,10 +202,10 @@ class GenericClosure:
         return self.polls.loss(functional_call(self.module, tensors, self.inputs), self.batch)
 
     def _losses(self, stacked: dict[str, Tensor]) -> Tensor | None:
-        """Losses (k,) in float64 for tensors (k, *shape); None if the module cannot be vectorised."""
+        """Losses (k,) in float64, on the CPU, for tensors (k, *shape); None if the module cannot be vectorised."""
         try:
             with plain_attention():
-                return vmap(self._loss)(stacked).double()
+                return vmap(self._loss)(stacked).double().cpu()
         except Exception as reason:  # vmap raises what the operator raises that it does not know
             self._loss({})  # an error of the module itself is no reason to go on one by one
             self.polls.refusal = str(reason).strip().split("\n")[0] or type(reason).__name__

@@ -24,10 +24,11 @@ def make_polls(
     """The fastest exact evaluator there is for this module: an object whose `on(batch)` is a closure.
 
     `NodePolls`, which are `StructuredPolls`, for a `DecoderOnlyTransformer` with the masked cross-entropy as its
-    loss, on `threads` threads (by default one a core); `GenericPolls` for everything else, which it says once.
+    loss, on `threads` threads (by default one a core, and one for a GPU); `GenericPolls` for everything else, which
+    it says once.
     """
     if has_nodes(module) and is_masked_cross_entropy(loss, module.head.out_features):
-        return NodePolls(module, coordinates, loss, threads or available_cores())
+        return NodePolls(module, coordinates, loss, threads or (available_cores() if module.head.weight.is_cpu else 1))
     polls, how = GenericPolls(module, coordinates, loss), "go through vmap, at about the speed of batched inference"
     if any(isinstance(part, nn.RNNBase) for part in module.modules()):
         polls.refusal = "vmap has no rule for torch's recurrent layers"

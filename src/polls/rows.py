@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from data.sequences import IGNORE
-
-ROW_TOKENS = 4096  # tokens of the incumbent at a time, so that a chunk of candidates never holds more
-PART_COST = 2**20  # tokens x weights of the blocks: measured, about what it costs to call the operators for more rows
+from polls.sizes import Sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +89,7 @@ class Rows:
         return sum(state.bytes() for _, state in self.states)
 
 
-def rows_of(batch: dict[str, Tensor], block_weights: int, like: Tensor) -> list[Rows]:
+def rows_of(batch: dict[str, Tensor], block_weights: int, like: Tensor, sizes: Sizes) -> list[Rows]:
     """A batch in parts that are evaluated one after the other; none if no token is scored.
 
     Equal rows become one that weighs more. What stands behind the last scored token of a row is dropped.
@@ -100,6 +98,7 @@ def rows_of(batch: dict[str, Tensor], block_weights: int, like: Tensor) -> list[
         batch: {"x": (B, T) tokens, "y": (B, T) classes or IGNORE}.
         block_weights: of all blocks of the model: a part with so many pays for its overhead the sooner.
         like: a weight of the model, see `Rows`.
+        sizes: of the parts.
     """
     x, y = (batch[name].cpu().numpy() for name in ("x", "y"))
     width, scored = x.shape[1], y != IGNORE
@@ -108,8 +107,8 @@ def rows_of(batch: dict[str, Tensor], block_weights: int, like: Tensor) -> list[
     pairs, count = np.unique(np.concatenate([x, y], 1)[last > 0], axis=0, return_counts=True)
     lengths = ((pairs[:, width:] != IGNORE) * np.arange(1, width + 1)).max(1, initial=0)
     order, parts = lengths.argsort(kind="stable"), []
-    for some in np.split(order, np.cumsum(part_sizes(lengths[order], PART_COST // block_weights + 24))[:-1]):
-        for chunk in np.array_split(some, math.ceil(len(some) * width / ROW_TOKENS)) if len(some) else ():
+    for some in np.split(order, np.cumsum(part_sizes(lengths[order], sizes.part // block_weights + 24))[:-1]):
+        for chunk in np.array_split(some, math.ceil(len(some) * width / sizes.rows)) if len(some) else ():
             parts.append(Rows(pairs[chunk, :width], pairs[chunk, width:], count[chunk] / scored.sum(), like))
     return parts
 

@@ -34,18 +34,12 @@ from polls.generic import GenericPolls, settled
 from polls.node_kinds import Entry, Kind, Moves, Rank1, joined
 from polls.rows import Rows, rows_of
 from polls.shared import WILD, Incumbent, check_block, check_trial, checked, wild
+from polls.sizes import sizes_on
 from polls.stages import Embedding, FeedForward, Head, Stage
 from polls.threads import one_thread
 from search.closure import Changes
 from search.coordinates import Coordinates
 from transformer import Block, DecoderOnlyTransformer
-
-CHUNK_TOKENS = 2**14  # tokens of candidates that take the whole way through the model, at a time
-CHUNK_WORK = 2**26  # and at the most so many tokens times the square of the model's width: what a CPU's cache holds
-TRIAL_WORK = 2**28  # moved weights of a trial times tokens, at a time; smaller parts cost more than a thread gains
-TRIAL_WEIGHTS = 2**24  # moved weights at a time
-PERTURBED_TOKENS = 2**13  # tokens of candidates that move all weights at a time
-CACHE_BYTES = 2**28  # what may be remembered of the incumbent; rows beyond are computed anew in every call
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +83,7 @@ class StructuredPolls:
         threads: int = 1,
     ):
         self.model, self.coordinates = model, coordinates
+        self.sizes = sizes_on(model.head.weight.device)
         self.generic = GenericPolls(model, coordinates, loss)
         with torch.no_grad():
             self.head, blocks = Head(model), [block for block in model.blocks if isinstance(block, Block)]
@@ -131,7 +126,7 @@ class StructuredPolls:
         work = [sum(t * n for t, n in zip(tokens[s:], sizes[s:], strict=True)) for s in range(len(sizes) + 1)]
         costs = [tokens[g.stage] / 4 + work[g.stage + g.kind.rank1] / sum(sizes) for g in self.groups]
         done = np.cumsum(np.repeat(costs, counts))
-        n = max(1, math.ceil(done[-1] / min(CHUNK_TOKENS, CHUNK_WORK / self.head.w.head.shape[1] ** 2)))
+        n = max(1, math.ceil(done[-1] / min(self.sizes.chunk, self.sizes.chunk_work / self.head.w.head.shape[1] ** 2)))
         cuts = np.searchsorted(done, np.arange(1, n) * done[-1] / n).tolist()
         bounds = [0, *np.cumsum(counts).tolist()]
         for begin, end in pairwise([0, *cuts, len(done)]):
@@ -149,8 +144,8 @@ class StructuredClosure:
     incumbent's loss; one whose loss is not finite, or that changes the stream beyond reason, gets the loss of the
     plain forward.
 
-    Memory: at most CACHE_BYTES for the incumbent and four times CHUNK_TOKENS tokens (or one candidate on one chunk
-    of at most `rows.ROW_TOKENS` tokens) for the candidates, whatever K and B.
+    Memory: at most `Sizes.cache` bytes for the incumbent and four times `Sizes.chunk` tokens (or one candidate on
+    `Sizes.rows` tokens) for the candidates, whatever K and B.
 
     Raises:
         ValueError, IndexError: as `GenericClosure`.
@@ -160,13 +155,13 @@ class StructuredClosure:
         self.polls, self.model, self.coordinates, self.stages = polls, polls.model, polls.coordinates, polls.stages
         self.incumbent, self.generic = Incumbent(), polls.generic.on(batch)
         weights = sum(p.numel() for p in self.model.blocks.parameters())
-        self.rows = rows_of(batch, weights, self.model.head.weight)
+        self.rows = rows_of(batch, weights, self.model.head.weight, polls.sizes)
 
     @property
     def block(self) -> int:
         """Candidates per call that keep the chunks of most groups full."""
         tokens = sum(rows.x.numel() for rows in self.rows)
-        return max(16, min(1024, 2**19 // max(1, tokens)))
+        return max(16, min(self.polls.sizes.block_most, self.polls.sizes.block // max(1, tokens)))
 
     @torch.no_grad()
     @one_thread()
@@ -184,7 +179,7 @@ class StructuredClosure:
     def _known_rows(self) -> Iterator[Rows]:
         """The rows in turn, with all that the incumbent computes on them, so that threads only read it.
 
-        Once CACHE_BYTES are remembered, what further rows hold is forgotten again.
+        Once `Sizes.cache` bytes are remembered, what further rows hold is forgotten again.
         """
         kept, last = 0, len(self.stages) - 1
         for rows in self.rows:
@@ -195,7 +190,7 @@ class StructuredClosure:
                 rows.wide = bool(torch.stack(scores).amax() > WIDE)
             yield rows
             kept += rows.bytes()
-            if kept > CACHE_BYTES:
+            if kept > self.polls.sizes.cache:
                 rows.states.clear()
 
     @torch.no_grad()
@@ -234,7 +229,7 @@ class StructuredClosure:
         like = self.model.head.weight
         scales, changes, flat = scales.to(like), changes.to(like), self._flat()
         tokens = sum(rows.x.numel() for rows in self.rows)
-        size = max(1, min(TRIAL_WORK // tokens, TRIAL_WEIGHTS) // len(flat))
+        size = max(1, min(self.polls.sizes.trial // tokens, self.polls.sizes.stacked) // len(flat))
         losses = self._moved(len(scales), size, lambda a, b: torch.addcmul(flat, scales[a:b, None], changes))
         wrong = np.flatnonzero(~np.isfinite(losses.numpy()))
         if len(wrong):
@@ -249,7 +244,7 @@ class StructuredClosure:
         if not self.rows:
             return self.generic.perturbed(count, changes)
         flat, tokens = self._flat(), sum(rows.x.numel() for rows in self.rows)
-        size = max(1, min(PERTURBED_TOKENS // tokens, TRIAL_WEIGHTS // len(flat)))
+        size = max(1, min(self.polls.sizes.perturbed // tokens, self.polls.sizes.stacked // len(flat)))
         beyond = torch.zeros(count, dtype=torch.bool, device=flat.device)
 
         def weights(first: int, last: int) -> Tensor:

@@ -157,8 +157,9 @@ def print_header(console: Console, cfg: DictConfig, task: PatternSearchTask, dat
         f"[bold]{cfg.choices.task}[/]: {sizes} sequences, chance loss {datamodule.chance_loss:.3f}, seed {cfg.seed}",
         highlight=False,
     )
-    threads = f"; candidates on {available_cores()} thread(s)" if not task.automatic_optimization else ""
-    console.print(f"Run directory: {typed(cfg.output_dir)}{threads}", soft_wrap=True, highlight=False)
+    on = f"{available_cores()} thread(s)" if cfg.trainer.get("accelerator") == "cpu" else "the accelerator"
+    where = "" if task.automatic_optimization else f"; candidates on {on}"
+    console.print(f"Run directory: {typed(cfg.output_dir)}{where}", soft_wrap=True, highlight=False)
 
 
 def leave_picture(run_dir: str | Path) -> None:

@@ -48,7 +48,7 @@ def answers_nodes(evaluate: Evaluator) -> AnswersNodes:
     if not isinstance(evaluate.candidates, AnswersNodes):
         raise ValueError(
             "polls of nodes need a closure that answers `nodes`; `polls.nodes.NodePolls` does for a "
-            "DecoderOnlyTransformer (task.fast_polls=true on a CPU); else use an optimizer that polls none "
+            "DecoderOnlyTransformer (task.fast_polls=true); else use an optimizer that polls none "
             "(nodes_per_step=None, null in YAML, for a pattern search)"
         )
     return evaluate.candidates

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from lightning.pytorch import demos
 from torch import nn
 
-import polls.generic
 from optimizer import PatternSearch
 from polls.generic import GenericPolls
 from polls.make import make_polls
@@ -114,11 +113,11 @@ def test_polls_and_trials_are_exact(name, dtype):
 
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dense_perturbations_are_exact(name, dtype, monkeypatch):
+def test_dense_perturbations_are_exact(name, dtype):
     _, coordinates, closure, plain = setup(*MODULES[name], dtype)
     rows = 0.1 * torch.randn(14, len(coordinates), dtype=dtype)
     rows[3], rows[4, 0] = torch.inf, 1e25  # left to the plain forward; those beside them are not harmed
-    monkeypatch.setattr(polls.generic, "CHUNK_TOKENS", 5 * closure.tokens)  # 5, 5 and 4 at a time
+    closure.polls.sizes = closure.polls.sizes._replace(vmapped=5 * closure.tokens)  # 5, 5 and 4 at a time
     expected = plain.perturbed(14, lambda first, last: rows[first:last])
     assert expected[expected.isfinite()].unique().numel() >= 12
     losses = closure.perturbed(14, lambda first, last: rows[first:last])

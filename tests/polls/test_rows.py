@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_structured import loss, make_batch, make_model, setup, some_of_every_tensor
 
-from polls import rows
 from polls.rows import part_sizes
 from polls.structured import StructuredPolls
 from search.coordinates import Coordinates
@@ -34,11 +33,13 @@ def test_rows_are_parted_by_length_the_cheapest_way(lengths, overhead):
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_parts_by_length_give_the_losses_of_the_whole(positions, monkeypatch):
+def test_parts_by_length_give_the_losses_of_the_whole(positions):
     losses, n_parts = [], []
     for cost in (0, 10**9):
-        monkeypatch.setattr(rows, "PART_COST", cost)
-        _, coordinates, closure, _ = setup("ragged", n_rows=40, positions=positions)
+        model, coordinates, *_ = setup(positions=positions)
+        polls = StructuredPolls(model, coordinates, loss)
+        polls.sizes = polls.sizes._replace(part=cost)
+        closure = polls.on(make_batch("ragged", n_rows=40))
         chosen = some_of_every_tensor(coordinates, n=2)
         losses.append(closure.poll(chosen, torch.full((len(chosen),), 0.1, dtype=torch.float64)))
         n_parts.append(len(closure.rows))

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data.sequences import IGNORE
 from optimizer import PatternSearch
 from pattern_search_task import masked_loss
-from polls import structured
 from polls.generic import GenericPolls
 from polls.make import make_polls
 from polls.structured import StructuredPolls
@@ -158,8 +157,8 @@ def test_polls_and_trials_are_exact_where_the_first_weights_are_frozen(first, po
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dense_perturbations_are_exact(kind, layout, dtype, monkeypatch):
-    monkeypatch.setattr(structured, "PERTURBED_TOKENS", 2**9)  # in several chunks
     _, coordinates, closure, plain = setup(layout, dtype=dtype, **MODELS[kind])
+    closure.polls.sizes = closure.polls.sizes._replace(perturbed=2**9)  # in several chunks
     rows = 0.05 * torch.randn(9, len(coordinates), dtype=dtype)
     expected = plain.perturbed(9, lambda first, last: rows[first:last])
     assert expected.unique().numel() == 9
@@ -212,9 +211,9 @@ def test_losses_of_dense_perturbations_do_not_depend_on_the_number_of_threads():
     assert torch.equal(spread.perturbed(40, lambda first, last: rows[first:last]), expected)
 
 
-def test_dense_perturbations_take_no_more_memory_where_there_are_more_of_them(monkeypatch):
-    monkeypatch.setattr(structured, "TRIAL_WEIGHTS", 2**16)
+def test_dense_perturbations_take_no_more_memory_where_there_are_more_of_them():
     _, coordinates, closure, _ = setup()
+    closure.polls.sizes = closure.polls.sizes._replace(stacked=2**16)
     asked, largest = [], []
 
     def changes(first, last):
@@ -395,12 +394,11 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.slow
-def test_memory_is_bounded_whatever_the_batch_and_the_block(monkeypatch):
-    monkeypatch.setattr(structured, "CACHE_BYTES", 2**21)
-    monkeypatch.setattr(structured, "CHUNK_TOKENS", 2**11)
+def test_memory_is_bounded_whatever_the_batch_and_the_block():
     model = make_model()
     coordinates = Coordinates(model.parameters())
     polls = StructuredPolls(model, coordinates, loss)
+    polls.sizes = polls.sizes._replace(cache=2**21, chunk=2**11)
     small, large = [], []
     for n_rows, n, found in ((100, 1, small), (1000, 3, large)):
         closure = polls.on(make_batch("ragged", n_rows=n_rows))
