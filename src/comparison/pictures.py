@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 
 from comparison.plan import Plan
 from comparison.rows import KEY, reported
-from results.figures import closed
+from results.figures import closed, with_some_match
 
 COSTS = {"evaluations": "function evaluations (a gradient step: 3)", "seconds": "seconds of training, one thread"}
 VALUES = {"val/loss": "validation loss, nats per token", "val/exact_match": "validation exact match"}
 FIGURES = ("loss", "exact_match", "solved", "ratios", "costs")
+DASHES = ((), (4, 1.5), (1, 1))  # points drawn and left out in turn; of a solid line none. Colours alike differ in them
 GRID = 80  # costs at which the curves of the seeds are joined
 
 
@@ -44,22 +45,23 @@ def draw_all(plan: Plan, rows: pd.DataFrame, curves: pd.DataFrame, stem: Path) -
 
 
 def looks_of(plan: Plan) -> dict[str, Any]:
-    """The colour of each contender, the same in every figure."""
+    """The colour and the dashes of each contender, the same in every figure."""
     names = [*plan.contenders]
     # by the golden angle, so that any few in a row are far apart, and every other four darker
     colors = [sns.husl_palette(1, h=0.382 * i % 1, s=0.9, l=(0.6, 0.4)[i // 4 % 2])[0] for i in range(len(names))]
-    return {"hue": "contender", "hue_order": names, "palette": dict(zip(names, colors, strict=True))}
+    dashes = [DASHES[i % len(DASHES)] for i in range(len(names))]
+    looks: dict[str, Any] = dict(hue="contender", hue_order=names, palette=dict(zip(names, colors, strict=True)))
+    return looks | dict(style="contender", style_order=names, dashes=dict(zip(names, dashes, strict=True)))
 
 
 def draw_curves(curves: pd.DataFrame, metric: str, looks: dict[str, Any]) -> Figure:
     """A metric against both costs, a row per task: medians over the seeds, and bands from the lowest to the highest."""
-    curves = curves[curves.metric == metric]
+    curves = with_some_match(curves[curves.metric == metric])
     joined = pd.concat([on_a_grid(curves, cost) for cost in COSTS])
     places: dict[str, Any] = dict(row="task", col="cost", facet_kws=dict(sharex=False, sharey="row"))
-    shown = dict(looks) | dict(style="contender", style_order=looks["hue_order"])
     sns.set_theme(style="whitegrid", context="notebook")
     grid = sns.relplot(
-        joined, kind="line", x="spent", y="value", height=3, aspect=1.7, **shown, **places,
+        joined, kind="line", x="spent", y="value", height=3, aspect=1.7, **looks, **places,
         estimator="median", errorbar=("pi", 100), err_kws=dict(alpha=0.12), drawstyle="steps-post",
     )  # fmt: skip
     grid.set_titles("{row_name}").set_axis_labels("", VALUES[metric]).set(xscale="log")
@@ -111,8 +113,7 @@ def draw_profile(rows: pd.DataFrame, looks: dict[str, Any]) -> Figure:
             shares = np.arange(1, len(spent) + 1) / len(spent)
             solved = np.isfinite(spent)
             x, y = [begin, *spent[solved], end], [0.0, *shares[solved], shares[solved][-1] if solved.any() else 0.0]
-            dashes = ("-", "--", ":", "-.")[looks["hue_order"].index(name) % 4]
-            panel.step(x, y, where="post", color=color, linestyle=dashes, label=name)
+            panel.step(x, y, where="post", color=color, linestyle=(0, looks["dashes"][name] or None), label=name)
         panel.set(xscale="log", xlabel=label, ylabel="share of runs that are solved", ylim=(-0.02, 1.02))
     panels[1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.tight_layout()

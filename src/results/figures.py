@@ -33,7 +33,7 @@ def draw_runs(table: pd.DataFrame) -> Figure:
     """Loss and exact match, training (thin) and validation (thick), against evaluations and seconds.
 
     A line per run and split; colours tell what differs between the runs, and dashes tell a FEW seeds. Each task has two
-    rows of two panels, with its loss at chance where that is known.
+    rows of two panels, with its loss at chance where that is known; one if nothing was matched in any run.
 
     Args:
         table: as `results.runs.read_runs` returns it; RunError if there is nothing to draw yet.
@@ -41,6 +41,7 @@ def draw_runs(table: pd.DataFrame) -> Figure:
     parts = table.metric.map(lambda name: name.partition("/"))
     table = table.assign(split=parts.str[0], panel=parts.str[2]).replace(math.inf, math.nan).dropna(subset="value")
     table = table[table.split.isin(SPLITS) & table.panel.isin(PANELS)]
+    table = with_some_match(table)
     if table.empty:
         raise RunError("no metrics yet in these runs")
     table = table.assign(row=table.task + ": " + table.panel.map(PANELS), **{"measured on": table.split.map(SPLITS)})
@@ -73,6 +74,16 @@ def draw_runs(table: pd.DataFrame) -> Figure:
     else:
         figure.legend(handles, names, loc="outside lower center", frameon=False, ncols=min(4, len(labels) + 4))
     return figure
+
+
+def with_some_match(table: pd.DataFrame) -> pd.DataFrame:
+    """Without the exact match of tasks where it is 0 throughout, as that of whole windows of text is.
+
+    All rows, if nothing else would be left.
+    """
+    match = table.metric.str.endswith("exact_match")
+    some = table[~match | (table.value.groupby([table.task, match]).transform("max") > 0)]
+    return table if some.empty else some
 
 
 def label_runs(table: pd.DataFrame, columns: list[str]) -> pd.Series:

@@ -173,6 +173,16 @@ def test_tasks_have_rows_of_their_own_with_their_own_chance(tmp_path):
     assert panels[0].get_ylim() != panels[4].get_ylim()
 
 
+def test_a_task_without_any_exact_match_gets_no_panels_for_it(tmp_path):
+    write_run(tmp_path / "a", task="text")
+    table = read_runs(tmp_path)
+    assert len(draw_runs(table).axes) == 4
+    table.loc[table.metric.str.endswith("exact_match"), "value"] = 0.0
+    assert [panel.get_title() for panel in draw_runs(table).axes] == ["text Z5: loss, nats per token"] * 2
+    write_run(tmp_path / "b")
+    assert len(draw_runs(pd.concat([table, read_runs(tmp_path / "b")])).axes) == 6
+
+
 def test_a_run_without_a_summary_is_drawn_without_chance(tmp_path):
     write_run(tmp_path / "a")
     (tmp_path / "a" / "summary.json").unlink()
