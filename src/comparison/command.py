@@ -4,7 +4,8 @@ python src/report.py compare report/full.yaml           the whole comparison; st
 python src/report.py compare report/full.yaml --draw    only the table and the figures, from the rows that are kept
 
 The YAML says what is compared and comparison/plan.py by which protocol. For NAME.yaml in a directory D, the rows are
-kept as D/results/NAME.csv and NAME_curves.csv.gz, and the figures as D/NAME_*.png and .svg.
+kept as D/results/NAME.csv and NAME_curves.csv.gz, the whole table as D/NAME_table.md, the figures as D/NAME_*.png
+and .svg. What is printed is an overview of the table.
 """
 
 import os
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from comparison.pictures import draw_all
 from comparison.plan import REPORTED, read_plan
-from comparison.rows import curves_path, read_table, summary_of
+from comparison.rows import curves_path, overview_of, read_table, summary_of
 from comparison.runner import Comparison
 from results.runs import RunError
 from results.tables import markdown
@@ -45,6 +46,9 @@ def main(parser: ArgumentParser, arguments: list[str]) -> None:
     rows, curves = read_table(output), read_table(curves_path(output))
     if (rows.phase == REPORTED).sum() == 0:
         raise RunError(f"{output} has no run that is reported yet")
-    print(markdown(summary_of(plan, rows)), end="\n\n")
+    print(markdown(overview_of(plan, rows)), end="\n\n")
+    table = args.plan.with_name(f"{args.plan.stem}_table.md")
+    table.write_text(markdown(summary_of(plan, rows)) + "\n", encoding="utf-8")
+    print(f"Table: {table}")
     for path in draw_all(plan, rows, curves, args.plan.with_suffix("")):
         print(f"Drew {path}")

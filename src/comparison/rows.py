@@ -156,6 +156,27 @@ def summary_of(plan: Plan, rows: pd.DataFrame) -> list[dict[str, str]]:
     return found
 
 
+def overview_of(plan: Plan, rows: pd.DataFrame) -> list[dict[str, str]]:
+    """A row for each contender and a column for each task: runs solved, and the median seconds where most are."""
+    rows = reported(plan, rows)
+    tasks = [task for task in plan.tasks if task in set(rows.task)]
+    found = []
+    for contender in plan.contenders:
+        of = rows[rows.contender == contender]
+        if len(of):
+            cells = {task: solved_in(of[of.task == task]) for task in tasks}
+            found.append({"contender": contender, **cells, "all": f"{of.solved.sum()} / {len(of)}"})
+    return found
+
+
+def solved_in(rows: pd.DataFrame) -> str:
+    """How many of the runs solved, and in how many seconds, the median, if more than half did."""
+    if rows.empty:
+        return ""
+    seconds = rows.solved_at_seconds.fillna(np.inf).median()
+    return f"{rows.solved.sum()} / {len(rows)}" + (f" in {seconds:.1f} s" if rows.solved.mean() > 0.5 else "")
+
+
 def spread(solved: pd.Series, spent: pd.Series, form: str) -> str:
     """Median and range of a cost to solve; where at most half of the runs solved, more than any of the others spent."""
     if solved.notna().sum() * 2 <= len(solved):

@@ -18,6 +18,7 @@ from comparison.rows import (
     best_setting,
     curves_path,
     key_of,
+    overview_of,
     read_table,
     replaced,
     reported,
@@ -201,6 +202,17 @@ def test_the_table_is_in_the_order_of_the_plan(plan):
     assert reported(plan, rows).solved.sum() == 3
 
 
+def test_the_overview_has_a_line_per_contender(plan):
+    nan = math.nan
+    rows = [row("text"), row("small", solved=nan), row("small", seed=1), row("small", "nodes")]
+    adam, nodes = overview_of(plan, pd.DataFrame([*TUNED, *rows]))
+    assert adam["small"] == "1 / 2"  # not more than half
+    assert adam["text"].startswith("1 / 1 in ")
+    assert adam["all"] == "2 / 3"
+    assert nodes["text"] == ""
+    assert nodes["all"] == "1 / 1"
+
+
 def test_curves_of_seeds_are_joined_at_the_same_costs():
     seeds = pd.concat([curve(seed=0, at=(2, 4, 8), values=(3.0, 2, 1)), curve(seed=1, at=(1, 16), values=(5.0, 4))])
     joined = on_a_grid(seeds, "evaluations")
@@ -242,7 +254,8 @@ def test_a_comparison_runs_is_kept_and_is_not_run_again(tmp_path, monkeypatch, c
     assert rows.command.str.startswith("python src/train.py experiment=parity_tiny").all()
     assert len(read_table(curves_path(tmp_path / "results" / "mine.csv"))) > 0
     assert "at most 0:00:00 left" in printed
-    assert "| small | adam | lr=0.01 | " in printed
+    assert "| adam | " in printed
+    assert "| small | adam | lr=0.01 | " in (tmp_path / "mine_table.md").read_text()
 
     monkeypatch.setattr(runner, "run_apart", None)  # nothing is asked for
     report.main(["compare", str(path)])
@@ -280,6 +293,7 @@ def test_the_figures_of_the_project_are_drawn_from_its_rows(tmp_path, capsys):
     report.main(["compare", str(tmp_path / "full.yaml"), "--draw"])
     table = capsys.readouterr().out.split("\n\n")[0]
     assert table in (ROOT / "report" / "README.md").read_text()
+    assert (tmp_path / "full_table.md").read_text() == (ROOT / "report" / "full_table.md").read_text()
     assert len(list(tmp_path.glob("full_*.png"))) == 5
 
 
