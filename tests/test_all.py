@@ -176,6 +176,13 @@ def test_the_benchmark_measures_models_against_their_weights(tmp_path):
     assert "did you mean tiny?" in done.stderr
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without an NVIDIA GPU")
+def test_the_benchmark_of_a_gpu_that_is_not_there_is_refused(tmp_path):
+    done = run("python src/benchmark.py --device cuda", tmp_path)
+    assert done.returncode == 2
+    assert "--device cuda: this machine has no CUDA GPU" in done.stderr
+
+
 def test_figures_of_a_place_without_runs_say_so(tmp_path):
     done = run(f"python src/report.py figures {tmp_path}", tmp_path)
     assert done.returncode == 2
