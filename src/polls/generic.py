@@ -103,9 +103,7 @@ class GenericClosure:
     @property
     def block(self) -> int:
         """Candidates per call that keep the chunks of most tensors full."""
-        if self.polls.refusal:
-            return 1
-        return max(16, min(self.polls.sizes.block_most, self.polls.sizes.block // max(1, self.tokens)))
+        return 1 if self.polls.refusal else self.polls.sizes.candidates_per_call(self.tokens)
 
     def __call__(self) -> Tensor:
         """The loss at the incumbent; see `Incumbent`."""

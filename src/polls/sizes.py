@@ -39,6 +39,10 @@ class Sizes(NamedTuple):
     block_most: int
     cache: int
 
+    def candidates_per_call(self, tokens: int) -> int:
+        """How many candidates of a batch with so many tokens keep the chunks full."""
+        return max(16, min(self.block_most, self.block // max(1, tokens)))
+
 
 CPU = Sizes(
     rows=2**12,

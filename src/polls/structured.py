@@ -160,8 +160,7 @@ class StructuredClosure:
     @property
     def block(self) -> int:
         """Candidates per call that keep the chunks of most groups full."""
-        tokens = sum(rows.x.numel() for rows in self.rows)
-        return max(16, min(self.polls.sizes.block_most, self.polls.sizes.block // max(1, tokens)))
+        return self.polls.sizes.candidates_per_call(sum(rows.x.numel() for rows in self.rows))
 
     @torch.no_grad()
     @one_thread()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
@@ -157,7 +158,8 @@ def print_header(console: Console, cfg: DictConfig, task: PatternSearchTask, dat
         f"[bold]{cfg.choices.task}[/]: {sizes} sequences, chance loss {datamodule.chance_loss:.3f}, seed {cfg.seed}",
         highlight=False,
     )
-    on = f"{available_cores()} thread(s)" if cfg.trainer.get("accelerator") == "cpu" else "the accelerator"
+    on_gpu = cfg.trainer.get("accelerator") != "cpu" and torch.cuda.is_available()
+    on = "the GPU" if on_gpu else f"{available_cores()} thread(s)"
     where = "" if task.automatic_optimization else f"; candidates on {on}"
     console.print(f"Run directory: {typed(cfg.output_dir)}{where}", soft_wrap=True, highlight=False)
 
