@@ -78,6 +78,8 @@ class PatternSearch(LossOnlyOptimizer):
         max_evaluations, max_seconds, target_loss: what ends the search, see `search.budget.Limits`.
         nodes_per_step: nodes polled in a step at the most, in a seeded random order, all equally often; None for
             none. The closure must answer `nodes`. `polls_per_step` may then be 0.
+        rows_per_step: rows of a larger batch on which nodes are polled, drawn anew in each step by the errors that are
+            left in them (`polls.rows.draw_rows`); the search step is judged by the whole batch. None: all rows.
         orthogonalise: Newton-Schulz iterations on the direction of the search step in every matrix of the group, see
             `search.orthogonal`; 0 leaves it as it is. Needs `nodes_per_step`: slopes of single weights are too few.
         orthogonalise_in: names of these matrices, with wildcards, for `parameter_groups`.
@@ -124,12 +126,14 @@ class PatternSearch(LossOnlyOptimizer):
         fade: float | None = 10.0,
         half_after: float | None = None,
         nodes_per_step: int | None = None,
+        rows_per_step: int | None = None,
         orthogonalise: int = 0,
         orthogonalise_in: Sequence[str] = BLOCKS,
         seed: int = 0,
     ):
         self.options: dict[str, Any] = dict(poll=poll, polls_per_step=polls_per_step, last_group_share=last_group_share)
-        self.options |= dict(one_sided=one_sided, nodes_per_step=nodes_per_step, step_lengths=list(step_lengths))
+        self.options |= dict(one_sided=one_sided, nodes_per_step=nodes_per_step, rows_per_step=rows_per_step)
+        self.options |= dict(step_lengths=list(step_lengths))
         self.options |= dict(join_improving=join_improving, search_first=search_first, half_after=half_after)
         self.options |= dict(memory=memory, scale_memory=scale_memory, fade=fade)
         check_options(self.options | {"orthogonalise": orthogonalise})
@@ -161,7 +165,8 @@ class PatternSearch(LossOnlyOptimizer):
             slopes.age()
             if options["nodes_per_step"] and self.limit() is None:
                 radius_of = partial(self.by_group, option="radius")
-                poll_nodes(evaluate, slopes, radius_of, self.saved, options["nodes_per_step"], self.seed)
+                at_most, rows = options["nodes_per_step"], options["rows_per_step"]
+                poll_nodes(evaluate, slopes, radius_of, self.saved, at_most, rows, self.seed)
         if options["poll"] == "opportunistic":
             poll.opportunistic(evaluate, self._accept)
         else:

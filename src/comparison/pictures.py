@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from comparison.plan import Plan
 from comparison.rows import KEY, reported
@@ -69,6 +70,7 @@ def draw_curves(curves: pd.DataFrame, metric: str, looks: dict[str, Any]) -> Fig
         grid.set(yscale="log")
     for (_, cost), panel in grid.axes_dict.items():
         panel.set_xlabel(COSTS[cost])
+        panel.xaxis.set_minor_formatter(NullFormatter())  # the decades say enough
     return closed(grid)
 
 

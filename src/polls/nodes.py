@@ -13,6 +13,7 @@ counts for a token by how much its own token looks at it through the attention o
 Abnar and Zuidema 2020), which trades a little bias for most of the noise.
 """
 
+from copy import copy
 from functools import cached_property, partial
 from itertools import groupby
 
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from polls.attention import Attention
 from polls.node_kinds import Credit, Entry, Nodes, shares
-from polls.rows import Rows
+from polls.rows import Rows, draw_rows
+from polls.shared import Incumbent
 from polls.structured import NodeGroup, StructuredClosure, StructuredPolls
 from polls.threads import one_thread
 
@@ -68,6 +70,28 @@ class NodeClosure(StructuredClosure):
     @property
     def node_parameter(self) -> Tensor:
         return self.polls.node_parameter
+
+    @torch.no_grad()
+    @one_thread()
+    def drawn(self, rows: int, generator: torch.Generator) -> "NodeClosure":
+        """The same about rows of the batch that are drawn by the errors left in them, see `polls.rows.draw_rows`.
+
+        Its loss and slopes are those of the batch in the mean, with less noise than those of as many rows that are
+        taken alike. A batch with no more rows is taken whole.
+        """
+        sizes = [len(part.x) for part in self.rows]
+        if sum(sizes) <= rows:
+            return self
+        self()  # brings the caches up to date
+        losses = [self._state(part, len(self.stages) - 1).out[:, 0] for part in self.rows]  # (B, S) each
+        errors = [(-torch.expm1(-loss) * part.weight).sum(1) for part, loss in zip(self.rows, losses, strict=True)]
+        shares = [part.weight.sum(1) for part in self.rows]
+        left, share = torch.stack([torch.cat(errors), torch.cat(shares)]).double().cpu()
+        factors = draw_rows(left, share, rows, generator)
+        closure = copy(self)
+        parts = zip(self.rows, factors.split(sizes), strict=True)
+        closure.incumbent, closure.rows = Incumbent(), [part.some(own) for part, own in parts if own.any()]
+        return closure
 
     @torch.no_grad()
     @one_thread()

@@ -4,6 +4,7 @@ Shapes: B rows, K candidates, T tokens, S scored positions, C classes.
 """
 
 import math
+from copy import copy
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from data.sequences import IGNORE
 from polls.sizes import Sizes
+
+ALIKE = 0.1  # part of the chances of rows to be drawn that does not depend on what they have learned
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +87,40 @@ class Rows:
         """Losses of tokens (B, K, S) -> the part of these rows in the mean loss (K,)."""
         return torch.einsum("bks,bs->k", losses, self.weight)
 
+    def some(self, factor: Tensor) -> "Rows":
+        """The rows whose factor (B,) is not 0, each counted by it; nothing is remembered of them yet."""
+        part, rows = copy(self), factor.nonzero().flatten().to(self.x.device)
+        for name in ("x", "at", "target", "seen_by_scored"):
+            setattr(part, name, getattr(self, name)[rows])
+        part.weight, part.states = self.weight[rows] * factor.to(self.weight)[rows, None], []
+        return part
+
     def bytes(self) -> int:
         """Memory taken by what is remembered of the incumbent."""
         return sum(state.bytes() for _, state in self.states)
+
+
+def draw_rows(errors: Tensor, shares: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Draw n rows of a batch, the likelier the more errors are left in them (Katharopoulos and Fleuret 2018).
+
+    A row asks for the more change the less likely its classes still are. Once most rows are learned, rows that are
+    drawn alike hardly tell anything. A row counts the less the likelier it was, and so for what it is in the mean.
+
+    Args:
+        errors: (B,) of each row, the sum of 1 - p over its tokens, p the probability of the right class.
+        shares: (B,) of each row in the mean loss; a part `ALIKE` of the chances goes by them.
+        n: draws, at even distances (systematic sampling), so that a row may be drawn several times.
+        generator: draws where they begin.
+
+    Returns:
+        (B,) by what factor each row counts, 0 if it was not drawn; in the mean over the draws it is 1.
+    """
+    errors = errors.nan_to_num(1.0)
+    chance = torch.lerp(errors / errors.sum().clamp(min=1e-300), shares / shares.sum(), ALIKE)
+    chance /= chance.sum()
+    at = (torch.rand(1, generator=generator, dtype=torch.float64, device="cpu") + torch.arange(n, device="cpu")) / n
+    row = torch.searchsorted(chance.cumsum(0), at).clamp_(max=len(chance) - 1)
+    return row.bincount(minlength=len(chance)) / (n * chance)
 
 
 def rows_of(batch: dict[str, Tensor], block_weights: int, like: Tensor, sizes: Sizes) -> list[Rows]:

@@ -152,11 +152,19 @@ class Evaluator:
         self._allow(count)
         return self._until(loss, self.candidates.perturbed(count, changes))
 
-    def nodes(self, nodes: Tensor, steps: Tensor, signs: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Samples (n,) of the slopes of all weights of K nodes, and which these are, (n,); nodes and steps are (K,)."""
-        assert isinstance(self.candidates, AnswersNodes)
+    def nodes(
+        self, nodes: Tensor, steps: Tensor, signs: torch.Generator, rows: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Samples (n,) of the slopes of all weights of K nodes, and which these are, (n,); nodes and steps are (K,).
+
+        On rows of the batch that are drawn first, or on all for None.
+        """
+        candidates = self.candidates
+        assert isinstance(candidates, AnswersNodes)
         self._allow(len(nodes))
-        found = self.candidates.nodes(nodes, steps, signs)
+        if rows is not None:
+            candidates = candidates.drawn(rows, signs)
+        found = candidates.nodes(nodes, steps, signs)
         self.charge(len(nodes))
         return found
 

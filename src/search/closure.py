@@ -17,6 +17,7 @@ One more question is answered for models whose tokens have losses of their own (
 
     nodes(nodes (K,), steps (K,), signs) -> slopes (n,), known (n,)
         samples of the slopes of all weights of K of the model's `n_nodes` nodes, for K evaluations; and which those are
+    drawn(rows, generator) -> what answers about so many rows of the batch, for slopes that are its own in the mean
 
 Which candidates there are is decided on the host: coordinates, nodes, scales and losses are tensors of the CPU.
 Changes and slopes of all coordinates are on the device of the weights.
@@ -67,6 +68,8 @@ class AnswersNodes(Candidates, Protocol):
     def node_parameter(self) -> Tensor: ...
 
     def nodes(self, nodes: Tensor, steps: Tensor, signs: torch.Generator) -> tuple[Tensor, Tensor]: ...
+
+    def drawn(self, rows: int, generator: torch.Generator) -> "AnswersNodes": ...
 
 
 class OneByOne:

@@ -19,6 +19,7 @@ def poll_nodes(
     radius_of: Callable[[Tensor], Tensor],
     saved: dict[str, Any],
     at_most: int,
+    rows: int | None,
     seed: int,
 ) -> None:
     """Poll the next nodes of a random order of all, and remember the slopes that they gave.
@@ -29,6 +30,7 @@ def poll_nodes(
         radius_of: (K,) numbers of parameters -> (K,) poll radii.
         saved: of the search; here how many `nodes` were polled so far.
         at_most: nodes polled per step.
+        rows: of a larger batch on which they are polled, drawn by the errors left in them; None: all.
         seed: of the order, and of the signs of the moves.
 
     Raises:
@@ -38,7 +40,7 @@ def poll_nodes(
     nodes = next_nodes(done, candidates.n_nodes, at_most, seed)
     nodes = nodes[: evaluate.affordable(len(nodes))]
     steps = radius_of(candidates.node_parameter[nodes])
-    found = evaluate.nodes(nodes, steps, seeded(seed, done))
+    found = evaluate.nodes(nodes, steps, seeded(seed, done), rows)
     saved["nodes"] += len(nodes)
     slopes.learn(*found)
 

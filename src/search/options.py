@@ -24,6 +24,12 @@ def check_options(options: dict[str, Any]) -> None:
             f"nodes_per_step={nodes} must be at least 1 and needs step_lengths, the search step that uses the slopes "
             "of nodes; or None (null in YAML) to poll no nodes"
         )
+    rows = options["rows_per_step"]
+    if rows is not None and (rows < 1 or not nodes):
+        raise ValueError(
+            f"rows_per_step={rows} must be at least 1 and needs nodes_per_step, the nodes that are polled on so many "
+            "rows of the batch; or None (null in YAML) to poll them on all of it"
+        )
     if options["orthogonalise"] and not nodes:
         raise ValueError(
             f"orthogonalise={options['orthogonalise']} needs nodes_per_step: slopes of single weights are too few and "

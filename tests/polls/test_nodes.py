@@ -251,3 +251,66 @@ def test_a_node_out_of_range_and_a_closure_without_nodes_are_refused():
         optimizer.step(lambda: loss(model(batch["x"]), batch))
     with pytest.raises(ValueError, match="needs step_lengths"):
         PatternSearch(model.parameters(), nodes_per_step=4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_asked_about_drawn_rows_is_what_autograd_says_of_these_rows_weighed_by_their_factors(layout):
+    """The readable reference: the loss of every row, weighed, by the plain forward; a node's slope by autograd."""
+    model, coordinates, _, closure = setup(layout, dtype=torch.float64)
+    drawn = closure.drawn(3, seeded(5, 0))
+    assert 0 < sum(len(rows.x) for rows in drawn.rows) <= 3 < sum(len(rows.x) for rows in closure.rows)
+    expected = 0.0
+    for rows in drawn.rows:
+        for row, (at, target, weight) in enumerate(zip(rows.at, rows.target, rows.weight, strict=True)):
+            logits = model(rows.x[row : row + 1])[0, at]
+            losses = F.cross_entropy(logits, target, reduction="none")
+            expected = expected + losses @ weight
+    torch.testing.assert_close(drawn(), expected.detach(), atol=1e-9, rtol=1e-9)
+    gradient = torch.autograd.grad(expected, model.head.weight)[0]
+    nodes = torch.arange(drawn.n_nodes)
+    slopes, _ = drawn.nodes(nodes, torch.full((len(nodes),), 1e-6), seeded(0, 0))
+    number = next(n for n, p in enumerate(coordinates.parameters) if p is model.head.weight)
+    found = slopes[coordinates.ends[number] - gradient.numel() : coordinates.ends[number]]
+    torch.testing.assert_close(found.view_as(gradient), gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_drawn_rows_are_the_batch_in_the_mean(layout):
+    _, _, _, closure = setup(layout, dtype=torch.float64)
+    losses = [float(closure.drawn(4, seeded(seed, 0))()) for seed in range(400)]
+    assert sum(losses) / len(losses) == pytest.approx(float(closure()), rel=0.02)
+    assert max(losses) > min(losses)
+
+
+def test_a_batch_with_no_more_rows_is_taken_whole():
+    _, _, _, closure = setup()
+    n = sum(len(rows.x) for rows in closure.rows)
+    assert closure.drawn(n, seeded(0, 0)) is closure
+    assert closure.drawn(n - 1, seeded(0, 0)) is not closure
+
+
+def test_nodes_are_polled_on_drawn_rows_and_the_search_step_is_judged_by_the_batch():
+    model, _, batch, _ = setup()
+    options = dict(polls_per_step=0, nodes_per_step=8, rows_per_step=3, step_lengths=[0.01])
+    search = PatternSearch(model.parameters(), **options)
+    closure = NodePolls(model, search.coordinates, loss).on(batch)
+    asked = []
+
+    def drawn(rows, generator):
+        asked.append(rows)
+        some = type(closure).drawn(closure, rows, generator)
+        del some.drawn, some.nodes
+        some.trial = lambda *_: pytest.fail("judged by drawn rows")
+        return some
+
+    closure.drawn, closure.nodes = drawn, lambda *_: pytest.fail("nodes polled on the whole batch")
+    search.step(closure)
+    assert asked == [3]
+    assert search.evaluations == 1 + 8 + 1
+
+
+def test_rows_per_step_out_of_range_or_without_nodes_is_refused():
+    w = [torch.nn.Parameter(torch.ones(3))]
+    for options in (dict(rows_per_step=0, nodes_per_step=1, step_lengths=[0.1]), dict(rows_per_step=4)):
+        with pytest.raises(ValueError, match=r"rows_per_step=\d must be at least 1 and needs nodes_per_step"):
+            PatternSearch(w, **options)

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_structured import loss, make_batch, make_model, setup, some_of_every_tensor
 
-from polls.rows import part_sizes
+from polls.rows import draw_rows, part_sizes
 from polls.structured import StructuredPolls
+from search.base import seeded
 from search.coordinates import Coordinates
 
 
@@ -55,3 +56,20 @@ def test_equal_rows_are_evaluated_once():
     closure = StructuredPolls(model, Coordinates(model.parameters()), loss).on(batch)
     assert sum(len(rows.x) for rows in closure.rows) == 3  # of 20, 3 are different
     torch.testing.assert_close(float(closure()), float(closure.generic.plain()), rtol=0, atol=1e-5)
+
+
+def test_rows_are_drawn_by_their_errors_and_count_once_in_the_mean():
+    errors, shares = torch.tensor([0.0, 0.1, 0.3, 0.0, 0.6]).double(), torch.tensor([0.2] * 5).double()
+    factors = torch.stack([draw_rows(errors, shares, 3, seeded(seed, 0)) for seed in range(4000)])
+    torch.testing.assert_close(factors.mean(0), torch.ones(5).double(), atol=0.2, rtol=0)
+    often = (factors > 0).double().mean(0)  # of 3 draws, each at 1 / 50 and nine tenths of the share of the errors
+    torch.testing.assert_close(often, torch.tensor([0.06, 0.33, 0.87, 0.06, 1.0]).double(), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("errors", [[0.0, 0.0, 0.0], [float("nan"), 1.0, 0.0], [1.0, 0.0, 0.0]])
+def test_rows_are_drawn_where_nothing_is_left_and_where_a_loss_is_not_finite(errors):
+    errors, shares = torch.tensor(errors).double(), torch.tensor([0.5, 0.25, 0.25]).double()
+    for seed in range(20):
+        factors = draw_rows(errors, shares, 2, seeded(seed, 0))
+        assert factors.isfinite().all()
+        assert factors.sum() > 0

@@ -68,6 +68,10 @@ class Answering(OneByOne):
         owner = self.coordinates.owner(torch.arange(len(self.coordinates)))
         return torch.randn(len(owner), generator=signs), torch.isin(owner, self.node_parameter[nodes])
 
+    def drawn(self, rows, generator):
+        torch.rand(rows, generator=generator)
+        return self
+
 
 @st.composite
 def parameter_groups(draw):
@@ -116,6 +120,7 @@ def searches(draw, **fixed):
     }
     if options["step_lengths"] and draw(st.booleans()):
         options |= {"nodes_per_step": draw(st.integers(1, 3)), "polls_per_step": draw(st.integers(0, n))}
+        options |= {"rows_per_step": draw(st.none() | st.integers(1, 4))}
     return groups, options | fixed
 
 
