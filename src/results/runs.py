@@ -30,7 +30,8 @@ COLUMNS = [*AXES, "metric", "value"]  # of metrics.csv
 OUTCOME = ("steps", "evaluations", "seconds", "stopped_by", "test")  # of summary.json; the last are the metrics
 RESUMABLE = ("last.ckpt", "previous.ckpt")  # what a run goes on from, in checkpoints/, newest first
 KIND = ["task", "model", "optimizer", "variant"]  # runs that have these in common are of a kind
-SETTINGS = ("datamodule.", "model.", "task.", "optimizer.", "trainer.")  # nodes of the config that decide a result
+# nodes of the config that decide a result
+SETTINGS = ("datamodule.", "model.", "task.", "optimizer.", "trainer.", "callbacks.averaging.")
 # keys by their last name that say where a run ends, not where it goes: a curve needs no name for them
 LIMITS = ("max_epochs", "max_steps", "max_time", "max_evaluations", "max_seconds", "target_loss", "stopping_threshold")
 PER_RUN = ("seed", "_target_", "task.pattern_search_radius")  # no settings: the last stands at the optimizer too

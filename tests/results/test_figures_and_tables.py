@@ -240,6 +240,8 @@ def test_settings_tell_runs_of_a_kind_apart():
     configs[1]["trainer"]["max_steps"] = 7
     assert name_settings(configs) == ["memory=0.5, max_steps=9", "memory=0.7, max_steps=7", ""]
     assert name_settings(configs, leave_out=LIMITS) == ["memory=0.5", "memory=0.7", ""]
+    configs = [configs[0] | {"callbacks": {"averaging": {"decay": decay}}} for decay in (0.9, 0.99)]
+    assert name_settings(configs) == ["decay=0.9", "decay=0.99"]  # it decides what is tested
 
 
 def test_of_a_loss_the_worst_is_the_highest_and_none_counts_as_solved():
