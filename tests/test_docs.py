@@ -54,6 +54,8 @@ TESTED_ELSEWHERE = {
     "make format": "tests/test_docs.py::test_make_does_what_the_documents_say",
     "pip install -r requirements.txt": "tests/test_docs.py::test_make_does_what_the_documents_say",
     "python -m pytest": "tests/test_docs.py::test_make_does_what_the_documents_say",
+    "python src/benchmark.py --models tiny small medium --batches 32 --output report/benchmark.png": "tests/"
+    "test_all.py::test_the_benchmark_measures_models_against_their_weights",
     "python src/benchmark.py": "tests/test_all.py::test_the_benchmark_ends_with_its_rates_as_json",
     "python tests/soak_kill.py --kills 200": "tests/run/test_resume.py::"
     "test_killed_runs_end_as_their_twins_that_were_left_alone",

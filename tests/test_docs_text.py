@@ -93,7 +93,7 @@ def test_the_kept_curves_are_those_of_the_sweeps_named_beside_them():
 def test_all_that_is_kept_is_shown_and_every_figure_has_its_command():
     kept = {path.relative_to(ROOT).as_posix() for path in (ROOT / "report" / "results").iterdir()}
     text = LOG.read_text() + COMPARISON.read_text()
-    drawn = set(re.findall(r"python src/report\.py .*--output (report/\S+)\n", text))
+    drawn = set(re.findall(r"python src/(?:report|benchmark)\.py .*--output (report/\S+)\n", text))
     compared = set()
     for name in set(re.findall(r"python src/report\.py compare report/(\w+)\.yaml", text)):
         compared |= {f"report/results/{name}.csv", f"report/results/{name}_curves.csv.gz"}
