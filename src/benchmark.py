@@ -2,7 +2,7 @@
 
     python src/benchmark.py                             the default model at batch 4, 32 and 200, on one thread
     python src/benchmark.py --seconds 60 --batches 32   shorter
-    python src/benchmark.py --models tiny small medium large --batches 32     against the number of weights
+    python src/benchmark.py --models tiny small medium --batches 32     against the number of weights
     python src/benchmark.py --startup                   seconds and memory that commands take beside the libraries alone
 
 The ways, each measured in turn, several times over; the medians are reported:
@@ -169,6 +169,7 @@ def draw(rates: pd.DataFrame, weights: list[int], title: str) -> Figure:
         lines = rates.T.assign(weights=weights).groupby("weights").mean()  # over the batches
         panel = lines.plot(loglog=True, marker="o", figsize=(9, 4.5), title=title)
         panel.set(xlabel="weights", ylabel="evaluations per second")
+        panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     else:
         panel = rates.T.plot.bar(logy=True, rot=0, figsize=(9, 4.5), title=title)
     return panel.figure
@@ -178,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 32, 200], help="sequences per batch, up to 200")
     parser.add_argument("--models", nargs="+", default=["small"], metavar="NAME", help="options of configs/model")
-    parser.add_argument("--seconds", type=float, default=150, help="of measuring in all")
+    parser.add_argument("--seconds", type=float, default=150, help="of measuring; more if calls are long")
     parser.add_argument("--threads", type=int, default=1, help="threads that torch may use")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the weights")
     parser.add_argument("--startup", action="store_true", help="measure how commands start instead")
