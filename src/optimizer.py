@@ -70,6 +70,8 @@ class PatternSearch(LossOnlyOptimizer):
         step_lengths: lengths at which the search step is tried, in units of the weights for a coordinate whose
             slopes all agree; none for no search step.
         search_first: whether the search step comes before the polls: no batch then judges the slopes that it gave.
+        tolerance: accept the longest search step that raises the loss of its batch by no more than this part of it, see
+            `search.search_step`. None: the best of the lengths, if it improves. Needs `search_first`.
         join_improving: whether the search step makes all moves of a complete poll that improved too: as they were
             polled at the first step length, and shortened in proportion at the others.
         memory, scale_memory, fade: of the remembered slopes, see `search.slopes.SlopeMemory`.
@@ -120,6 +122,7 @@ class PatternSearch(LossOnlyOptimizer):
         one_sided: bool = False,
         step_lengths: Sequence[float] = (),
         search_first: bool = False,
+        tolerance: float | None = None,
         join_improving: bool = False,
         memory: float = 0.5,
         scale_memory: float | None = 0.9,
@@ -133,7 +136,7 @@ class PatternSearch(LossOnlyOptimizer):
     ):
         self.options: dict[str, Any] = dict(poll=poll, polls_per_step=polls_per_step, last_group_share=last_group_share)
         self.options |= dict(one_sided=one_sided, nodes_per_step=nodes_per_step, rows_per_step=rows_per_step)
-        self.options |= dict(step_lengths=list(step_lengths))
+        self.options |= dict(step_lengths=list(step_lengths), tolerance=tolerance)
         self.options |= dict(join_improving=join_improving, search_first=search_first, half_after=half_after)
         self.options |= dict(memory=memory, scale_memory=scale_memory, fade=fade)
         check_options(self.options | {"orthogonalise": orthogonalise})
@@ -187,7 +190,7 @@ class PatternSearch(LossOnlyOptimizer):
         joined = improving if self.options["join_improving"] else []
         lengths = [self.shortened * length for length in self.options["step_lengths"]]
         to_beat = self.report.loss_after if best is None else best.loss
-        found = search_step(evaluate, direction, joined, lengths, self.shortened, to_beat)
+        found = search_step(evaluate, direction, joined, lengths, self.shortened, to_beat, self.options["tolerance"])
         self.report.search_accepted = found is not None
         return found
 

@@ -45,6 +45,7 @@ VARIANTS = {
     "fading": dict(poll="complete", one_sided=True, step_lengths=[0.1, 0.05], contraction=1.0),
     "joined": dict(poll="complete", one_sided=True, step_lengths=[0.1, 0.05], join_improving=True, contraction=1.0),
     "shorter": dict(poll="complete", step_lengths=[0.1, 0.05], join_improving=True, half_after=40),
+    "tolerant": dict(poll="complete", step_lengths=[0.1, 0.05], search_first=True, tolerance=0.1, contraction=1.0),
     "unscaled": dict(poll="complete", step_lengths=[0.1], scale_memory=None, fade=None, memory=0.0),
 }
 
@@ -165,10 +166,11 @@ def test_an_accepted_direction_saves_the_way_back():
 
 
 @pytest.mark.slow
-def test_the_incumbent_never_gets_worse_on_a_fixed_batch(variant):
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "tolerant"])
+def test_the_incumbent_never_gets_worse_on_a_fixed_batch(name):
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)), torch.randn(16, 4)
-    search = PatternSearch(net.parameters(), radius=0.3, **variant, polls_per_step=7)
+    search = PatternSearch(net.parameters(), radius=0.3, **VARIANTS[name], polls_per_step=7)
     losses = []
     for _ in range(200):
         search.step(lambda: ((net(x) - x.prod(1, keepdim=True)) ** 2).mean())
@@ -374,6 +376,17 @@ def test_the_best_of_the_step_lengths_is_taken():
     assert torch.allclose(w, torch.zeros_like(w))
 
 
+@pytest.mark.parametrize("tolerance, reached", [(0.0, -0.9), (0.7, -1.4), (None, 0.1)])
+def test_a_tolerance_takes_the_longest_step_that_it_allows(tolerance, reached):
+    w = nn.Parameter(torch.tensor([1.1], dtype=torch.float64))
+    options = dict(radius=1e-6, poll="complete", one_sided=True, memory=0, contraction=1.0, search_first=True)
+    search = PatternSearch([w], step_lengths=[3.0, 2.5, 2.0, 1.0], tolerance=tolerance, **options)
+    for _ in range(2):  # the first gives the slope
+        w.data.fill_(1.1)
+        search.step(lambda: sphere(w))
+    assert w.item() == pytest.approx(reached, abs=1e-5)
+
+
 def test_all_moves_of_a_poll_that_improve_are_made_together():
     start, radius = [1.0, -1.0, 0.02, 2.0], 0.25  # a step of .25 improves on all weights but the third, on one side
     w = nn.Parameter(torch.tensor(start, dtype=torch.float64))
@@ -459,6 +472,8 @@ def test_slopes_that_are_not_finite_are_not_remembered():
         ({"radius": math.nan}, "radius=nan must be above 0"),
         ({"contraction": 0}, r"contraction=0 must lie in \(0, 1\]"),
         ({"step_lengths": [0.1, 0]}, "must be above 0"),
+        ({"tolerance": -0.1, "search_first": True}, "must be at least 0"),
+        ({"tolerance": 0.1}, "needs search_first=True"),
         ({"memory": 1.0}, r"memory=1.0 must lie in \[0, 1\)"),
         ({"scale_memory": -0.1}, r"scale_memory=-0.1 must lie in \[0, 1\)"),
         ({"fade": 0}, "fade=0 must be above 0 steps"),

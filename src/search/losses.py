@@ -12,6 +12,12 @@ def improves(losses: Tensor, loss: float) -> Tensor:
     return torch.isfinite(losses) & (losses < incumbent)
 
 
+def tolerated(losses: Tensor, loss: float, tolerance: float) -> Tensor:
+    """Which losses (K,) are finite and higher by no more than this part of the loss. Any finite one, if it is not."""
+    highest = loss + tolerance * abs(loss) if math.isfinite(loss) else math.inf
+    return torch.isfinite(losses) & (losses <= highest)
+
+
 def lowest(losses: Tensor) -> int:
     """Which of the losses (K,) is the lowest finite one; 0 if none is finite."""
     values = [loss if math.isfinite(loss) else math.inf for loss in losses.tolist()]

@@ -47,6 +47,12 @@ def check_options(options: dict[str, Any]) -> None:
         )
     if any(not 0 < length < math.inf for length in options["step_lengths"]):
         raise ValueError(f"step_lengths={options['step_lengths']} must be above 0")
+    tolerance = options["tolerance"]
+    if tolerance is not None and not (0 <= tolerance < math.inf and options["search_first"]):
+        raise ValueError(
+            f"tolerance={tolerance} must be at least 0 and needs search_first=True, a batch that judges none of its "
+            "own slopes; or None (null in YAML) to accept only what improves"
+        )
     for name in ("memory", "scale_memory"):
         if options[name] is not None and not 0 <= options[name] < 1:
             raise ValueError(f"{name}={options[name]} must lie in [0, 1); 0 remembers the last slope only")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from search.budget import Evaluator
-from search.losses import improves, lowest
+from search.losses import improves, lowest, tolerated
 from search.poll import Move
 
 
@@ -17,8 +17,14 @@ def search_step(
     lengths: Sequence[float],
     shortened: float,
     loss: float,
+    tolerance: float | None = None,
 ) -> Move | None:
-    """The best of the lengths, if it improves on a loss.
+    """The best of the lengths, if it improves on a loss; or the longest that a tolerance allows.
+
+    The best length on a batch is too short in the long run. A step that raises the loss along the few steep directions
+    may still make way along the many flat ones, which no single batch shows (Wu et al. 2018, short-horizon bias). So a
+    tolerance accepts what does not improve, within bounds (nonmonotone: Grippo, Lampariello and Lucidi 1986, whose
+    bound is the highest of the losses so far; across batches these do not compare).
 
     Args:
         evaluate: answers `trial`.
@@ -28,6 +34,8 @@ def search_step(
         lengths: to try.
         shortened: factor of the joined moves.
         loss: to improve on: of the incumbent, or of the best move that is known.
+        tolerance: accept the longest length at which the loss is higher by no more than this part of it; None: the
+            best that improves.
     """
     if evaluate.limit() is not None:
         return None
@@ -36,5 +44,11 @@ def search_step(
         change.index_add_(0, coordinates.to(change.device), moves.to(change), alpha=shortened)
     scales = torch.tensor(lengths[: evaluate.affordable(len(lengths))], dtype=change.dtype, device="cpu") / lengths[0]
     losses = evaluate.trial(change, scales)
-    k = lowest(losses)
-    return Move(losses.tolist()[k], scales.tolist()[k] * change) if improves(losses, loss).tolist()[k] else None
+    if tolerance is None:
+        k = lowest(losses)
+        accepted = improves(losses, loss).tolist()[k]
+    else:
+        allowed = tolerated(losses, loss, tolerance)
+        k = int((allowed * scales).argmax())
+        accepted = allowed.tolist()[k]
+    return Move(losses.tolist()[k], scales.tolist()[k] * change) if accepted else None
