@@ -376,7 +376,7 @@ def test_the_best_of_the_step_lengths_is_taken():
     assert torch.allclose(w, torch.zeros_like(w))
 
 
-@pytest.mark.parametrize("tolerance, reached", [(0.0, -0.9), (0.7, -1.4), (None, 0.1)])
+@pytest.mark.parametrize(("tolerance", "reached"), [(0.0, -0.9), (0.7, -1.4), (None, 0.1)])
 def test_a_tolerance_takes_the_longest_step_that_it_allows(tolerance, reached):
     w = nn.Parameter(torch.tensor([1.1], dtype=torch.float64))
     options = dict(radius=1e-6, poll="complete", one_sided=True, memory=0, contraction=1.0, search_first=True)
