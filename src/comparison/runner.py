@@ -161,11 +161,11 @@ def run_apart(words: Sequence[str], directory: Path) -> int:
 def run_command(words: Sequence[str], directory: Path) -> None:
     """Run `python src/train.py` with these words in this process, and go on where it was stopped.
 
-    What it prints goes to output.txt in its directory, also the reason why it fails.
+    What it prints goes to output.txt in its directory, also the reason why it fails. It draws no picture of its own.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "output.txt").open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    sys.argv = [str(TRAIN), *words, f"hydra.run.dir={quoted(str(directory))}", "resume=auto"]
+    sys.argv = [str(TRAIN), *words, f"hydra.run.dir={quoted(str(directory))}", "resume=auto", "picture=false"]
     runpy.run_path(str(TRAIN), run_name="__main__")

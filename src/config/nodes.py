@@ -41,6 +41,7 @@ PLAIN: dict[str, dict[str, Any]] = {  # the types of keys that are passed to no 
     "": {
         "seed": Annotated[int, Field(ge=0, lt=2**32)],
         "resume": str | None,
+        "picture": bool,
         "output_dir": str,
         "allowed_packages": list[str],
         **dict.fromkeys([*BUILT, "wandb", "checkpoint", "choices"], dict),

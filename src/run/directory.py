@@ -140,10 +140,10 @@ def quoted(value: str) -> str:
 
 
 def to_type(script: Sequence[str], hydra: Any, *more: str) -> str:
-    """The command of a run as it can be typed again, but for `resume`; `hydra` is the node of its config."""
+    """The command of a run as it can be typed again, without `resume` and `picture`; `hydra` is of its config."""
     name = hydra.job.config_name
     flags = [] if name == DEFAULT_CONFIG else [f"--config-name={name}"]
-    words = [word for word in given(hydra) if not word.startswith("resume=")]
+    words = [word for word in given(hydra) if not word.startswith(("resume=", "picture="))]
     return shlex.join(["python", *script, *flags, *words, *more])
 
 

@@ -20,7 +20,8 @@ from results.runs import LIMITS, RESUMABLE, Run, RunError, flat, newest_runs, re
 from run.directory import RunDirectoryError, typed, unusable
 
 # no step depends on these, nor on what lies below them
-FREE = ("resume.", "checkpoint.", "choices.", "logger.", "wandb.", "allowed_packages.", "callbacks.progress.")
+FREE_NODES = ("resume", "checkpoint", "choices", "logger", "wandb", "allowed_packages", "picture", "callbacks.progress")
+FREE = tuple(f"{node}." for node in FREE_NODES)
 
 
 def plan(cfgs: Sequence[DictConfig], hydra: HydraConf, multirun: bool) -> list[Path]:

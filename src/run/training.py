@@ -117,7 +117,8 @@ def run(
         "config": str(run_dir / "config.yaml"),
     }
     write(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    leave_picture(run_dir)
+    if cfg.picture:
+        leave_picture(run_dir)
     print_summary(console, cfg, summary)
     return summary
 

@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 
 from commands import run_alone
+from run import training
 from train import train
 
 SHORT = ["model=tiny", "logger=none", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1"]
@@ -48,6 +49,15 @@ def test_stopped_by_says_what_ended_the_run(reason, options, compose_config, mon
     Path(cfg.output_dir, "summary.json").unlink()  # as if it had been killed in its test
     cfg.resume = "auto"
     assert train(cfg)["stopped_by"] == reason
+
+
+@pytest.mark.parametrize("picture", [True, False])
+def test_a_run_draws_its_losses_unless_told_not_to(picture, compose_config, monkeypatch):
+    monkeypatch.setattr(training, "leave_picture", lambda run_dir: (Path(run_dir) / "progress.png").touch())
+    cfg = compose_config(*ADAM, "trainer.max_epochs=1")
+    cfg.picture = picture
+    train(cfg)
+    assert (Path(cfg.output_dir) / "progress.png").exists() == picture
 
 
 @pytest.mark.slow
