@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +23,7 @@ from results.collect import origin
 from results.runs import RunError, read_run
 from run.directory import TRAIN, quoted
 
-OVERHEAD = 4.0  # seconds that a run takes beside its training, for the time that is left
+OVERHEAD = 1.5  # seconds that a run takes beside its training, for the time that is left
 
 
 class Comparison:
@@ -141,21 +142,30 @@ def finished(directory: Path, job: Job) -> bool:
 def workers(processes: int) -> Iterator[ThreadPoolExecutor]:
     """Threads that each wait for one command; the commands have one thread each."""
     share_cores(-1)
+    before = os.environ.get("PYTHONPATH", "")
+    # the server that forks the runs does not know the path of this process, and passes over what it cannot import
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TRAIN.parent.absolute()), before]))
     pool = ThreadPoolExecutor(processes)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+        os.environ["PYTHONPATH"] = before
 
 
 def run_apart(words: Sequence[str], directory: Path) -> int:
     """The exit code of a command in a process of its own, in which the libraries are imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["run.training", "results.figures"])
-    process = context.Process(target=run_command, args=(words, directory))
+    process = preloaded().Process(target=run_command, args=(words, directory))
     process.start()
     process.join()
     return process.exitcode or 0
+
+
+def preloaded() -> ForkServerContext:
+    """Makes processes in which all that a run needs is imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["run.training"])
+    return context
 
 
 def run_command(words: Sequence[str], directory: Path) -> None:

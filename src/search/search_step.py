@@ -21,10 +21,10 @@ def search_step(
 ) -> Move | None:
     """The best of the lengths, if it improves on a loss; or the longest that a tolerance allows.
 
-    The best length on a batch is too short in the long run. A step that raises the loss along the few steep directions
-    may still make way along the many flat ones, which no single batch shows (Wu et al. 2018, short-horizon bias). So a
-    tolerance accepts what does not improve, within bounds (nonmonotone: Grippo, Lampariello and Lucidi 1986, whose
-    bound is the highest of the losses so far; across batches these do not compare).
+    The best length on a batch may be too short in the long run: a step that raises the loss along the few steep
+    directions may still make way along the many flat ones, which no single batch shows (Wu et al. 2018, short-horizon
+    bias). So a tolerance accepts what does not improve, within bounds (nonmonotone: Grippo, Lampariello and Lucidi
+    1986, whose bound is the highest of the losses so far; across batches these do not compare).
 
     Args:
         evaluate: answers `trial`.

@@ -89,6 +89,16 @@ def curve(contender="adam", seed=0, at=(3, 6, 9), values=(3.0, 2.0, 1.0), task="
 # --- the plan ---
 
 
+@pytest.mark.slow
+def test_runs_find_what_they_need_imported_already():
+    with runner.workers(1):
+        code = "import sys; sys.exit(7 if 'run.training' in sys.modules else 3)"
+        process = runner.preloaded().Process(target=exec, args=(code,))
+        process.start()
+        process.join()
+    assert process.exitcode == 7
+
+
 def test_every_contender_runs_on_every_task_unless_its_tasks_are_named(plan):
     assert [*pairs(plan)] == [("small", "adam"), ("small", "nodes"), ("text", "adam")]
 
