@@ -17,7 +17,7 @@ test: .venv/installed
 test-fast: .venv/installed
 	$(TEST) -m "not slow" $(ARGS)
 
-# every contender on every task, nearly five hours on two cores; stopped, it goes on where it was
+# every contender on every task, about four hours on two cores; stopped, it goes on where it was
 report: .venv/installed
 	$(RUN) src/report.py compare report/full.yaml $(ARGS)
 
