@@ -21,7 +21,7 @@ test-fast: .venv/installed
 report: .venv/installed
 	$(RUN) src/report.py compare report/full.yaml $(ARGS)
 
-# three tasks, one seed, ten minutes
+# three tasks, one seed, seven minutes
 report-quick: .venv/installed
 	$(RUN) src/report.py compare report/quick.yaml $(ARGS)
 
