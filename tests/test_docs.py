@@ -188,7 +188,7 @@ def test_every_diagnosis_draws(command, tmp_path):
 
 
 def choices(swept):
-    return [swept] if swept.startswith("{") else swept.split(",")
+    return [swept] if swept.startswith(("{", "[")) else swept.split(",")
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def search_step(
         k = lowest(losses)
         accepted = improves(losses, loss).tolist()[k]
     else:
-        allowed = tolerated(losses, loss, tolerance)
-        k = int((allowed * scales).argmax())
-        accepted = allowed.tolist()[k]
+        allowed = tolerated(losses, loss, tolerance).tolist()
+        k = max(range(len(allowed)), key=lambda i: (allowed[i], lengths[i]))
+        accepted = allowed[k]
     return Move(losses.tolist()[k], scales.tolist()[k] * change) if accepted else None
