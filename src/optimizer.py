@@ -43,8 +43,8 @@ class PatternSearch(LossOnlyOptimizer):
        coordinates, each divided by its running root mean square and faded by its age, make one direction
        (`search/slopes.py`; simplex slopes, Custodio and Vicente 2007), with `orthogonalise` orthogonalised in matrices
        (`search/orthogonal.py`). With `join_improving`, all moves of a complete poll that improved are made too. The
-       best of the step lengths counts. With `half_after`, moves get shorter with the number of evaluations (Robbins
-       and Monro 1951), and slopes fade more slowly in return. With `search_first` this comes before the poll.
+       best of the step lengths counts. With `linear_decay`, moves get shorter with the number of evaluations (Defazio
+       et al. 2023), and slopes fade more slowly in return. With `search_first` this comes before the poll.
     4. Move to the best of the complete poll and the search, if it is better than the incumbent; else stay.
     5. A pass over all directions without a success of a group multiplies its radius by `contraction`, any success by
        `expansion` at the end of the pass (Torczon 1997; Audet and Dennis 2003).
@@ -75,8 +75,8 @@ class PatternSearch(LossOnlyOptimizer):
         join_improving: whether the search step makes all moves of a complete poll that improved too: as they were
             polled at the first step length, and shortened in proportion at the others.
         memory, scale_memory, fade: of the remembered slopes, see `search.slopes.SlopeMemory`.
-        half_after: function evaluations after which the moves of the search step are half as long, and a third after
-            twice as many; `fade` grows as they shrink. None: they stay as they are.
+        linear_decay: whether the moves of the search step get shorter, down to 0 at `max_evaluations`; `fade` grows as
+            they shrink.
         max_evaluations, max_seconds, target_loss: what ends the search, see `search.budget.Limits`.
         nodes_per_step: nodes polled in a step at the most, in a seeded random order, all equally often; None for
             none. The closure must answer `nodes`. `polls_per_step` may then be 0.
@@ -127,7 +127,7 @@ class PatternSearch(LossOnlyOptimizer):
         memory: float = 0.5,
         scale_memory: float | None = 0.9,
         fade: float | None = 10.0,
-        half_after: float | None = None,
+        linear_decay: bool = False,
         nodes_per_step: int | None = None,
         rows_per_step: int | None = None,
         orthogonalise: int = 0,
@@ -137,9 +137,9 @@ class PatternSearch(LossOnlyOptimizer):
         self.options: dict[str, Any] = dict(poll=poll, polls_per_step=polls_per_step, last_group_share=last_group_share)
         self.options |= dict(one_sided=one_sided, nodes_per_step=nodes_per_step, rows_per_step=rows_per_step)
         self.options |= dict(step_lengths=list(step_lengths), tolerance=tolerance)
-        self.options |= dict(join_improving=join_improving, search_first=search_first, half_after=half_after)
+        self.options |= dict(join_improving=join_improving, search_first=search_first, linear_decay=linear_decay)
         self.options |= dict(memory=memory, scale_memory=scale_memory, fade=fade)
-        check_options(self.options | {"orthogonalise": orthogonalise})
+        check_options(self.options | dict(orthogonalise=orthogonalise, max_evaluations=max_evaluations))
         of_groups = dict(radius=radius, contraction=contraction, expansion=expansion)
         of_groups |= dict(min_radius=min_radius, max_radius=max_radius, orthogonalise=orthogonalise)
         super().__init__(params, of_groups, seed, max_evaluations, max_seconds, target_loss)
@@ -218,16 +218,16 @@ class PatternSearch(LossOnlyOptimizer):
         if not (self.options["step_lengths"] or self.options["one_sided"]):
             return None
         memory, scale_memory, fade = (self.options[name] for name in ("memory", "scale_memory", "fade"))
-        fade = None if fade is None else fade / self.shortened  # shorter moves: slopes stay true for longer
+        if fade is not None:  # shorter moves: slopes stay true for longer, and for good when there are none left
+            fade = fade / self.shortened if self.shortened else None
         n, like = len(self.coordinates), self.coordinates.parameters[0]
         return SlopeMemory(self.state["slopes"], n, like, memory, scale_memory, fade)  # type: ignore[index]
 
     @property
     def shortened(self) -> float:
         """Length of the search step's moves in this step, as a part of what it was at first."""
-        half_after = self.options["half_after"]
-        before = self.evaluations - self.report.evaluations  # this step
-        return 1.0 if half_after is None else 1 / (1 + before / half_after)
+        before, planned = self.evaluations - self.report.evaluations, self.limits.max_evaluations  # before this step
+        return 1 - before / planned if self.options["linear_decay"] and planned else 1.0
 
     def number_weights(self) -> None:
         """Number the weights, and draw up the directions: two for every weight, or one if one side only is polled."""

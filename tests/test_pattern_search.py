@@ -44,7 +44,7 @@ VARIANTS = {
     "one_sided": dict(poll="opportunistic", one_sided=True),
     "fading": dict(poll="complete", one_sided=True, step_lengths=[0.1, 0.05], contraction=1.0),
     "joined": dict(poll="complete", one_sided=True, step_lengths=[0.1, 0.05], join_improving=True, contraction=1.0),
-    "shorter": dict(poll="complete", step_lengths=[0.1, 0.05], join_improving=True, half_after=40),
+    "shorter": dict(poll="complete", step_lengths=[0.1, 0.05], linear_decay=True, max_evaluations=9999),
     "tolerant": dict(poll="complete", step_lengths=[0.1, 0.05], search_first=True, tolerance=0.1, contraction=1.0),
     "unscaled": dict(poll="complete", step_lengths=[0.1], scale_memory=None, fade=None, memory=0.0),
 }
@@ -213,7 +213,7 @@ def test_the_evaluation_budget_is_never_exceeded(variant, budget):
         calls += 1
         return sphere(w)
 
-    search = run(PatternSearch([w], radius=0.7, **variant, max_evaluations=budget), closure)
+    search = run(PatternSearch([w], radius=0.7, **variant | dict(max_evaluations=budget)), closure)
     assert calls == search.evaluations == budget
     assert search.stopped_by == "max_evaluations"
     search.step(closure)  # a stopped search does nothing
@@ -415,13 +415,16 @@ def test_joined_moves_are_shortened_with_the_step():
 def test_moves_get_shorter_with_the_evaluations_and_slopes_fade_more_slowly():
     w, slope = nn.Parameter(torch.zeros(3, dtype=torch.float64)), torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
     options = dict(radius=1e-3, poll="complete", contraction=1.0, step_lengths=[0.1], memory=0.5, fade=10.0)
-    search, moves = PatternSearch([w], half_after=8, **options), []
-    for _ in range(3):
+    search, moves = PatternSearch([w], linear_decay=True, max_evaluations=32, **options), []
+    for _ in range(4):
         before = w.detach().clone()
         search.step(lambda: (slope * w).sum())  # a step: 1 + 6 + 1 evaluations
         moves.append((before - w.detach()).tolist())
-    assert moves == [pytest.approx([0.1 / part, -0.1 / part, 0.1 / part]) for part in (1, 2, 3)]
-    assert search.slopes.fade == pytest.approx(30)
+    assert moves == [pytest.approx([0.1 * part, -0.1 * part, 0.1 * part]) for part in (1, 0.75, 0.5, 0.25)]
+    assert search.slopes.fade == pytest.approx(40)
+    assert search.stopped_by == "max_evaluations"
+    search.step(lambda: (slope * w).sum())  # which does nothing any more
+    assert search.slopes.fade is None
 
 
 def test_polls_of_one_side_take_the_side_remembered_as_downhill():
@@ -477,7 +480,8 @@ def test_slopes_that_are_not_finite_are_not_remembered():
         ({"memory": 1.0}, r"memory=1.0 must lie in \[0, 1\)"),
         ({"scale_memory": -0.1}, r"scale_memory=-0.1 must lie in \[0, 1\)"),
         ({"fade": 0}, "fade=0 must be above 0 steps"),
-        ({"half_after": 0}, "half_after=0 must be above 0 evaluations"),
+        ({"linear_decay": True, "step_lengths": [0.1]}, "linear_decay=True needs step_lengths, and max_evaluations"),
+        ({"linear_decay": True, "max_evaluations": 9}, "linear_decay=True needs step_lengths, and max_evaluations"),
         ({"expansion": 0.9}, "expansion=0.9 must be at least 1"),
         ({"poll": "random"}, "poll=random is not known"),
         ({"polls_per_step": 0}, "polls_per_step=0 must be at least 1"),

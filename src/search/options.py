@@ -58,9 +58,10 @@ def check_options(options: dict[str, Any]) -> None:
             raise ValueError(f"{name}={options[name]} must lie in [0, 1); 0 remembers the last slope only")
     if options["fade"] is not None and not options["fade"] > 0:
         raise ValueError(f"fade={options['fade']} must be above 0 steps, or null to never fade")
-    if options["half_after"] is not None and not options["half_after"] > 0:
+    if options["linear_decay"] and not (options["step_lengths"] and options["max_evaluations"]):
         raise ValueError(
-            f"half_after={options['half_after']} must be above 0 evaluations, or null for moves that stay as long"
+            "linear_decay=True needs step_lengths, and max_evaluations, at which they reach 0; or use "
+            "linear_decay=False for moves that stay as long"
         )
 
 

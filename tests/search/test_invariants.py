@@ -110,7 +110,6 @@ def searches(draw, **fixed):
         "memory": draw(st.sampled_from([0.0, 0.5, 0.9])),
         "scale_memory": draw(st.sampled_from([None, 0.0, 0.9])),
         "fade": draw(st.sampled_from([None, 0.5, 10.0])),
-        "half_after": draw(st.sampled_from([None, 10])),
         "contraction": draw(st.sampled_from([1.0, 0.5])),
         "expansion": draw(st.sampled_from([1.0, 2.0])),
         "min_radius": draw(st.sampled_from([0.0, 0.2])),
@@ -121,6 +120,8 @@ def searches(draw, **fixed):
     if options["step_lengths"] and draw(st.booleans()):
         options |= {"nodes_per_step": draw(st.integers(1, 3)), "polls_per_step": draw(st.integers(0, n))}
         options |= {"rows_per_step": draw(st.none() | st.integers(1, 4))}
+    if options["step_lengths"] and (options | fixed)["max_evaluations"]:
+        options["linear_decay"] = draw(st.booleans())
     if options["step_lengths"] and draw(st.booleans()):
         options |= {"search_first": True, "tolerance": draw(st.sampled_from([None, 0.0, 0.1, 2.0]))}
     return groups, options | fixed
