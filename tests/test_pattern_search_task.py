@@ -24,7 +24,8 @@ def fit(task, data, logger=False, **options):
     return trainer
 
 
-SEARCHES = ["pattern_search", "pattern_search_classic", "pattern_search_nodes", "pattern_search_nodes_long"]
+NODES = ["pattern_search_nodes", "pattern_search_nodes_long", "pattern_search_nodes_decay"]
+SEARCHES = ["pattern_search", "pattern_search_classic", *NODES]
 
 
 @pytest.mark.parametrize(

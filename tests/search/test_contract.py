@@ -35,9 +35,9 @@ class TestPatternSearchNodesOnDrawnRows(LossOnlyTests):
     toy = dict(radius=0.5, polls_per_step=2, nodes_per_step=2, rows_per_step=1, step_lengths=[0.2, 0.1])
 
 
-class TestPatternSearchNodesWithTolerance(LossOnlyTests):
-    name = "pattern_search_nodes_long"
-    toy = dict(radius=0.5, polls_per_step=2, nodes_per_step=2, step_lengths=[0.2, 0.1], tolerance=0.1)
+class TestPatternSearchNodesDecay(LossOnlyTests):
+    name = "pattern_search_nodes_decay"
+    toy = dict(radius=0.5, polls_per_step=2, nodes_per_step=2, step_lengths=[0.2, 0.1])
 
 
 class TestRandomSearch(LossOnlyTests):
