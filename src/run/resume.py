@@ -103,12 +103,16 @@ def differences(old: DictConfig, new: DictConfig, limits: bool = False) -> dict[
         container: Any = OmegaConf.to_container(cfg, resolve=True)
         return {k: v.replace(cfg.output_dir, "") if isinstance(v, str) else v for k, v in flat(container).items()}
 
+    def is_limit(key: str) -> bool:
+        scheduled = OmegaConf.select(new, "optimizer.linear_decay") and key == "optimizer.max_evaluations"
+        return key.rpartition(".")[2] in LIMITS and not scheduled  # else every step depends on it
+
     before, after = values(old), values(new)
     pairs = {key: (before.get(key, "(missing)"), after.get(key, "(missing)")) for key in before | after}
     return {
         key: pair
         for key, pair in pairs.items()
-        if pair[0] != pair[1] and not f"{key}.".startswith(FREE) and limits == (key.rpartition(".")[2] in LIMITS)
+        if pair[0] != pair[1] and not f"{key}.".startswith(FREE) and limits == is_limit(key)
     }
 
 

@@ -328,6 +328,14 @@ def test_a_config_that_leads_elsewhere_is_refused_with_both_values(check, compos
     assert "max_epochs" not in said
 
 
+def test_a_schedule_that_ends_elsewhere_is_another_run(check, compose_config, tmp_path):
+    decay = ["optimizer.linear_decay=true", "optimizer.max_evaluations=500"]
+    save_config(tmp_path / "a", compose_config(*SHORT, *decay))
+    assert check("resume=a", *decay, "trainer.max_epochs=9") == tmp_path / "a"
+    said = check("resume=a", decay[0], "optimizer.max_evaluations=600")
+    assert "optimizer.max_evaluations is 600 here and was 500 in a" in said
+
+
 @pytest.mark.parametrize("resumed", ["a", "auto"])
 def test_harmless_changes_are_allowed_and_the_run_goes_on_in_its_directory(check, compose_config, tmp_path, resumed):
     save_config(tmp_path / "runs/a", compose_config(*SHORT))
