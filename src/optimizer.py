@@ -77,6 +77,8 @@ class PatternSearch(LossOnlyOptimizer):
         memory, scale_memory, fade: of the remembered slopes, see `search.slopes.SlopeMemory`.
         linear_decay: whether the moves of the search step get shorter, down to 0 at `max_evaluations`; `fade` grows as
             they shrink.
+        weight_decay: part of every matrix that a search step of length 1 takes off too (decoupled, Loshchilov and
+            Hutter 2019).
         max_evaluations, max_seconds, target_loss: what ends the search, see `search.budget.Limits`.
         nodes_per_step: nodes polled in a step at the most, in a seeded random order, all equally often; None for
             none. The closure must answer `nodes`. `polls_per_step` may then be 0.
@@ -128,6 +130,7 @@ class PatternSearch(LossOnlyOptimizer):
         scale_memory: float | None = 0.9,
         fade: float | None = 10.0,
         linear_decay: bool = False,
+        weight_decay: float = 0.0,
         nodes_per_step: int | None = None,
         rows_per_step: int | None = None,
         orthogonalise: int = 0,
@@ -136,7 +139,7 @@ class PatternSearch(LossOnlyOptimizer):
     ):
         self.options: dict[str, Any] = dict(poll=poll, polls_per_step=polls_per_step, last_group_share=last_group_share)
         self.options |= dict(one_sided=one_sided, nodes_per_step=nodes_per_step, rows_per_step=rows_per_step)
-        self.options |= dict(step_lengths=list(step_lengths), tolerance=tolerance)
+        self.options |= dict(step_lengths=list(step_lengths), tolerance=tolerance, weight_decay=weight_decay)
         self.options |= dict(join_improving=join_improving, search_first=search_first, linear_decay=linear_decay)
         self.options |= dict(memory=memory, scale_memory=scale_memory, fade=fade)
         check_options(self.options | dict(orthogonalise=orthogonalise, max_evaluations=max_evaluations))
@@ -187,6 +190,10 @@ class PatternSearch(LossOnlyOptimizer):
     ) -> Move | None:
         """The search step, if it is better than the best of the poll, or than the incumbent."""
         direction = orthogonalised(slopes.direction, slopes.mean, self.matrices)
+        if weight_decay := self.options["weight_decay"]:
+            for p, part in self.coordinates.with_parts(direction):
+                if p.ndim == 2:
+                    part.sub_(p.detach().to(part), alpha=weight_decay)
         joined = improving if self.options["join_improving"] else []
         lengths = [self.shortened * length for length in self.options["step_lengths"]]
         to_beat = self.report.loss_after if best is None else best.loss

@@ -427,6 +427,23 @@ def test_moves_get_shorter_with_the_evaluations_and_slopes_fade_more_slowly():
     assert search.slopes.fade is None
 
 
+def test_weight_decay_takes_a_part_of_the_matrices_off_in_proportion_to_the_step():
+    def moved(**options):
+        matrix, vector = nn.Parameter(torch.tensor([[4.0, -2.0, 0.0]])), nn.Parameter(torch.tensor([5.0]))
+        options |= dict(radius=1e-3, poll="complete", contraction=1.0, step_lengths=[0.1], linear_decay=True)
+        search = PatternSearch([matrix, vector], max_evaluations=20, **options)
+        for _ in range(2):  # 10 evaluations each: the second step is half as long
+            search.step(lambda: 1000 * matrix.sum() + vector.sum())
+        assert search.report.search_accepted
+        return matrix.detach(), vector.detach()
+
+    (plain, its_vector), (decayed, vector) = moved(), moved(weight_decay=0.2)
+    taken_off = torch.tensor([[4.0, -2.0, 0.0]]) * 0.02
+    taken_off += (torch.tensor([[4.0, -2.0, 0.0]]) - 0.1 - taken_off) * 0.01
+    assert torch.allclose(plain - decayed, taken_off, atol=1e-5)
+    assert torch.equal(vector, its_vector)
+
+
 def test_polls_of_one_side_take_the_side_remembered_as_downhill():
     w = nn.Parameter(torch.tensor([1.0, -1.0, 1.0]))
     polled = []
@@ -480,6 +497,8 @@ def test_slopes_that_are_not_finite_are_not_remembered():
         ({"memory": 1.0}, r"memory=1.0 must lie in \[0, 1\)"),
         ({"scale_memory": -0.1}, r"scale_memory=-0.1 must lie in \[0, 1\)"),
         ({"fade": 0}, "fade=0 must be above 0 steps"),
+        ({"weight_decay": -1}, "weight_decay=-1 must be at least 0"),
+        ({"weight_decay": 0.1}, "needs step_lengths, the search step that takes a part of the weights off"),
         ({"linear_decay": True, "step_lengths": [0.1]}, "linear_decay=True needs step_lengths, and max_evaluations"),
         ({"linear_decay": True, "max_evaluations": 9}, "linear_decay=True needs step_lengths, and max_evaluations"),
         ({"expansion": 0.9}, "expansion=0.9 must be at least 1"),

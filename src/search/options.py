@@ -58,6 +58,11 @@ def check_options(options: dict[str, Any]) -> None:
             raise ValueError(f"{name}={options[name]} must lie in [0, 1); 0 remembers the last slope only")
     if options["fade"] is not None and not options["fade"] > 0:
         raise ValueError(f"fade={options['fade']} must be above 0 steps, or null to never fade")
+    if not 0 <= options["weight_decay"] < math.inf or (options["weight_decay"] and not options["step_lengths"]):
+        raise ValueError(
+            f"weight_decay={options['weight_decay']} must be at least 0 and needs step_lengths, the search step that "
+            "takes a part of the weights off; or 0 to take nothing off"
+        )
     if options["linear_decay"] and not (options["step_lengths"] and options["max_evaluations"]):
         raise ValueError(
             "linear_decay=True needs step_lengths, and max_evaluations, at which they reach 0; or use "

@@ -120,6 +120,8 @@ def searches(draw, **fixed):
     if options["step_lengths"] and draw(st.booleans()):
         options |= {"nodes_per_step": draw(st.integers(1, 3)), "polls_per_step": draw(st.integers(0, n))}
         options |= {"rows_per_step": draw(st.none() | st.integers(1, 4))}
+    if options["step_lengths"]:
+        options["weight_decay"] = draw(st.sampled_from([0.0, 0.5]))
     if options["step_lengths"] and (options | fixed)["max_evaluations"]:
         options["linear_decay"] = draw(st.booleans())
     if options["step_lengths"] and draw(st.booleans()):
