@@ -44,7 +44,8 @@ class PatternSearch(LossOnlyOptimizer):
        (`search/slopes.py`; simplex slopes, Custodio and Vicente 2007), with `orthogonalise` orthogonalised in matrices
        (`search/orthogonal.py`). With `join_improving`, all moves of a complete poll that improved are made too. The
        best of the step lengths counts. With `linear_decay`, moves get shorter with the number of evaluations (Defazio
-       et al. 2023), and slopes fade more slowly in return. With `search_first` this comes before the poll.
+       et al. 2023), and slopes fade more slowly in return. With `weight_decay`, a move takes a part of every matrix off
+       too. With `search_first` this comes before the poll.
     4. Move to the best of the complete poll and the search, if it is better than the incumbent; else stay.
     5. A pass over all directions without a success of a group multiplies its radius by `contraction`, any success by
        `expansion` at the end of the pass (Torczon 1997; Audet and Dennis 2003).
