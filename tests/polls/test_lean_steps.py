@@ -66,7 +66,9 @@ def test_a_step_of_node_perturbation_has_few_operators_and_waits(nodes, most):
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize(
-    "options", [NODES | dict(nodes_per_step=64, orthogonalise=6), RECOMMENDED], ids=["nodes", "weights"]
+    "options",
+    [NODES | dict(nodes_per_step=64, orthogonalise=6, weight_decay=0.1), RECOMMENDED],
+    ids=["nodes", "weights"],
 )
 def test_every_tensor_of_a_step_is_made_where_the_weights_are(options, positions):
     search, closure = setup(positions, **options)
