@@ -1,4 +1,4 @@
-"""On a GPU: the fast polls give the losses and slopes of the CPU, and every optimizer trains. Skipped where none is."""
+"""On a GPU: fast polls give the losses and slopes of the CPU, optimizers train, runs go on. Skipped where none is."""
 
 import copy
 import shlex
@@ -7,12 +7,13 @@ import pandas as pd
 import pytest
 import torch
 
-from commands import SHORT, run
+from commands import SHORT, run, run_dirs
 from config.compose import CONFIGS
 from pattern_search_task import batch_loss
 from polls.make import make_polls
 from polls.sizes import GPU
 from search.coordinates import Coordinates
+from soak_kill import differences, results
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 OPTIMIZERS = sorted(path.stem for path in (CONFIGS / "optimizer").glob("*.yaml"))
@@ -68,3 +69,17 @@ def test_every_optimizer_trains(optimizer, tmp_path):
     (file,) = tmp_path.rglob("metrics.csv")
     table = pd.read_csv(file)
     assert table[table.metric == "train/loss"].value.between(0, 10).all()
+
+
+@pytest.mark.parametrize("optimizer", ["pattern_search", "pattern_search_nodes", "pattern_search_nodes_decay", "es"])
+def test_a_run_that_was_stopped_ends_as_its_twin_that_was_left_alone(optimizer, tmp_path):
+    def train(name, *more):
+        words = ["model=tiny", "trainer=gpu", f"optimizer={optimizer}", "logger=none", *more]
+        done = run(shlex.join(["python", "src/train.py", *words]), tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        return run_dirs(tmp_path / name)[0]
+
+    twin = train("twin", "trainer.max_epochs=2", "checkpoint.every_steps=1")
+    stopped = train("stopped", "trainer.max_epochs=2", "checkpoint.every_steps=1", "trainer.max_steps=5")
+    train("stopped", "trainer.max_epochs=2", "checkpoint.every_steps=1", f"resume={stopped}")
+    assert list(differences(results(twin), results(stopped))) == []
