@@ -17,7 +17,7 @@ from search.budget import Evaluator
 from search.directions import Directions
 from search.groups import BLOCKS, polls_for, split_at_last_block, split_matrices
 from search.node_polls import poll_nodes
-from search.options import RECOMMENDED, check_group, check_options, check_shares
+from search.options import RECOMMENDED, check_group, check_options, check_shares, unread_options
 from search.orthogonal import matrices_of, orthogonalised
 from search.poll import Move, Poll
 from search.search_step import search_step
@@ -203,7 +203,10 @@ class PatternSearch(LossOnlyOptimizer):
         return found
 
     def _accept(self, move: Move) -> None:
+        before = self.report.loss_after
         self.accept(move.loss, move.changes, move.coordinates)
+        if not move.loss < before and math.isfinite(before):  # within the tolerance of the search step
+            return
         parameters = slice(None) if move.coordinates is None else self.coordinates.owner(move.coordinates)
         for group in set(self.group_of[parameters].tolist()):
             self.saved["improved"][group] = True
@@ -300,6 +303,16 @@ class PatternSearch(LossOnlyOptimizer):
 
     def shape(self) -> dict[str, int]:
         return super().shape() | {"directions": len(self.directions)}
+
+    def unread(self) -> dict[str, str]:
+        return unread_options(self.options)
+
+    def remarks(self) -> list[str]:
+        if self.stopped_by == "max_evaluations" or not self.options["linear_decay"]:
+            return []
+        planned = self.limits.max_evaluations or math.inf  # never None with linear_decay
+        left = 1 - self.evaluations / planned
+        return [f"the search step still had {left:.0%} of its length: linear_decay ends at max_evaluations={planned}"]
 
     @property
     def needs_nodes(self) -> bool:

@@ -376,6 +376,18 @@ def test_the_best_of_the_step_lengths_is_taken():
     assert torch.allclose(w, torch.zeros_like(w))
 
 
+def test_a_move_within_the_tolerance_that_raises_the_loss_is_no_success():
+    w = nn.Parameter(torch.zeros(2))
+    options = dict(poll="complete", one_sided=True, search_first=True, step_lengths=[3.0], tolerance=100.0)
+    search = PatternSearch([w], radius=0.5, expansion=2.0, **options)
+    for _ in range(3):
+        radius = search.param_groups[0]["radius"]
+        search.step(lambda: ((w - 0.3) ** 2).sum())
+    assert search.report.search_accepted
+    assert search.report.loss_after > search.report.loss_before
+    assert search.param_groups[0]["radius"] < radius
+
+
 @pytest.mark.parametrize(("tolerance", "reached"), [(0.0, -0.9), (0.7, -1.4), (None, 0.1)])
 def test_a_tolerance_takes_the_longest_step_that_it_allows(tolerance, reached):
     w = nn.Parameter(torch.tensor([1.1], dtype=torch.float64))

@@ -90,7 +90,7 @@ def build_problems(cfg: DictConfig, unread: dict[str, str]) -> list[str]:
     trainer = build("trainer", lambda: instantiate(cfg.trainer, logger=False, callbacks=quiet))
     if task and optimizer and trainer:
         command = {key_of(word) for word in given(HydraConfig.get())}
-        unread |= {key: line for key, line in without_effect(cfg, data, task) if key in command}
+        unread |= {key: line for key, line in without_effect(cfg, data, task, optimizer) if key in command}
         problems += of_trainer(cfg, data, task, trainer)
         problems += of_callbacks(cfg, callbacks, task, metrics_of(data, task, optimizer))
     return problems

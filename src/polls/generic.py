@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from polls.shared import WILD, Incumbent, check_block, check_trial, checked, wild, within_rounding
+from polls.shared import WILD, Incumbent, check_block, check_trial, checked, wild
 from polls.sizes import sizes_on
 from search.closure import Changes, OneByOne, forward_only
 from search.coordinates import Coordinates
+from search.losses import within_rounding
 
 FEW = 4  # fewer candidates of a tensor are not worth vmap's own cost
 

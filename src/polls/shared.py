@@ -8,6 +8,7 @@ from torch import Tensor
 
 from search.closure import Changes
 from search.coordinates import Coordinates
+from search.losses import within_rounding
 
 WILD = 1e12  # changes beyond this square to the largest float32: order of operations decides what comes out
 
@@ -37,11 +38,6 @@ class Incumbent:
 def version(p: Tensor) -> tuple[int, int, torch.dtype]:
     """Changes whenever a tensor is changed in place or its memory exchanged."""
     return p._version, p.data_ptr(), p.dtype
-
-
-def within_rounding(losses: Tensor, loss: Tensor) -> Tensor:
-    """Which losses (K,) differ from `loss` by no more than the order of its operations may."""
-    return (losses - loss).abs() <= 8 * torch.finfo(loss.dtype).eps * loss.abs()
 
 
 def wild(changes: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from results.tables import markdown, read_summaries
 
 OUTCOMES = {True: "solved", False: "not solved: it needs more than this"}
 VARIANT = "choices.variant"  # the key that is compared unless another one is given
+ABSENT = object()  # the value of a key that a config does not have
 COSTS = {"evaluations": "function evaluations to solve", "seconds": "training seconds to solve"}
 
 
@@ -40,9 +41,10 @@ def read_costs(*paths: str | Path, by: str = VARIANT) -> pd.DataFrame:
     """
 
     def label(run: Run) -> dict[str, Any]:
-        if (value := OmegaConf.select(run.config, by)) is None:
+        value = OmegaConf.select(run.config, by, default=ABSENT)
+        if value is ABSENT or (value is None and by == VARIANT):
             raise RunError(f"{run.directory} has no {by}")
-        return {"label": value}
+        return {"label": "null" if value is None else value}
 
     runs = read_summaries(*paths, more=label)
     if "label" not in runs:  # kept rows

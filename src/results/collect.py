@@ -10,14 +10,17 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import OmegaConf
 
-from results.runs import Run, by_position
+from results.runs import Run, RunError, by_position
 from results.tables import read_summaries
 from run.directory import starts, to_type, write
 
 
 def origin(run: Run) -> dict[str, str]:
     """What to type for this run alone, also if it was a job of a sweep; its code, machine and day."""
-    hydra, started = run.directory / ".hydra" / "hydra.yaml", starts(run.directory)[-1]
+    hydra, recorded = run.directory / ".hydra" / "hydra.yaml", starts(run.directory)
+    if not recorded:
+        raise RunError(f"{run.directory}/environment.json is missing or damaged: it says with what code a run was made")
+    started = recorded[-1]
     return {
         "command": to_type(["src/train.py"], OmegaConf.load(hydra).hydra) if hydra.exists() else "",
         "commit": (started["git_commit"] or "")[:10] + ("+" if started["git_dirty"] else ""),

@@ -177,23 +177,35 @@ def read_runs(*paths: str | Path) -> pd.DataFrame:
     as `name_settings` gives them. RunError if no run that can be read lies there. A .csv or .csv.gz that
     `report.py figures --keep` wrote stands for its runs.
     """
-    if kept := [path for path in paths if Path(path).name.endswith((".csv", ".csv.gz"))]:
-        return read_kept(kept, na_values={"chance_loss": [""]})
+    import pandas as pd
+
+    kept, directories = kept_and_directories(paths)
+    tables = [read_kept(path, na_values={"chance_loss": [""]}) for path in kept]
+    tables = [table.assign(run=f"{path}/" + table.run.astype(str)) for path, table in zip(kept, tables, strict=True)]
+    if kept and not directories:
+        return pd.concat(tables, ignore_index=True)
 
     def table_of(run: Run) -> pd.DataFrame:
         chance_loss = (run.summary or {}).get("chance_loss", math.nan)
         return run.metrics().assign(run=str(run.directory), chance_loss=chance_loss)
 
-    found = read_all(*paths, read=lambda run: (table_of(run), run.config))
-    return joined([table for table, _ in found], [config for _, config in found])
+    found = read_all(*directories, read=lambda run: (table_of(run), run.config))
+    tables.append(joined([table for table, _ in found], [config for _, config in found]))
+    return pd.concat(tables, ignore_index=True)
 
 
-def read_kept(paths: Sequence[str | Path], na_values: Any) -> pd.DataFrame:
-    """The rows of CSVs, one after the other; RunError if one is not there, or is no CSV."""
+def kept_and_directories(paths: Sequence[str | Path]) -> tuple[list[str | Path], list[str | Path]]:
+    """The CSVs that stand for runs, and the directories of others."""
+    kept = [path for path in paths if Path(path).name.endswith((".csv", ".csv.gz"))]
+    return kept, [path for path in paths if path not in kept]
+
+
+def read_kept(path: str | Path, na_values: Any) -> pd.DataFrame:
+    """The rows of a CSV; RunError if it is not there, or is no CSV."""
     import pandas as pd
 
     try:
-        return pd.concat([pd.read_csv(p, keep_default_na=False, na_values=na_values) for p in paths], ignore_index=True)
+        return pd.read_csv(path, keep_default_na=False, na_values=na_values)
     except (OSError, ValueError) as error:
         raise RunError(f"{error}".splitlines()[0]) from error
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from results.runs import KIND, OUTCOME, Run, RunError, name_settings, read_all, read_kept
+from results.runs import KIND, OUTCOME, Run, RunError, kept_and_directories, name_settings, read_all, read_kept
 
 LOWER_IS_BETTER = ("loss", "bits_per_character")  # ends of the names of metrics
 SOLVED = 0.99  # a run with at least this value of the metric counts as solved
@@ -25,17 +25,23 @@ def read_summaries(*paths: str | Path, more: Callable[[Run], dict[str, Any]] = l
         paths: directories, or CSVs that `report.py collect` wrote.
         more: what else is told of a run.
     """
-    if kept := [path for path in paths if Path(path).suffix == ".csv"]:
-        return read_kept(kept, na_values=["nan"])
+    kept, directories = kept_and_directories(paths)
+    tables = [read_kept(path, na_values=["nan"]) for path in kept]
+    for table in tables:  # of tasks that measure different things
+        measured = [name for name in table if name.startswith("test/")]
+        table[measured] = table[measured].apply(pd.to_numeric)
+    if kept and not directories:
+        return pd.concat(tables, ignore_index=True)
 
     def row_of(run: Run) -> dict[str, Any]:
         outcome = {name: (run.summary or {})[name] for name in OUTCOME}
         metrics = outcome.pop("test")
         return run.description | {"settings": ""} | more(run) | outcome | metrics
 
-    found = read_all(*paths, read=lambda run: (row_of(run), run.config), finished_only=True)
+    found = read_all(*directories, read=lambda run: (row_of(run), run.config), finished_only=True)
     settings = name_settings([config for _, config in found])
-    return pd.DataFrame(row for row, _ in found).assign(settings=settings)
+    tables.append(pd.DataFrame(row for row, _ in found).assign(settings=settings))
+    return pd.concat(tables, ignore_index=True)
 
 
 def summary_table(runs: pd.DataFrame, metric: str = "test/exact_match") -> str:

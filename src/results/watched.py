@@ -25,10 +25,10 @@ def train_watched(
     """
     cfg = checked_config(overrides)
     prepare_machine()
-    L.seed_everything(cfg.seed, verbose=False)
     datamodule = build_datamodule(cfg)
+    L.seed_everything(cfg.seed, verbose=False)
     task = build_task(cfg, datamodule)
-    watcher, wanted = watch(task, datamodule), ("early_stopping", "progress", "limit")
+    watcher, wanted = watch(task, datamodule), ("averaging", "early_stopping", "progress", "limit")
     callbacks = [instantiate(cfg.callbacks[name]) for name in wanted if name in cfg.callbacks]
     quiet = dict(logger=False, enable_checkpointing=False)
     trainer = instantiate(cfg.trainer, callbacks=[*callbacks, watcher], **quiet)

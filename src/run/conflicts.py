@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
-from config.compose import shown
+from config.compose import CONFIGS, by_key, shown
 from config.did_you_mean import unknown
 from data.sequences import SequenceDataModule
 from pattern_search_task import PatternSearchTask
@@ -37,6 +37,11 @@ def of_trainer(cfg: DictConfig, data: SequenceDataModule, task: PatternSearchTas
     if set_to("fast_dev_run"):
         instead = "use trainer.max_steps=1 trainer.limit_val_batches=1"
         wrong["fast_dev_run"] = f": Lightning would take loggers and checkpoints away; {instead}"
+    if set_to("enable_checkpointing") is False:
+        wrong["enable_checkpointing"] = ": the best and the last weights are checkpoints; leave it out"
+    for name in ("min_steps", "min_epochs"):
+        if search and set_to(name):
+            wrong[name] = ": a search that has stopped takes no further step; leave it out"
     for name, neutral in {"gradient_clip_val": 0, "accumulate_grad_batches": 1}.items():
         if search and set_to(name) not in (None, neutral):
             wrong[name] = " is for gradients, and a search has none"
@@ -52,6 +57,8 @@ def of_trainer(cfg: DictConfig, data: SequenceDataModule, task: PatternSearchTas
         if isinstance(limit, float) and 0 < n * limit < 1:
             name = "overfit_batches" if set_to("overfit_batches") else f"limit_{split}_batches"
             wrong[name] = f" of {n} batches is none; use a number, or 1.0 for all"
+    if trainer.limit_train_batches == 0:
+        wrong["limit_train_batches"] = " trains nothing; use 1.0 for all batches"
     limit, every = trainer.limit_train_batches, trainer.val_check_interval
     n_train = int(batches["train"] * limit) if isinstance(limit, float) else min(batches["train"], limit)
     if isinstance(every, int) and every > n_train > 0 and trainer.check_val_every_n_epoch is not None:
@@ -104,7 +111,9 @@ def metrics_of(data: SequenceDataModule, task: PatternSearchTask, optimizer: tor
     ]
 
 
-def without_effect(cfg: DictConfig, data: SequenceDataModule, task: PatternSearchTask) -> Iterator[tuple[str, str]]:
+def without_effect(
+    cfg: DictConfig, data: SequenceDataModule, task: PatternSearchTask, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[str, str]]:
     """The keys that nothing reads beside the choices that were made, each with a line that says why."""
     text = json.dumps(OmegaConf.to_container(cfg), default=str)
     unread = {key: f"the {reader} does not read it" for key, reader in READERS.items() if f"${{{key}}}" not in text}
@@ -113,5 +122,14 @@ def without_effect(cfg: DictConfig, data: SequenceDataModule, task: PatternSearc
         unread["task.fast_polls"] = "only a search reads it"
     elif cfg.model.get("dropout"):
         unread["model.dropout"] = "it is off while a search polls"
+    if isinstance(optimizer, LossOnlyOptimizer):
+        of_search = optimizer.unread()
+        unread |= {f"optimizer.{name}": why for name, why in of_search.items()}
+        if variant := cfg.choices.variant:
+            option = OmegaConf.to_container(OmegaConf.load(CONFIGS / "variant" / f"{variant}.yaml"))
+            changed = by_key(option).get("optimizer", {}).keys() - {"max_seconds"}  # beside its own budget
+            if changed and of_search.keys() >= changed:
+                unread["variant"] = of_search[min(changed)]
     for key, why in unread.items():
-        yield key, f"{key}={shown(OmegaConf.select(cfg, key))} has no effect: {why}; leave it out"
+        value = cfg.choices.variant if key == "variant" else OmegaConf.select(cfg, key)
+        yield key, f"{key}={shown(value)} has no effect: {why}; leave it out"

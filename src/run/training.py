@@ -120,6 +120,9 @@ def run(
     if cfg.picture:
         leave_picture(run_dir)
     print_summary(console, cfg, summary)
+    if reason != "interrupted" and task.search is not None:
+        for remark in task.search.remarks():
+            console.print(f"Note: {remark}, and {reason} ended the run before.", soft_wrap=True, highlight=False)
     return summary
 
 

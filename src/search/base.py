@@ -94,6 +94,14 @@ class LossOnlyOptimizer(torch.optim.Optimizer, ABC):
         """The radius of each parameter group; none for an optimizer whose groups have no such option."""
         return [group["radius"] for group in self.param_groups if "radius" in group]
 
+    def unread(self) -> dict[str, str]:
+        """The options that nothing reads beside the others, each with the reason."""
+        return {}
+
+    def remarks(self) -> list[str]:
+        """What the user should know of a search that another limit ended, such as how much of a plan was left."""
+        return []
+
     @property
     def needs_nodes(self) -> bool:
         """Whether the closure must answer for nodes too, see `search.closure.AnswersNodes`."""

@@ -65,6 +65,8 @@ class CoherentDescent(LossOnlyOptimizer):
 
     def take_step(self, evaluate: Evaluator) -> None:
         n, slopes = len(self.coordinates), self.saved["slopes"]
+        if len(slopes) != n:  # weights were added since
+            slopes = self.saved["slopes"] = slopes.new_zeros(n)
         block = min(self.coordinates_per_step, n)
         self.report.planned = 2 * block
         coordinates = (self.saved["cursor"] + torch.arange(block, device="cpu")) % n  # (B,)

@@ -24,7 +24,8 @@ def split_matrices(model: nn.Module, parameters: Sequence[nn.Parameter], pattern
     The rest is not to be orthogonalised. One group for a model without blocks, if nothing else is asked for.
 
     Raises:
-        ValueError: a pattern that no matrix of the model matches, or no pattern at all.
+        ValueError: a pattern that no matrix of the model matches, or no pattern at all, or one that matches no matrix
+            among the parameters.
     """
     if tuple(patterns) == BLOCKS and not hasattr(model, "blocks"):
         return parameters
@@ -36,6 +37,11 @@ def split_matrices(model: nn.Module, parameters: Sequence[nn.Parameter], pattern
         )
     inside = {id(matrices[name]) for pattern in patterns for name in fnmatch.filter(matrices, pattern)}
     chosen, rest = [p for p in parameters if id(p) in inside], [p for p in parameters if id(p) not in inside]
+    if not chosen:
+        raise ValueError(
+            f"orthogonalise_in={list(patterns)}: none of these matrices is among the parameters that are searched; use "
+            "orthogonalise=0, or names of matrices that are"
+        )
     groups: list[dict[str, Any]] = [{"params": chosen}, {"params": rest, "orthogonalise": 0}]
     return [group for group in groups if group["params"]]
 

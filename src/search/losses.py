@@ -18,6 +18,11 @@ def tolerated(losses: Tensor, loss: float, tolerance: float) -> Tensor:
     return torch.isfinite(losses) & (losses <= highest)
 
 
+def within_rounding(losses: Tensor, loss: Tensor) -> Tensor:
+    """Which losses (K,) differ from `loss`, in the dtype it is computed in, by no more than the order of sums may."""
+    return (losses - loss).abs() <= 8 * torch.finfo(loss.dtype).eps * loss.abs()
+
+
 def lowest(losses: Tensor) -> int:
     """Which of the losses (K,) is the lowest finite one; 0 if none is finite."""
     values = [loss if math.isfinite(loss) else math.inf for loss in losses.tolist()]

@@ -70,6 +70,24 @@ def check_options(options: dict[str, Any]) -> None:
         )
 
 
+def unread_options(options: dict[str, Any]) -> dict[str, str]:
+    """The options that nothing reads beside the others, each with the reason."""
+    unread: dict[str, str] = {}
+    if not options["step_lengths"]:
+        no_search = "there are no step_lengths, and so no search step"
+        unread |= dict.fromkeys(("join_improving", "search_first", "scale_memory", "fade"), no_search)
+        if not options["one_sided"]:
+            unread["memory"] = no_search
+    elif options["search_first"]:
+        unread["join_improving"] = "with search_first the search step comes before the polls"
+    elif options["poll"] == "opportunistic":
+        unread["join_improving"] = "poll=opportunistic makes these moves already"
+    if options["polls_per_step"] == 0:
+        of_polls = ("poll", "one_sided", "join_improving", "contraction", "expansion", "max_radius")
+        unread |= dict.fromkeys(of_polls, "polls_per_step=0 polls no single weight")
+    return unread
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Raise a ValueError that names what is wrong with a parameter group."""
     ranges = {

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from search.budget import Evaluator, StepReport
 from search.directions import Directions
-from search.losses import improves, lowest
+from search.losses import improves, lowest, within_rounding
 from search.slopes import SlopeMemory
 
 MAX_BLOCK = 1024  # directions drawn up at a time: memory stays bounded, budgets are looked at in between
@@ -121,5 +122,10 @@ class Poll:
 
     def learn(self, coordinates: Tensor, steps: Tensor, losses: Tensor) -> None:
         """Remember the slopes that polls (K,) at the present incumbent gave."""
-        if self.slopes is not None:
-            self.slopes.learn_polls(coordinates, (losses - self.report.loss_after) / steps)
+        if self.slopes is None:
+            return
+        changes = losses - self.report.loss_after
+        if self.report.accepted:  # that loss was a candidate's, computed in another order: a weight may change nothing
+            incumbent = torch.tensor(self.report.loss_after, dtype=self.slopes.direction.dtype, device="cpu")
+            changes = changes.masked_fill(within_rounding(losses, incumbent), 0)
+        self.slopes.learn_polls(coordinates, changes / steps)

@@ -232,14 +232,19 @@ def test_a_budget_is_never_exceeded_by_nodes(budget):
     assert optimizer.stopped_by == "max_evaluations"
 
 
-def test_frozen_tensors_get_no_slopes():
+def test_frozen_tensors_stay_and_the_others_get_slopes_of_their_own():
     model, _, batch, _ = setup()
-    chosen = list(model.blocks[1].parameters())
-    coordinates = Coordinates(chosen)
-    closure = NodePolls(model, coordinates, loss).on(batch)
+    trained = list(model.blocks[1].parameters())
+    frozen = [p.requires_grad_(False) for p in model.parameters() if all(p is not other for other in trained)]
+    before = [p.clone() for p in frozen]
+    search = PatternSearch(model.parameters(), radius=0.05, polls_per_step=0, nodes_per_step=999, step_lengths=[0.01])
+    closure = NodePolls(model, search.coordinates, loss).on(batch)
     slopes, known = closure.nodes(torch.arange(closure.n_nodes), torch.full((closure.n_nodes,), 0.05), seeded(0, 0))
-    assert len(slopes) == len(coordinates)
+    assert len(slopes) == sum(p.numel() for p in trained)
     assert known.all()
+    losses = [search.step(closure) for _ in range(3)]
+    assert losses[-1] < losses[0]
+    assert all(map(torch.equal, frozen, before))
 
 
 def test_a_node_out_of_range_and_a_closure_without_nodes_are_refused():

@@ -260,6 +260,21 @@ def test_a_weight_that_changes_nothing_is_exactly_as_good_as_the_incumbent():
     assert (losses == float(closure())).all()
 
 
+@pytest.mark.parametrize("options", [dict(poll="complete", search_first=True), dict(poll="opportunistic")])
+def test_weights_that_change_nothing_are_not_moved_by_rounding(options):
+    model = make_model()
+    searched, options = [model.token_embedding.weight], dict(one_sided=True, step_lengths=[0.01]) | options
+    search = PatternSearch(searched, radius=0.05, **options)
+    polls = StructuredPolls(model, search.coordinates, loss)
+    absent = model.token_embedding.weight[2].clone()
+    for seed in range(10):
+        batch = make_batch(seed=seed)
+        batch["x"].clamp_(max=1)  # token 2 is in no batch
+        search.step(polls.on(batch))
+    assert search.saved["accepted"] >= 5
+    assert torch.equal(model.token_embedding.weight[2], absent)
+
+
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 @pytest.mark.parametrize("factor", [30.0, 300.0])
 def test_scores_beyond_the_range_of_exp_are_exact(positions, factor, monkeypatch):

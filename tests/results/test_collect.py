@@ -63,3 +63,36 @@ def test_a_place_without_runs_writes_nothing(tmp_path):
         collected(tmp_path, output=tmp_path / "x.csv")
     assert stopped.value.code == 2
     assert not (tmp_path / "x.csv").exists()
+
+
+def test_a_run_that_does_not_say_with_what_code_it_was_made_is_named_and_left_out(tmp_path, capsys):
+    write_run(tmp_path / "a", 0, 0.5)
+    write_run(tmp_path / "b", 1, 0.5)
+    (tmp_path / "b" / "environment.json").unlink()
+    assert list(collected(tmp_path, output=tmp_path / "x.csv").seed) == [0]
+    assert f"Left out: {tmp_path / 'b'}/environment.json is missing" in capsys.readouterr().err
+
+
+def test_kept_rows_stand_beside_runs(tmp_path, capsys):
+    write_run(tmp_path / "a", 0, 1.0)
+    write_run(tmp_path / "b", 1, 0.5)
+    collected(tmp_path / "a", output=tmp_path / "x.csv")
+    capsys.readouterr()
+    report.main(["tables", str(tmp_path / "x.csv"), str(tmp_path / "b")])
+    assert "| z5 | tiny | adam | 1 / 2 | 0.750 (0.500) |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        report.main(["tables", str(tmp_path / "x.csv"), str(tmp_path / "nothing")])
+
+
+def test_a_metric_that_some_kept_rows_lack_is_that_of_the_others(tmp_path, capsys):
+    pd.DataFrame(
+        [
+            {"task": task, "model": "tiny", "optimizer": "adam", "variant": "", "settings": "", "seed": 0, "steps": 1}
+            | {"evaluations": 1, "seconds": 1.0, "stopped_by": "max_steps", "test/balanced_accuracy": value}
+            for task, value in (("sets", 0.75), ("z5", None))
+        ]
+    ).to_csv(tmp_path / "x.csv", index=False)
+    report.main(["tables", str(tmp_path / "x.csv"), "--metric", "test/balanced_accuracy"])
+    out = capsys.readouterr().out
+    assert "| sets | tiny | adam | 0 / 1 | 0.750 (0.750) |" in out
+    assert "| z5 | tiny | adam | 0 / 1 | nan (nan) |" in out

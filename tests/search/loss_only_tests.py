@@ -105,6 +105,15 @@ class LossOnlyTests:
         self.run(self.make(weights), self.sphere(weights), 3)  # `Answers` looks whether gradients are on
         assert all(p.grad is None for p in weights)
 
+    def test_weights_that_are_added_later_are_searched_too(self):
+        weights = self.weights()
+        search, before = self.make(weights[:1]), bits(weights)
+        self.run(search, self.sphere(weights), 30)
+        assert equal(weights[1:], before[1:])
+        search.add_param_group({"params": weights[1:]})
+        self.run(search, self.sphere(weights), 30)
+        assert not any(map(torch.equal, weights, before))
+
     def test_every_evaluation_is_counted(self):
         weights = self.weights()
         search, reported = self.make(weights), 0
