@@ -56,7 +56,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     runs = [word.removeprefix("run=") for word in options.words if word.startswith("run=")]
     if len(runs) != 1:
-        parser.error("give one run, such as run=runs/2026-11-26_00-33-10-441156")
+        named = next((word for word in options.words if "=" not in word), "runs/2026-11-26_00-33-10-441156")
+        parser.error(f"give one run, such as run={named}")
+    if options.show < 0:
+        parser.error(f"--show {options.show}: give a number of predictions")
     options.run, options.changes = runs[0], [word for word in options.words if not word.startswith("run=")]
     options.show = options.show or SHOWN * options.wrong
     return options
@@ -82,16 +85,17 @@ def evaluate(run: Run, weights: str, options: argparse.Namespace) -> None:
         return
     with told(f"{options.run} cannot be tested"):
         metrics = tested(task, data, cfg)
+    known = trained_on(run, data) if options.changes else {}
     if options.json:
-        print(json.dumps({name: value if math.isfinite(value) else None for name, value in metrics.items()}))
+        found = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        print(json.dumps(found | {f"{split}/trained_on": n for split, n in known.items()}))
         return
     stored, console = (run.summary or {}).get("test") or {}, Console(highlight=False)
-    console.print(table(metrics, stored))
+    console.print(table(metrics, stored, "other data" if options.changes else "held-out test"))
     console.print(weights + ("" if stored else ", the run was not tested"), soft_wrap=True, markup=False)
-    if options.changes:
-        for split, n in trained_on(run, data).items():
-            of_all = f"{n:,} of {len(data.splits[split]):,} sequences"
-            console.print(f"{split}: {of_all} are among those that the run was trained on")
+    for split, n in known.items():
+        of_all = f"{n:,} of {len(data.splits[split]):,} sequences"
+        console.print(f"{split}: {of_all} are among those that the run was trained on")
     if options.show:
         for split in data.test_names:
             show(console, task, data, split, options)
@@ -114,11 +118,11 @@ def tested(task: PatternSearchTask, data: SequenceDataModule, cfg: DictConfig) -
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
 
 
-def table(metrics: Mapping[str, float], stored: Mapping[str, float]) -> Table:
+def table(metrics: Mapping[str, float], stored: Mapping[str, float], title: str) -> Table:
     """The metrics beside those that the run wrote into its summary.json, if it was tested."""
     from rich.table import Table
 
-    rows = Table("held-out test")
+    rows = Table(title)
     for column in ("now", "summary.json") if stored else ("now",):
         rows.add_column(column, justify="right")
     for name, value in metrics.items():

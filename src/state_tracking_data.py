@@ -19,6 +19,7 @@ from config.did_you_mean import one_of, unknown
 from data.sequences import MAX_LENGTH, SequenceDataModule, Sequences, check_range, lay_out, split_strings
 
 KNOWN_GROUPS = ("parity", "Z2", "Z3", "Z5", "Z60", "S3", "S5", "A5", "A4xZ5")
+OF_GROUPS = ("parity", "Z<n>", "S<n>", "A<n>", "and products such as A4xZ5")  # what names may be like
 MAX_ORDER = 5040  # the product table of S7 has 25 million entries; larger groups are refused
 
 
@@ -54,7 +55,9 @@ class Group:
         parts = [re.fullmatch(r"([ZSA])([1-9]\d{0,3})", part) for part in name.split("x")]
         factors = [(part[1], int(part[2])) for part in parts if part]
         if len(factors) < len(parts):
-            raise ValueError(unknown(f"datamodule.group={name}", name, KNOWN_GROUPS))
+            raise ValueError(unknown(f"datamodule.group={name}", name, KNOWN_GROUPS, OF_GROUPS))
+        if all(n == 1 or (kind, n) == ("A", 2) for kind, n in factors):
+            raise ValueError(f"datamodule.group={name} has one element only: there is nothing to learn; use Z2, say")
         if math.prod(n if kind == "Z" else math.factorial(n) for kind, n in factors) > MAX_ORDER:
             raise ValueError(f"datamodule.group={name} is too large: Z{MAX_ORDER}, S7 and A7 are the largest supported")
         groups = [cls.cyclic(n) if kind == "Z" else cls.permutations(n, even=kind == "A") for kind, n in factors]

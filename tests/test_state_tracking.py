@@ -143,13 +143,13 @@ def test_accuracy_by_position():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(group="party"), r"datamodule.group=party is not known; did you mean parity\? Known: parity, Z2"),
+        (dict(group="party"), r"datamodule.group=party is not known; did you mean parity\? Known: parity, Z<n>"),
         (dict(group="S5xparity"), r"datamodule.group=S5xparity is not known"),
         (dict(group="S9"), r"S9 is too large: Z5040, S7 and A7 are the largest"),
         (dict(group="Z9999"), r"Z9999 is too large"),
         (dict(group="Z99999"), r"Z99999 is not known"),
         (dict(group="S5xS5"), r"S5xS5 is too large"),
-        (dict(group="Z1"), r"there are only 1 strings of length 8"),
+        (dict(group="Z1"), r"Z1 has one element only"),
         (dict(format="sq"), r"datamodule.format=sq is not known; did you mean seq\?"),
         (dict(length=0), r"datamodule.length=0 must lie between 1 and 4,096"),
         (dict(test_lengths=[0]), r"datamodule.test_lengths=\[0\] must lie between 1 and 4,096"),

@@ -96,6 +96,9 @@ def explain(error: BaseException, arguments: Sequence[str]) -> str:
         return f"{key}={values} has several values: add -m for a sweep, a run with each{as_list}"
     if text.startswith("Config group override must be"):  # Hydra does not say which
         arguments = [word for word in arguments if (CONFIGS / key_of(word)).is_dir()]
+    if "missing EQUAL" in text:
+        _, word, *_ = text.split("'")
+        return f"{word} is no option; write key=value"
     said = " ".join(text.partition("See https")[0].split())
     named = any(f"'{quoted}'" in said for word in arguments for quoted in (word, key_of(word)))
     return said if named else f"{' '.join(arguments) or DEFAULT_CONFIG}: {said}"

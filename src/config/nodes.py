@@ -102,7 +102,9 @@ def broken_rule(hint: Any, value: Any) -> str:
         # as JSON, in which a list may stand for a tuple, as it does in YAML
         adapter.validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
-        return " or ".join(dict.fromkeys(problem["msg"].removeprefix("Input should be ") for problem in error.errors()))
+        problems = [found for found in error.errors() if found["type"] != "needs_python_object"]  # which no YAML has
+        rules = [problem["msg"].removeprefix("Input should be ") for problem in problems or error.errors()]
+        return " or ".join(dict.fromkeys(rules))
     except (PydanticUserError, NameError):  # an annotation that cannot be checked
         pass
     return ""

@@ -43,10 +43,14 @@ def read_costs(*paths: str | Path, by: str = VARIANT) -> pd.DataFrame:
     def label(run: Run) -> dict[str, Any]:
         value = OmegaConf.select(run.config, by, default=ABSENT)
         if value is ABSENT or (value is None and by == VARIANT):
-            raise RunError(f"{run.directory} has no {by}")
+            return {"label": ABSENT}
         return {"label": "null" if value is None else value}
 
     runs = read_summaries(*paths, more=label)
+    if "label" in runs:
+        runs = runs[runs.label.map(lambda value: value is not ABSENT)]
+        if runs.empty:
+            raise RunError(f"no run has {by}; compare another key with --by, such as --by choices.optimizer")
     if "label" not in runs:  # kept rows
         if by != VARIANT or (runs.variant == "").any():
             raise RunError("kept rows are compared by their variant only, and all need one")

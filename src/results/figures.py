@@ -53,7 +53,8 @@ def draw_runs(table: pd.DataFrame) -> Figure:
     labels, places = list(rows[title].unique()), list(itertools.product(rows.row.unique(), AXES))
     looks: dict[str, Any] = dict(hue=title, hue_order=labels, palette="husl" if len(labels) > 10 else None)
     looks |= dict(size="measured on", size_order=[*WIDTHS], sizes=WIDTHS, units="run", estimator=None)
-    looks |= dict(style="seed" if 1 < rows.seed.nunique() <= FEW else None)
+    if 1 < rows.seed.nunique() <= FEW:
+        looks |= dict(style="seed", style_order=sorted(rows.seed.unique()))
     sns.set_theme(style="whitegrid", context="notebook")
     figure = Figure(figsize=(10.2, 0.8 + 1.6 * len(places)), layout="constrained")
     for (row, axis), place in zip(places, figure.subplots(len(places) // 2, 2).flat, strict=True):
@@ -66,7 +67,7 @@ def draw_runs(table: pd.DataFrame) -> Figure:
             place.xaxis.set_major_formatter(EngFormatter(sep=""))  # 25k for 25000
         place.set(yscale="log" if of_loss and is_wide(here.value) else "linear")
         if of_loss and here.chance_loss.notna().any():
-            place.axhline(here.chance_loss.max(), color="0.4", linestyle="--", linewidth=1)
+            place.axhline(here.chance_loss.max(), color="0.4", linestyle="-.", linewidth=1)
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.axes[0].legend().remove()
     if len(labels) > 12:  # more than fit below the panels

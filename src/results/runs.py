@@ -206,8 +206,10 @@ def read_kept(path: str | Path, na_values: Any) -> pd.DataFrame:
 
     try:
         return pd.read_csv(path, keep_default_na=False, na_values=na_values)
+    except FileNotFoundError as error:
+        raise RunError(f"{path} is not there") from error
     except (OSError, ValueError) as error:
-        raise RunError(f"{error}".splitlines()[0]) from error
+        raise RunError(f"{path} is no CSV of runs: {error}".splitlines()[0]) from error
 
 
 def read_wandb(entity: str | None, project: str) -> pd.DataFrame:

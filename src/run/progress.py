@@ -17,7 +17,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback, Timer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from pattern_search_task import PatternSearchTask
@@ -85,7 +85,7 @@ class SearchProgress(Callback):
         live, started, next_line = self.console.is_terminal, time.monotonic(), time.monotonic()
         ended, evaluations_before = False, task.evaluations  # not 0 in a run that goes on
         text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
-        columns = BarColumn(bar_width=16), TimeRemainingColumn(compact=True), text
+        columns = BarColumn(bar_width=8), text  # so that the accuracy has room within 80 columns
         quiet: dict[str, Any] = dict(auto_refresh=False, transient=True, expand=True, disable=not live)
         with Progress(*columns, console=self.console, **quiet) as bar:
             row = bar.add_task("starting", total=1)
@@ -94,11 +94,12 @@ class SearchProgress(Callback):
                 per_second = (task.evaluations - evaluations_before) / (now - started)
                 share = share_done(trainer, task, self.total)
                 bar.update(row, completed=share)
-                line = status(trainer, task, self, per_second, share, bar.tasks[0].time_remaining)
-                bar.update(row, description=line, refresh=True)
+                left = None if ended else bar.tasks[0].time_remaining
+                bar.update(row, description=status(trainer, task, self, per_second, None, left), refresh=True)
                 if ended or now >= next_line + self.log_every_seconds:
                     next_line = now
-                    self._say(line, show=ended or not live)
+                    done = None if ended else share
+                    self._say(status(trainer, task, self, per_second, done, left), show=ended or not live)
 
     def _say(self, line: str, show: bool) -> None:
         log.info(line)
@@ -111,16 +112,25 @@ def status(
     task: PatternSearchTask,
     seen: SearchProgress,
     per_second: float,
-    share: float,
+    share: float | None,
     left: float | None,
 ) -> str:
-    """What to say in one line, the most important first; `left` are the seconds to the nearest limit."""
+    """What to say in one line, the most important first.
+
+    Args:
+        per_second: evaluations.
+        share: of the training that is done; None to leave it out.
+        left: seconds to the nearest limit at the most; None if nobody knows, or there are none.
+    """
     losses = [*seen.train_losses, *([task.search.report.loss_after] if task.search else [])]
     loss = next((loss for loss in reversed(losses) if math.isfinite(loss)), math.nan)  # a step begins without one
-    done = f"{share:.0%} done" + ("" if left is None else f", at most {timedelta(seconds=round(left))} left")
-    parts = [f"loss {loss:.4f}", done, f"evaluations {task.evaluations:,} ({per_second:,.0f}/s)"]
+    parts = [f"loss {loss:.4f}"]
     if math.isfinite(seen.exact_match):
         parts.append(f"val exact match {seen.exact_match:.3f}")
+    done = [] if share is None else [f"{share:.0%} done"]
+    done += [] if left is None else [f"at most {timedelta(seconds=round(left))} left"]
+    parts += [", ".join(done)] if done else []
+    parts.append(f"evaluations {task.evaluations:,} ({per_second:,.0f}/s)")
     if task.search is not None:
         parts += task.search.status()
     total = "?" if math.isinf(seen.total) else int(seen.total)

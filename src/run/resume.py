@@ -143,7 +143,9 @@ def begin(cfg: DictConfig, console: Console) -> Path | None:
     for outcome in ("summary.json", "checkpoints/end.ckpt", *([] if checkpoint else ["metrics.csv"])):
         (run_dir / outcome).unlink(missing_ok=True)
     if cfg.resume:
-        line = f"Goes on from step {step:,}, {typed(checkpoint)}" if checkpoint else "No checkpoint: it starts anew."
+        line = "No unfinished run of this config: a new one starts."
+        if checkpoint:
+            line = f"Goes on from step {step:,}, {typed(checkpoint)}"
         console.print(line, soft_wrap=True, highlight=False)
         logging.getLogger(__name__).info(line)  # in train.log
     return checkpoint

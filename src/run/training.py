@@ -160,6 +160,7 @@ def print_header(console: Console, cfg: DictConfig, task: PatternSearchTask, dat
     console.print(
         f"[bold]{cfg.choices.optimizer}[/] trains [bold]{cfg.choices.model}[/] ({weights} weights) on "
         f"[bold]{cfg.choices.task}[/]: {sizes} sequences, chance loss {datamodule.chance_loss:.3f}, seed {cfg.seed}",
+        soft_wrap=not console.is_terminal,
         highlight=False,
     )
     on_gpu = cfg.trainer.get("accelerator") != "cpu" and torch.cuda.is_available()
