@@ -178,6 +178,8 @@ def test_shorter_inputs_are_read_by_every_model(runs, evaluated):
 def test_test_sequences_that_were_trained_on_are_counted(runs, evaluated):
     text = evaluated(f"run={runs / 'parity'}", "datamodule.seed=1")
     assert "test: 19 of 28 sequences are among those that the run was trained on" in text
+    assert "other data" in text
+    assert json.loads(evaluated(f"run={runs / 'parity'}", "datamodule.seed=1", "--json"))["test/trained_on"] == 19
     assert "trained on" not in evaluated(f"run={runs / 'parity'}", "datamodule.test_lengths=[4]")
 
 

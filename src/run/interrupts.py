@@ -37,7 +37,7 @@ class Interrupts:
             raise KeyboardInterrupt
         self.received = number
         # print is not safe within a handler: the signal may have come in the middle of one
-        os.write(2, b"\nFinishing the step, then saving; Ctrl-C again stops at once.\n")
+        os.write(2, b"\nFinishing the step, then saving; a second signal (Ctrl-C) stops at once.\n")
 
 
 @contextmanager

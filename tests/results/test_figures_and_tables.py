@@ -136,6 +136,16 @@ def test_a_few_seeds_have_dashes_and_limits_no_names(tmp_path):
     assert "seed" not in [text.get_text() for text in draw_runs(read_runs(tmp_path)).legends[0].get_texts()]
 
 
+def test_a_seed_has_the_same_dashes_in_every_panel_and_stands_in_the_legend(tmp_path):
+    for experiment, seed in (("a", 0), ("b", 1), ("b", 2)):
+        write_run(tmp_path / f"{experiment}{seed}", seed=seed, experiment=experiment)
+    figure = draw_runs(read_runs(tmp_path))
+    assert [text.get_text() for text in figure.legends[0].get_texts()][-4:] == ["seed", "0", "1", "2"]
+    (of_a, *_), (of_b, *_) = (drawn(panel) for panel in figure.axes[::4])
+    assert of_a.get_linestyle() == "-"
+    assert of_b.get_linestyle() != "-"
+
+
 @pytest.mark.slow
 def test_any_number_of_kinds_is_drawn_with_looks_of_their_own(tmp_path):
     for i in range(21):
