@@ -42,6 +42,8 @@ CASES = {
     "trainer.max_epochs=-1 trainer.max_steps=20 optimizer.polls_per_step=32 trainer.check_val_every_n_epoch=null "
     "trainer.val_check_interval=5 checkpoint.every_steps=3",
     "nodes": "optimizer=pattern_search_nodes optimizer.nodes_per_step=50 trainer.max_epochs=3 checkpoint.every_steps=2",
+    "nodes, lengths that fall": "optimizer=pattern_search_nodes_decay optimizer.nodes_per_step=50 "
+    "optimizer.max_evaluations=900 trainer.max_epochs=-1 checkpoint.every_steps=1",
     "classic, a pass of many steps": "task=scan datamodule.split=scan_s optimizer=pattern_search_classic "
     "optimizer.polls_per_step=40 trainer.max_epochs=12 trainer.check_val_every_n_epoch=2 checkpoint.every_steps=2",
     "classic, stopped by its budget": "optimizer=pattern_search_classic optimizer.polls_per_step=100 "

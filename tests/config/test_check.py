@@ -163,7 +163,10 @@ def test_every_value_has_a_comment_with_its_meaning():
         (["datamodule.group=Q8"], "Known: parity, Z<n>, S<n>, A<n>, and products such as A4xZ5"),
         (["+trainer.min_steps=6"], "trainer.min_steps=6: a search that has stopped takes no further step"),
         (["trainer.limit_train_batches=0"], "trainer.limit_train_batches=0 trains nothing"),
-        (["callbacks=none", "+trainer.enable_checkpointing=false"], "trainer.enable_checkpointing=false: the best and the last weights"),
+        (
+            ["callbacks=none", "+trainer.enable_checkpointing=false"],
+            "trainer.enable_checkpointing=false: the best and the last weights",
+        ),
         (["optimizer=pattern_search_nodes", "task.parameters=[head]"], "none of these matrices is among the"),
         # valid, but not written so
         (["logger.group=g"], "To append to your config use ++logger.group=g"),
