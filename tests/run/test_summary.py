@@ -85,6 +85,6 @@ def test_a_run_and_its_tables_are_told_on_an_output_that_knows_ascii_only(tmp_pa
 def test_a_run_says_what_was_left_of_a_plan_that_another_limit_ended(limit, compose_config, capsys):
     train(compose_config("model=tiny", "logger=none", "optimizer=pattern_search_nodes_decay", limit))
     said = (
-        "Note: the search step still had 100% of its length: linear_decay ends at max_evaluations=375000, and max_steps"
+        "Note: the search step still had 100% of its length: linear_decay ends at max_evaluations=750000, and max_steps"
     )
     assert (said in capsys.readouterr().out) == limit.startswith("trainer")
