@@ -56,6 +56,8 @@ TESTED_ELSEWHERE = {
     "python -m pytest": "tests/test_docs.py::test_make_does_what_the_documents_say",
     "python src/benchmark.py --models tiny small medium --batches 32 --output report/benchmark.png": "tests/"
     "test_all.py::test_the_benchmark_measures_models_against_their_weights",
+    "python src/report.py tables report/results/tomita.csv": "tests/test_docs_text.py::"
+    "test_a_table_of_kept_rows_is_as_its_command_prints_it",
     "python src/benchmark.py": "tests/test_all.py::test_the_benchmark_ends_with_its_rates_as_json",
     "python tests/soak_kill.py --kills 200": "tests/run/test_resume.py::"
     "test_killed_runs_end_as_their_twins_that_were_left_alone",
@@ -162,7 +164,7 @@ def test_every_figure_command_draws(command, home, trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/report.py tables")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python src/report.py tables runs")])
 def test_every_table_command_prints_a_row_a_group(command, home, trained):
     done = run(from_anywhere(command), home, cwd=home)
     assert done.returncode == 0, done.stderr

@@ -61,7 +61,7 @@ def test_every_file_that_is_named_is_there(document):
 
 SHOWN = [  # the reports of kept rows that a document shows, and what each prints and draws
     (document, command, path, metric or "test/exact_match")
-    for document in (README, LOG)
+    for document in (README, LOG, ROOT / "docs" / "tasks.md")
     for command, path, metric in re.findall(
         r"python src/report\.py (\w+) (report/results/\S+?)(?: --(?:metric|costs) (\S+))?(?: --output|[`\n])",
         document.read_text(),
