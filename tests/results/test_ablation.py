@@ -83,7 +83,7 @@ def test_runs_are_compared_by_any_key_in_the_order_of_its_values(tmp_path):
         write_run(tmp_path / str(i), None, 0, 100, "solved", optimizer, std)
     labels = list(read_costs(tmp_path, by="model.embedding_std").label)
     assert labels == ["0.02 · pattern_search", "0.25 · adam", "1.0 · adam"]
-    with pytest.raises(RunError, match="no run has choices.variant; compare another key"):
+    with pytest.raises(RunError, match=r"no run has choices\.variant"):
         read_costs(tmp_path)  # none has a variant
     write_run(tmp_path / "null", None, 0, 100, "solved", "adam", None)
     assert "null · adam" in list(read_costs(tmp_path, by="model.embedding_std").label)
