@@ -310,9 +310,8 @@ class PatternSearch(LossOnlyOptimizer):
     def remarks(self) -> list[str]:
         if self.stopped_by == "max_evaluations" or not self.options["linear_decay"]:
             return []
-        planned = self.limits.max_evaluations or math.inf  # never None with linear_decay
-        left = 1 - self.evaluations / planned
-        return [f"the search step still had {left:.0%} of its length: linear_decay ends at max_evaluations={planned}"]
+        ends = f"linear_decay ends at max_evaluations={self.limits.max_evaluations}"
+        return [f"the search step still had {self.shortened:.0%} of its length: {ends}"]
 
     @property
     def needs_nodes(self) -> bool:

@@ -57,8 +57,9 @@ def of_trainer(cfg: DictConfig, data: SequenceDataModule, task: PatternSearchTas
         if isinstance(limit, float) and 0 < n * limit < 1:
             name = "overfit_batches" if set_to("overfit_batches") else f"limit_{split}_batches"
             wrong[name] = f" of {n} batches is none; use a number, or 1.0 for all"
-    if 0 in (set_to("max_epochs"), set_to("max_steps")):
-        wrong["max_epochs" if set_to("max_epochs") == 0 else "max_steps"] = " trains nothing; -1 is no limit"
+    for name in ("max_epochs", "max_steps"):
+        if set_to(name) == 0:
+            wrong[name] = " trains nothing; -1 is no limit"
     if trainer.limit_train_batches == 0:
         wrong["limit_train_batches"] = " trains nothing; use 1.0 for all batches"
     limit, every = trainer.limit_train_batches, trainer.val_check_interval
