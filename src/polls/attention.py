@@ -15,7 +15,7 @@ from torch import Tensor
 
 from polls.node_kinds import Credit, Kind, Moves, Nodes, Rank1, shares
 from polls.rows import Rows, State
-from polls.stages import Stage, Weights, centred, linear, norm, one_for, times, unit_vectors
+from polls.stages import Stage, Weights, centred, linear, mean_square, norm, times, unit_vectors
 from transformer import Block, frequencies
 
 WIDE = 40.0  # scores beyond this, whose exponentials come near the ends of float32's range
@@ -36,6 +36,7 @@ class AttentionWeights(Weights):
 @dataclass(frozen=True, slots=True)
 class AttentionState(State):
     x: Tensor  # (B, T, d)
+    square: Tensor  # (B, T, 1), `mean_square` of x
     products: dict[str, Tensor]  # see `Attention.products`; empty with rotary positions
     query: Tensor  # (B, queries, d)
     key: Tensor  # (B, T, d)
@@ -78,7 +79,7 @@ class Attention(Stage[AttentionWeights, AttentionState]):
         return AttentionWeights(
             query=query, query_bias=torch.add(query_bias, t["query_bias"], alpha=self.scale), key_value=key_value,
             key_bias=key_bias, value_bias=value_bias, out=out,
-            out_bias=centred(t["out_bias"], -1) + times(out, value_bias), columns=columns.mT,
+            out_bias=times(out, value_bias, centred(t["out_bias"], -1)), columns=columns.mT,
             directions={"out": unit_vectors(out.mT), "value": out.mT},
         )  # fmt: skip
 
@@ -100,21 +101,20 @@ class Attention(Stage[AttentionWeights, AttentionState]):
         """(k,) components of queries, keys or values -> (k,) their heads."""
         return i // self.head_size
 
-    def turn(self, x: Tensor, at: Tensor) -> Tensor:
-        """Rotary positions `at` (T,) or (B, T) for x (B, ..., H, T, d/H); see `transformer.rotate`."""
+    def turn(self, x: Tensor, at: Tensor, back: bool = False) -> Tensor:
+        """Rotary positions `at` (T,) or (B, T) for x (B, ..., H, T, d/H); see `transformer.rotate`; back undoes it."""
         if not self.rotary:
             return x
         angles = at[..., None] * frequencies(x.shape[-1], x.device)  # (T, d/2H)
         if at.ndim == 2:
             angles = angles.view(len(at), *[1] * (x.ndim - 3), *angles.shape[1:])
-        cos, sin = angles.cos().to(x), angles.sin().to(x)
+        cos, sin = angles.cos().to(x), (angles.sin() * (-1 if back else 1)).to(x)
         even, odd = x[..., 0::2], x[..., 1::2]
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
     def positions(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Positions of the queries, (B, S) or (T,), and of the keys (T,)."""
-        steps = torch.arange(rows.x.shape[1], device=rows.x.device)
-        return (rows.at if self.last else steps), steps
+        return (rows.at if self.last else rows.steps), rows.steps
 
     def attend(self, rows: Rows, scores: Tensor) -> Tensor:
         """Softmax over the keys that a query sees: scores (B, ..., queries, T).
@@ -128,7 +128,7 @@ class Attention(Stage[AttentionWeights, AttentionState]):
             return scores.masked_fill(seen == 0, -math.inf).softmax(-1)
         weights = scores.exp().mul_(seen)
         total = weights.sum(-1, keepdim=True)
-        return weights.div_(total.where(total > 1e-30, math.nan))
+        return weights.div_(F.threshold(total, 1e-30, math.nan, inplace=True))
 
     def forward(self, w: AttentionWeights, rows: Rows, x: Tensor) -> Tensor:
         """Streams (B, K, T, d) -> (B, K, T, d), in the last block (B, K, S, d)."""
@@ -146,7 +146,7 @@ class Attention(Stage[AttentionWeights, AttentionState]):
         return linear(mixed, w.out, w.out_bias).add_(x)
 
     def forward_rank1(self, rows: Rows, state: AttentionState, entry: Rank1) -> Tensor:
-        """From products of the incumbent's queries and keys, and of both with the direction: no projection at all.
+        """From the incumbent's queries and keys and those of the direction: no projection at all.
 
         With x + s v as the stream and c as the norm's scale, the score of query t and key u is
         c_u (c_t (q_t + s_t q_v) + b) (k_u + s_u k_v), where q, k and q_v, k_v are x and v behind the
@@ -154,42 +154,38 @@ class Attention(Stage[AttentionWeights, AttentionState]):
         """
         if self.rotary:  # the direction's queries and keys would turn with every position
             return self.forward(self.w, rows, entry.added_to(state.x))
-        w, p, scale = self.w, state.products, entry.scale(state.x)
+        w, p, scale = self.w, state.products, entry.scale(state.x, state.square)
         s, v = entry.scalar, entry.direction  # (B, K, T), (K, d)
         q_v, (k_v, value_v) = (v @ w.query.T)[:, None], (v @ w.key_value.T)[:, None].chunk(2, -1)
         q_v, k_v, value_v = self.heads(q_v), self.heads(k_v), self.heads(value_v)  # (K, H, 1, d/H)
         scale_q, s_q = (self.queries(rows, t[..., None])[:, :, None] for t in (scale, s))  # (B, K, 1, queries, 1)
         scale, s = scale[:, :, None, None], s[:, :, None, None]  # (B, K, 1, 1, T)
-        by_key = torch.einsum("khic,bhtc->bkhit", q_v, p["key"])
-        by_query = torch.einsum("khic,bhtc->bkhti", k_v, p["query"])
-        scores = p["scores"][:, None] * scale_q  # (B, K, H, queries, T)
-        scores.addcmul_(s_q * scale_q, by_key)
-        scores.addcmul_((by_query + s_q * (q_v * k_v).sum(-1, keepdim=True)) * scale_q, s)
-        scores.add_(p["bias"][:, None] + s * (k_v * self.heads(w.query_bias[None])).sum(-1, keepdim=True))
+        query = torch.addcmul(p["query"][:, None], s_q, q_v).mul_(scale_q).add_(self.heads(w.query_bias[None]))
+        key = torch.addcmul(p["key"][:, None], s.mT, k_v)  # (B, K, H, T, d/H)
+        scores = query @ key.mT  # (B, K, H, queries, T)
         weights = self.attend(rows, scores.mul_(scale)).mul_(scale)
         x = weights.transpose(2, 3).flatten(3).flatten(1, 2) @ p["written"].flatten(1, 2)  # (B, K queries, d)
         x = x.unflatten(1, weights.shape[1:4:2]).add_((self.queries(rows, state.x) + w.out_bias)[:, None])
         x.addcmul_(s_q[:, :, 0], v[:, None])
-        written, along = value_v @ self.out_by_head(w), (weights * s).sum(-1, keepdim=True)
+        written, along = self.written(w, value_v), (weights * s).sum(-1, keepdim=True)
         for h in range(self.n_heads):
             x.addcmul_(along[:, :, h], written[:, h])  # (B, K, queries, 1) times (K, 1, d)
         return x
 
-    def out_by_head(self, w: AttentionWeights) -> Tensor:
-        """(H, d/H, d): what each head writes to the stream for its values."""
-        return w.out.unflatten(1, (self.n_heads, -1)).permute(1, 2, 0)
+    def written(self, w: AttentionWeights, value: Tensor) -> Tensor:
+        """Values (B, H, T, d/H) -> (B, H, T, d): what each head writes to the stream for them."""
+        return torch.einsum("bhtc,dhc->bhtd", value, w.out.unflatten(1, (self.n_heads, -1)))
 
     def products(self, rows: Rows, x: Tensor) -> dict[str, Tensor]:
-        """What `forward_rank1` reads of the stream x (B, T, d): queries, keys and their products before the norm."""
+        """What `forward_rank1` reads of the stream x (B, T, d): queries, keys and values before the norm."""
         w = self.w
-        query = self.heads(self.queries(rows, x) @ w.query.T)  # (B, H, queries, d/H)
-        key, value = (self.heads(t) for t in (x @ w.key_value.T).chunk(2, -1))  # (B, H, T, d/H)
-        bias = self.heads(w.query_bias[None]) @ key.mT  # (B, H, 1, T)
-        written = value @ self.out_by_head(w)  # (B, H, T, d) what a key writes to the stream
-        return {"query": query, "key": key, "scores": query @ key.mT, "bias": bias, "written": written}
+        query = self.heads(self.queries(rows, x) @ w.query.T).contiguous()  # (B, H, queries, d/H)
+        key, value = (self.heads(t).contiguous() for t in (x @ w.key_value.T).chunk(2, -1))  # (B, H, T, d/H) each
+        return {"query": query, "key": key, "written": self.written(w, value)}
 
     def incumbent(self, rows: Rows, x: Tensor) -> AttentionState:
-        w, n = self.w, norm(x)
+        w, square = self.w, mean_square(x)
+        n = x * square.rsqrt()
         query = F.linear(self.queries(rows, n), w.query, w.query_bias)
         key, value = self.keys_and_values(w, n)
         at, steps = self.positions(rows)
@@ -198,21 +194,21 @@ class Attention(Stage[AttentionWeights, AttentionState]):
         seen = rows.seen_by_scored if self.last else rows.seen  # here with care: whether it is needed is not known yet
         weights = scores.masked_fill(seen[:, None] == 0, -math.inf).softmax(-1)
         mixed = (weights @ self.heads(value)).transpose(-2, -3).flatten(-2)
-        inputs, one = self.inputs(n), one_for(mixed)
-        reads = {"gain": n, "bias": one_for(n), "key": inputs, "query": self.queries(rows, inputs), "query_bias": one}
+        inputs, one = self.inputs(n), rows.ones(mixed)
+        reads = {"gain": n, "bias": rows.ones(n), "key": inputs, "query": self.queries(rows, inputs), "query_bias": one}
         reads |= {"value": weights @ inputs[:, None], "value_bias": one, "out": mixed + w.value_bias, "out_bias": one}
         return AttentionState(
             out=F.linear(mixed, w.out, w.out_bias).add_(self.queries(rows, x)), reads=reads,
-            x=x, products={} if self.rotary else self.products(rows, x),
+            x=x, square=square, products={} if self.rotary else self.products(rows, x),
             query=query, key=key, value=value, scores=scores, weights=weights,
             turned_query=turned_query.transpose(-2, -3).flatten(-2),
             turned_key=turned_key.transpose(-2, -3).flatten(-2),
-            written=self.heads(value) @ self.out_by_head(w),
+            written=self.written(w, self.heads(value)),
         )  # fmt: skip
 
     def enter_norm(self, rows: Rows, state: AttentionState, i: Tensor, change: Tensor) -> Tensor:
         """Components (k,) of the norm's output that change by (B, k, T) change queries, keys and values."""
-        parts = Rank1(change, self.w.columns[i]).added_to(torch.zeros_like(state.x[..., :1]))  # (B, k, T, 3d)
+        parts = change[..., None] * self.w.columns[i][:, None]  # (B, k, T, 3d)
         query, key, value = parts.chunk(3, -1)
         query = self.queries(rows, query) + state.query[:, None]
         x, key, value = self.queries(rows, state.x)[:, None], key + state.key[:, None], value + state.value[:, None]
@@ -286,10 +282,10 @@ class Scores(Kind[AttentionState]):
         moved = by_query[..., None] * u.key_signs[:, :, None]  # (B, k, queries, T)
         pairs = torch.zeros_like(weights).index_add_(1, stage.head_of(u.i), moved)  # (B, H, queries, T)
         pairs *= shares(weights.square())
-        pairs -= weights * pairs.sum(-1, keepdim=True)  # softmax sees no shift: a query's slopes sum to 0
+        pairs.addcmul_(weights, pairs.sum(-1, keepdim=True), value=-1)  # softmax sees no shift
         # as queries and keys were before they were turned, (B, H, tokens, d/H) -> (B, tokens, d)
-        key = stage.turn(pairs.mT @ stage.heads(u.state.turned_query), -keys).transpose(-2, -3).flatten(-2)
-        query = stage.turn(pairs @ stage.heads(u.state.turned_key), -queries).transpose(-2, -3).flatten(-2)
+        key = stage.turn(pairs.mT @ stage.heads(u.state.turned_query), keys, back=True).transpose(-2, -3).flatten(-2)
+        query = stage.turn(pairs @ stage.heads(u.state.turned_key), queries, back=True).transpose(-2, -3).flatten(-2)
         query *= stage.scale
         found = {
             "key": torch.einsum("bti,btf->if", key, u.state.reads["key"]),

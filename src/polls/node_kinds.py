@@ -33,12 +33,16 @@ class Rank1:
         """Stream of the incumbent (B, T, d) -> streams of the candidates (B, K, T, d)."""
         return torch.addcmul(x[:, None], self.scalar[..., None], self.direction[:, None])
 
-    def scale(self, x: Tensor) -> Tensor:
-        """What the norm multiplies the candidates' streams with, (B, K, T): |x + s v|^2 needs no candidate's stream."""
+    def scale(self, x: Tensor, square: Tensor) -> Tensor:
+        """What the norm multiplies the candidates' streams with, (B, K, T): |x + s v|^2 needs no candidate's stream.
+
+        Args:
+            x: (B, T, d) the incumbent's stream.
+            square: (B, T, 1) its `stages.mean_square`.
+        """
         s, v = self.scalar, self.direction
-        along, square = v @ x.mT, x.square().mean(-1)[:, None]  # (B, K, T), (B, 1, T)
-        variance = square + s * (2 / x.shape[-1] * along + s * v.square().mean(1)[:, None])
-        return variance.clamp_(min=0).add_(EPS).rsqrt_()
+        along = torch.baddbmm(s * v.square().mean(1)[:, None], v.expand(len(x), -1, -1), x.mT, alpha=2 / x.shape[-1])
+        return torch.addcmul(square.mT, s, along).clamp_(min=EPS).rsqrt_()
 
 
 Entry = Rank1 | Tensor  # what candidates do behind the stage they enter: a rank-1 change of the stream, or their stream
@@ -157,4 +161,4 @@ def joined(entries: list[Rank1]) -> Rank1:
 
 def shares(squares: Tensor) -> Tensor:
     """How much ties count, from 0 to 1, by the squares of their strengths (..., ties)."""
-    return squares / (squares + FAINT * squares.amax(-1, keepdim=True)).clamp_(min=1e-30)
+    return squares / squares.add(squares.amax(-1, keepdim=True), alpha=FAINT).clamp_(min=1e-30)

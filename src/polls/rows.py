@@ -62,11 +62,12 @@ class Rows:
         adjacent = bool((at == first + steps[:n_scored]).all())
         self.slice = slice(first, first + n_scored) if adjacent else None  # the scored positions, if alike in all rows
         on = partial(torch.as_tensor, device=like.device)
-        self.x, self.at = on(x), on(at)  # (B, T), (B, S)
+        self.x, self.at, self.steps = on(x), on(at), on(steps)  # (B, T), (B, S), (T,)
         self.target = on(np.take_along_axis(y, at, 1))  # (B, S)
         self.weight = on(weight[:, None] * real).to(like.dtype)  # (B, S)
         self.seen = on(steps <= steps[:, None])[None].to(like.dtype)  # (1, T, T): query t sees the keys 0..t
         self.seen_by_scored = on(steps <= at[..., None]).to(like.dtype)  # (B, S, T)
+        self.one = torch.ones((), dtype=like.dtype, device=like.device)
         self.states: list[tuple[object, State]] = []  # of each stage: its weights, what the incumbent computes
         self.wide = False  # whether scores are so large that their softmax needs care
 
@@ -76,6 +77,10 @@ class Rows:
             return x[..., self.slice, :]
         at = self.at.view(len(self.at), *[1] * (x.ndim - 3), -1, 1)
         return torch.take_along_dim(x, at, dim=-2)
+
+    def ones(self, x: Tensor) -> Tensor:
+        """What the biases of tokens (B, ..., d) read: (B, ..., 1)."""
+        return self.one.expand(*x.shape[:-1], 1)
 
     def token_losses(self, logits: Tensor) -> Tensor:
         """Cross-entropy of every scored token: logits (C, B, K, S) -> (B, K, S)."""

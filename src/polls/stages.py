@@ -64,7 +64,7 @@ class Stage(ABC, Generic[W, S]):
 
     def inputs(self, n: Tensor) -> Tensor:
         """The normed stream (..., d) with gain and bias: what the matrices behind the norm read."""
-        return n * self.tensors["gain"] + self.tensors["bias"]
+        return torch.addcmul(self.tensors["bias"], n, self.tensors["gain"])
 
     def write(self, matrix: str, rows: Rows, state: S, i: Tensor, change: Tensor) -> Rank1:
         """Nodes (k,) that change by (B, k, tokens) add as much of their directions."""
@@ -146,6 +146,7 @@ class FeedForwardWeights(Weights):
 @dataclass(frozen=True, slots=True)
 class FeedForwardState(State):
     x: Tensor  # (B, T, d)
+    square: Tensor  # (B, T, 1), `mean_square` of x
     u: Tensor  # (B, T, F), before the activation
     raw: Tensor  # (B, T, F), u before the norm divides and the bias is added
 
@@ -166,7 +167,7 @@ class FeedForward(Stage[FeedForwardWeights, FeedForwardState]):
     def fold(self, t: dict[str, Tensor]) -> FeedForwardWeights:
         inner, outer = t["inner"], centred(t["outer"], -2)
         return FeedForwardWeights(
-            inner=inner * t["gain"][..., None, :], inner_bias=times(inner, t["bias"]) + t["inner_bias"],
+            inner=inner * t["gain"][..., None, :], inner_bias=times(inner, t["bias"], t["inner_bias"]),
             outer=outer, outer_bias=centred(t["outer_bias"], -1), columns=inner.mT,
             directions={"outer": unit_vectors(outer.mT), "inner": outer.mT},
         )  # fmt: skip
@@ -179,15 +180,16 @@ class FeedForward(Stage[FeedForwardWeights, FeedForwardState]):
         """The inner matrix is linear, so it acts on the incumbent and on the direction, once each."""
         w, s, v = self.w, entry.scalar[..., None], entry.direction[:, None]  # (B, K, T, 1), (K, 1, d)
         u = torch.addcmul(state.raw[:, None], s, v @ w.inner.T)  # (B, K, T, F)
-        hidden = u.mul_(entry.scale(state.x)[..., None]).add_(w.inner_bias).relu_()
+        hidden = u.mul_(entry.scale(state.x, state.square)[..., None]).add_(w.inner_bias).relu_()
         return F.linear(hidden, w.outer, w.outer_bias).add_(state.x[:, None]).addcmul_(s, v)
 
     def incumbent(self, rows: Rows, x: Tensor) -> FeedForwardState:
-        w, n, raw = self.w, norm(x), x @ self.w.inner.mT
+        w, square, raw = self.w, mean_square(x), x @ self.w.inner.mT
+        n = x * square.rsqrt()
         u = F.linear(n, w.inner, w.inner_bias)
-        hidden, one, inputs = u.relu(), one_for(n), self.inputs(n)
+        hidden, one, inputs = u.relu(), rows.ones(n), self.inputs(n)
         return FeedForwardState(
-            out=F.linear(hidden, w.outer, w.outer_bias).add_(x), x=x, u=u, raw=raw,
+            out=F.linear(hidden, w.outer, w.outer_bias).add_(x), x=x, square=square, u=u, raw=raw,
             reads={"gain": n, "bias": one, "inner": inputs, "inner_bias": one, "outer": hidden, "outer_bias": one},
         )  # fmt: skip
 
@@ -211,6 +213,7 @@ class HeadWeights(Weights):
 @dataclass(frozen=True, slots=True)
 class HeadState(State):
     x: Tensor  # (B, S, d)
+    square: Tensor  # (B, S, 1), `mean_square` of x
     logits: Tensor  # (C, B, S)
     raw: Tensor  # (C, B, S), logits before the norm divides and the bias is added
 
@@ -229,7 +232,7 @@ class Head(Stage[HeadWeights, HeadState]):
         head = t["head"]
         classes = torch.eye(head.shape[-2], dtype=head.dtype, device=head.device)
         return HeadWeights(
-            head=head * t["gain"][..., None, :], head_bias=times(head, t["bias"]) + t["head_bias"],
+            head=head * t["gain"][..., None, :], head_bias=times(head, t["bias"], t["head_bias"]),
             directions={"head": classes, "normed": head.mT},
         )  # fmt: skip
 
@@ -241,12 +244,13 @@ class Head(Stage[HeadWeights, HeadState]):
         return rows.token_losses(logits.add_(w.head_bias[:, None]).unflatten(1, x.shape[:-1]))
 
     def incumbent(self, rows: Rows, x: Tensor) -> HeadState:
-        w, n = self.w, norm(x)
+        w, square = self.w, mean_square(x)
+        n = x * square.rsqrt()
         logits = (w.head @ n.flatten(0, -2).T + w.head_bias[:, None]).unflatten(1, x.shape[:-1])
         raw = (w.head @ x.flatten(0, -2).T).unflatten(1, x.shape[:-1])
-        one = one_for(n)
+        one = rows.ones(n)
         return HeadState(
-            out=rows.token_losses(logits[:, :, None]), x=x, logits=logits, raw=raw,
+            out=rows.token_losses(logits[:, :, None]), x=x, square=square, logits=logits, raw=raw,
             reads={"gain": n, "bias": one, "head": self.inputs(n), "head_bias": one},
         )  # fmt: skip
 
@@ -259,12 +263,25 @@ class Head(Stage[HeadWeights, HeadState]):
         """Losses of the tokens (B, K, S) from C numbers per token instead of d."""
         w, s = self.w, entry.scalar
         logits = torch.addcmul(state.raw[:, :, None], s, (w.head @ entry.direction.T)[:, None, :, None])  # (C, B, K, S)
-        return rows.token_losses(logits.mul_(entry.scale(state.x)).add_(w.head_bias[:, None, None, None]))
+        return rows.token_losses(logits.mul_(entry.scale(state.x, state.square)).add_(w.head_bias[:, None, None, None]))
 
 
 def norm(x: Tensor) -> Tensor:
     """LayerNorm without gain and bias, of a stream (..., d) that is centred already."""
-    return F.rms_norm(x, x.shape[-1:], eps=EPS)
+    if x.is_cuda:
+        return F.rms_norm(x, x.shape[-1:], eps=EPS)  # one kernel there, but slower on a CPU
+    return x * mean_square(x).rsqrt_()
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """(..., d) -> (..., 1) by the root of which a norm divides."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(epsilon(x.dtype, x.device), length, length, value=1 / x.shape[-1])
+
+
+@lru_cache(maxsize=4)
+def epsilon(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(EPS, dtype=dtype, device=device)
 
 
 def centred(x: Tensor, dim: int) -> Tensor:
@@ -281,14 +298,12 @@ def centred_identity(d: int, dtype: torch.dtype, device: torch.device) -> Tensor
     return centred(torch.eye(d, dtype=dtype, device=device), 1)
 
 
-def one_for(x: Tensor) -> Tensor:
-    """A column of ones (..., 1): what a bias reads."""
-    return torch.ones_like(x[..., :1])
-
-
-def times(matrix: Tensor, vector: Tensor) -> Tensor:
-    """(m, n) or K of them times (n,) or K of them -> (m,) or (K, m)."""
-    return (matrix @ vector[..., None])[..., 0]
+def times(matrix: Tensor, vector: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(m, n) or K of them times (n,) or K of them, plus (m,) or K of them -> (m,) or (K, m)."""
+    if bias is None:
+        return (matrix @ vector[..., None])[..., 0]
+    add = torch.addmm if matrix.ndim == 2 else torch.baddbmm
+    return add(bias[..., None], matrix, vector[..., None])[..., 0]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

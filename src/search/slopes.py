@@ -70,7 +70,7 @@ class SlopeMemory:
         """
         old, slopes = {name: tensor[where] for name, tensor in self.state.items()}, slopes.to(self.direction)
         square = slopes.square()
-        known = known.to(square.device) & square.isfinite()
+        known = known.to(square.device) & (square < math.inf)
         visits = old["visits"] + 1
         mean = torch.lerp(slopes, old["mean"], self.memory)
         downhill = mean / torch.pow(self.memory, visits).sub_(1)  # the mean starts at 0: correct its bias, as Adam does

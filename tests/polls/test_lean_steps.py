@@ -53,7 +53,7 @@ def setup(positions="learned", length=16, make=PatternSearch, **options):
     return search, lambda: polls.on({"x": x, "y": y})
 
 
-@pytest.mark.parametrize(("nodes", "most"), [(8, 900), (128, 1250), (256, 1400)])
+@pytest.mark.parametrize(("nodes", "most"), [(8, 750), (128, 1000), (256, 1125)])
 def test_a_step_of_node_perturbation_has_few_operators_and_waits(nodes, most):
     search, closure = setup(nodes_per_step=nodes, orthogonalise=6, **NODES)
     for _ in range(2):
