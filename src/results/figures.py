@@ -26,6 +26,7 @@ WIDTHS = {"training": 0.7, "validation": 2.0}  # of the lines
 AXES = {"evaluations": "evaluations (a gradient step: one)", "seconds": "training seconds"}
 LABELS = ["model", "optimizer", "variant", "settings"]  # what colours tell apart
 FEW = 4  # seeds get dashes of their own; the lines of more are a bundle
+BELOW = 150  # characters of a legend that fit below the panels
 WIDE = 30  # a range of values whose ends differ by more than this factor gets a logarithmic axis
 
 
@@ -67,13 +68,16 @@ def draw_runs(table: pd.DataFrame) -> Figure:
             place.xaxis.set_major_formatter(EngFormatter(sep=""))  # 25k for 25000
         place.set(yscale="log" if of_loss and is_wide(here.value) else "linear")
         if of_loss and here.chance_loss.notna().any():
-            place.axhline(here.chance_loss.max(), color="0.4", linestyle="-.", linewidth=1)
+            place.axhline(here.chance_loss.max(), color="0.4", linestyle="-.", linewidth=1, label="loss of chance")
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.axes[0].legend().remove()
     if len(labels) > 12:  # more than fit below the panels
         figure.legend(handles, names, loc="outside right upper", frameon=False)
     else:
-        figure.legend(handles, names, loc="outside lower center", frameon=False, ncols=min(4, len(labels) + 4))
+        columns = max(1, min(4, len(labels) + 4, BELOW // max(map(len, names))))
+        lines = math.ceil(len(names) / columns)
+        figure.set_figheight(figure.get_figheight() + 0.25 * max(0, lines - 4))  # inches
+        figure.legend(handles, names, loc="outside lower center", frameon=False, ncols=columns)
     return figure
 
 

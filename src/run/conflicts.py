@@ -128,6 +128,8 @@ def without_effect(
     if isinstance(optimizer, LossOnlyOptimizer):
         of_search = optimizer.unread()
         unread |= {f"optimizer.{name}": why for name, why in of_search.items()}
+        if (cfg.optimizer.get("rows_per_step") or 0) >= data.batch_size:
+            unread["optimizer.rows_per_step"] = f"batches have {data.batch_size} rows (datamodule.batch_size)"
         if variant := cfg.choices.variant:
             option = OmegaConf.to_container(OmegaConf.load(CONFIGS / "variant" / f"{variant}.yaml"))
             changed = by_key(option).get("optimizer", {}).keys() - {"max_seconds"}  # beside its own budget

@@ -155,6 +155,7 @@ def test_every_value_has_a_comment_with_its_meaning():
         (["task=scan", "datamodule.oversample=false"], "datamodule.oversample=false has no effect"),
         (["optimizer=pattern_search_nodes", "optimizer.contraction=0.5"], "polls_per_step=0 polls no single weight"),
         (["optimizer=pattern_search_nodes", "variant=no_join"], "variant=no_join has no effect"),
+        (["experiment=z5", "optimizer.rows_per_step=64"], "has no effect: batches have 32 rows"),
         (["++optimizer.search_first=true", "optimizer.join_improving=true"], "comes before the polls"),
         (["optimizer.step_lengths=[]", "optimizer.fade=3"], "optimizer.fade=3 has no effect"),
         (["trainer.max_epochs=0"], "trainer.max_epochs=0 trains nothing; -1 is no limit"),

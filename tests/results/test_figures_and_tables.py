@@ -121,7 +121,7 @@ def test_figures_show_every_run_on_both_axes(tmp_path):
     assert [len(drawn(panel)) for panel in figure.axes] == [lines_of_runs + 1, lines_of_runs + 1, 3, 3]  # + chance
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names[:4] == ["optimizer · variant", "pattern_search", "adam", "pattern_search · no_fade"]
-    assert names[4:] == ["measured on", "training", "validation"]
+    assert names[4:] == ["measured on", "training", "validation", "loss of chance"]
     assert sum(len(c.get_offsets()) for c in draw_accuracy(table).axes[0].collections) == 6
 
 
@@ -130,7 +130,8 @@ def test_a_few_seeds_have_dashes_and_limits_no_names(tmp_path):
         write_run(tmp_path / str(seed), seed=seed, options={"max_seconds": seed})
     figure = draw_runs(read_runs(tmp_path))
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == ["optimizer", "pattern_search", "measured on", "training", "validation", "seed", "0", "1", "2"]
+    assert names[:5] == ["optimizer", "pattern_search", "measured on", "training", "validation"]
+    assert names[5:] == ["seed", "0", "1", "2", "loss of chance"]
     for seed in range(3, 6):
         write_run(tmp_path / str(seed), seed=seed)
     assert "seed" not in [text.get_text() for text in draw_runs(read_runs(tmp_path)).legends[0].get_texts()]
@@ -140,7 +141,7 @@ def test_a_seed_has_the_same_dashes_in_every_panel_and_stands_in_the_legend(tmp_
     for experiment, seed in (("a", 0), ("b", 1), ("b", 2)):
         write_run(tmp_path / f"{experiment}{seed}", seed=seed, experiment=experiment)
     figure = draw_runs(read_runs(tmp_path))
-    assert [text.get_text() for text in figure.legends[0].get_texts()][-4:] == ["seed", "0", "1", "2"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()][-5:-1] == ["seed", "0", "1", "2"]
     (of_a, *_), (of_b, *_) = (drawn(panel) for panel in figure.axes[::4])
     assert of_a.get_linestyle() == "-"
     assert of_b.get_linestyle() != "-"
