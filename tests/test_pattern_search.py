@@ -510,7 +510,6 @@ def test_slopes_that_are_not_finite_are_not_remembered():
         ({"scale_memory": -0.1}, r"scale_memory=-0.1 must lie in \[0, 1\)"),
         ({"fade": 0}, "fade=0 must be above 0 steps"),
         ({"weight_decay": -1}, "weight_decay=-1 must be at least 0"),
-        ({"weight_decay": 0.1}, "needs step_lengths, the search step that takes a part of the weights off"),
         ({"linear_decay": True, "step_lengths": [0.1]}, "linear_decay=True needs step_lengths, and max_evaluations"),
         ({"linear_decay": True, "max_evaluations": 9}, "linear_decay=True needs step_lengths, and max_evaluations"),
         ({"expansion": 0.9}, "expansion=0.9 must be at least 1"),

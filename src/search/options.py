@@ -8,7 +8,7 @@ from config.did_you_mean import one_of
 
 RECOMMENDED: dict[str, Any] = dict(  # where configs/optimizer/pattern_search.yaml differs from the defaults
     radius=0.05, poll="complete", polls_per_step=192, last_group_share=0.97, one_sided=True,
-    step_lengths=[0.014, 0.007, 0.0035], join_improving=True, contraction=1.0,
+    step_lengths=[0.014, 0.007, 0.0035], join_improving=True, weight_decay=0.1, contraction=1.0,
 )  # fmt: skip
 
 
@@ -58,11 +58,8 @@ def check_options(options: dict[str, Any]) -> None:
             raise ValueError(f"{name}={options[name]} must lie in [0, 1); 0 remembers the last slope only")
     if options["fade"] is not None and not options["fade"] > 0:
         raise ValueError(f"fade={options['fade']} must be above 0 steps, or null to never fade")
-    if not 0 <= options["weight_decay"] < math.inf or (options["weight_decay"] and not options["step_lengths"]):
-        raise ValueError(
-            f"weight_decay={options['weight_decay']} must be at least 0 and needs step_lengths, the search step that "
-            "takes a part of the weights off; or 0 to take nothing off"
-        )
+    if not 0 <= options["weight_decay"] < math.inf:
+        raise ValueError(f"weight_decay={options['weight_decay']} must be at least 0; 0 takes nothing off the weights")
     if options["linear_decay"] and not (options["step_lengths"] and options["max_evaluations"]):
         raise ValueError(
             "linear_decay=True needs step_lengths, and max_evaluations, at which they reach 0; or use "
@@ -75,7 +72,7 @@ def unread_options(options: dict[str, Any]) -> dict[str, str]:
     unread: dict[str, str] = {}
     if not options["step_lengths"]:
         no_search = "there are no step_lengths, and so no search step"
-        unread |= dict.fromkeys(("join_improving", "search_first", "scale_memory", "fade"), no_search)
+        unread |= dict.fromkeys(("join_improving", "search_first", "scale_memory", "fade", "weight_decay"), no_search)
         if not options["one_sided"]:
             unread["memory"] = no_search
     elif options["search_first"]:
