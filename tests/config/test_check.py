@@ -158,6 +158,7 @@ def test_every_value_has_a_comment_with_its_meaning():
         (["experiment=z5", "optimizer.rows_per_step=64"], "has no effect: batches have 32 rows"),
         (["++optimizer.search_first=true", "optimizer.join_improving=true"], "comes before the polls"),
         (["optimizer.step_lengths=[]", "optimizer.fade=3"], "optimizer.fade=3 has no effect"),
+        (["optimizer.step_lengths=[]", "optimizer.weight_decay=.3"], "optimizer.weight_decay=0.3 has no effect"),
         (["trainer.max_epochs=0"], "trainer.max_epochs=0 trains nothing; -1 is no limit"),
         (["optimizer=adam", "optimizer.lr=abc"], "optimizer.lr=abc must be a valid number"),
         (["datamodule.group=Z1"], "has one element only"),

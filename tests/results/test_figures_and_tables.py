@@ -5,6 +5,7 @@ from argparse import ArgumentParser
 
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from omegaconf import OmegaConf
 
 from results.figures import AXES, draw_accuracy, draw_runs, main
@@ -155,6 +156,14 @@ def test_any_number_of_kinds_is_drawn_with_looks_of_their_own(tmp_path):
     assert len({line.get_color() for line in drawn(figure.axes[0])[:-1]}) == 21
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names[1:22] == [f"fade={i}" for i in range(21)]
+
+
+def test_the_legend_is_no_wider_than_the_panels_however_long_its_names(tmp_path):
+    for i in range(6):
+        write_run(tmp_path / str(i), options={"orthogonalise_in": [f"blocks.{i}.attention.*", f"blocks.{i}.ff.*"]})
+    figure = draw_runs(read_runs(tmp_path))
+    legend = figure.legends[0].get_window_extent(FigureCanvasAgg(figure).get_renderer())
+    assert legend.width <= figure.bbox.width
 
 
 def test_losses_near_zero_get_a_logarithmic_axis(tmp_path):
