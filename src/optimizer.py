@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from search.base import LossOnlyOptimizer
 from search.budget import Evaluator
 from search.directions import Directions
-from search.groups import BLOCKS, polls_for, split_at_last_block, split_matrices
+from search.groups import ALL, BLOCKS, polls_for, split_at_last_block, split_matrices
 from search.node_polls import poll_nodes
 from search.options import RECOMMENDED, check_group, check_options, check_shares, unread_options
 from search.orthogonal import matrices_of, orthogonalised
@@ -78,8 +78,8 @@ class PatternSearch(LossOnlyOptimizer):
         memory, scale_memory, fade: of the remembered slopes, see `search.slopes.SlopeMemory`.
         linear_decay: whether the moves of the search step get shorter, down to 0 at `max_evaluations`; `fade` grows as
             they shrink.
-        weight_decay: part of every matrix that a search step of length 1 takes off too (decoupled, Loshchilov and
-            Hutter 2019).
+        weight_decay: part of every matrix of the group that a search step of length 1 takes off too (decoupled,
+            Loshchilov and Hutter 2019).
         max_evaluations, max_seconds, target_loss: what ends the search, see `search.budget.Limits`.
         nodes_per_step: nodes polled in a step at the most, in a seeded random order, all equally often; None for
             none. The closure must answer `nodes`. `polls_per_step` may then be 0.
@@ -87,7 +87,8 @@ class PatternSearch(LossOnlyOptimizer):
             left in them (`polls.rows.draw_rows`); the search step is judged by the whole batch. None: all rows.
         orthogonalise: Newton-Schulz iterations on the direction of the search step in every matrix of the group, see
             `search.orthogonal`; 0 leaves it as it is. Needs `nodes_per_step`: slopes of single weights are too few.
-        orthogonalise_in: names of these matrices, with wildcards, for `parameter_groups`.
+        orthogonalise_in, weight_decay_in: names of the matrices that these concern, with wildcards, for
+            `parameter_groups`.
         seed: seeds the order of the directions and of the nodes.
 
     Raises:
@@ -136,16 +137,17 @@ class PatternSearch(LossOnlyOptimizer):
         rows_per_step: int | None = None,
         orthogonalise: int = 0,
         orthogonalise_in: Sequence[str] = BLOCKS,
+        weight_decay_in: Sequence[str] = ALL,
         seed: int = 0,
     ):
         self.options: dict[str, Any] = dict(poll=poll, polls_per_step=polls_per_step, last_group_share=last_group_share)
         self.options |= dict(one_sided=one_sided, nodes_per_step=nodes_per_step, rows_per_step=rows_per_step)
-        self.options |= dict(step_lengths=list(step_lengths), tolerance=tolerance, weight_decay=weight_decay)
+        self.options |= dict(step_lengths=list(step_lengths), tolerance=tolerance)
         self.options |= dict(join_improving=join_improving, search_first=search_first, linear_decay=linear_decay)
         self.options |= dict(memory=memory, scale_memory=scale_memory, fade=fade)
-        check_options(self.options | dict(orthogonalise=orthogonalise, max_evaluations=max_evaluations))
-        of_groups = dict(radius=radius, contraction=contraction, expansion=expansion)
+        of_groups = dict(radius=radius, contraction=contraction, expansion=expansion, weight_decay=weight_decay)
         of_groups |= dict(min_radius=min_radius, max_radius=max_radius, orthogonalise=orthogonalise)
+        check_options(self.options | of_groups | dict(max_evaluations=max_evaluations, weight_decay_in=weight_decay_in))
         super().__init__(params, of_groups, seed, max_evaluations, max_seconds, target_loss)
         self.saved.update(passes=0, cursor=0, improved=[], nodes=0)  # see `Poll`, `take_step` and `poll_nodes`
         self.state["slopes"] = {}  # type: ignore[index]  # filled by the first step that remembers slopes
@@ -191,10 +193,9 @@ class PatternSearch(LossOnlyOptimizer):
     ) -> Move | None:
         """The search step, if it is better than the best of the poll, or than the incumbent."""
         direction = orthogonalised(slopes.direction, slopes.mean, self.matrices)
-        if weight_decay := self.options["weight_decay"]:
-            for p, part in self.coordinates.with_parts(direction):
-                if p.ndim == 2:
-                    part.sub_(p.detach().to(part), alpha=weight_decay)
+        for (p, part), group in zip(self.coordinates.with_parts(direction), self.group_of.tolist(), strict=True):
+            if p.ndim == 2 and (weight_decay := self.param_groups[group]["weight_decay"]):
+                part.sub_(p.detach().to(part), alpha=weight_decay)
         joined = improving if self.options["join_improving"] else []
         lengths = [self.shortened * length for length in self.options["step_lengths"]]
         to_beat = self.report.loss_after if best is None else best.loss
@@ -305,7 +306,7 @@ class PatternSearch(LossOnlyOptimizer):
         return super().shape() | {"directions": len(self.directions)}
 
     def unread(self) -> dict[str, str]:
-        return unread_options(self.options)
+        return unread_options(self.defaults | self.options)
 
     def remarks(self) -> list[str]:
         if self.stopped_by == "max_evaluations" or not self.options["linear_decay"]:
@@ -322,10 +323,11 @@ class PatternSearch(LossOnlyOptimizer):
         """Groups for the options that concern a part of the weights.
 
         With `last_group_share` and more than one of `model.blocks`: what comes before the last, and the rest. With
-        `orthogonalise`: the matrices that `orthogonalise_in` names, and the rest, which is left as it is.
+        `orthogonalise` or `weight_decay`: the matrices that `orthogonalise_in` and `weight_decay_in` name, and the
+        rest, which is left as it is.
         """
         if options.get("last_group_share") is not None:
             return split_at_last_block(model, parameters)
-        if not options.get("orthogonalise"):
-            return parameters
-        return split_matrices(model, parameters, options.get("orthogonalise_in", BLOCKS))
+        named = {"orthogonalise": BLOCKS, "weight_decay": ALL}
+        asked = {name: options.get(f"{name}_in", default) for name, default in named.items() if options.get(name)}
+        return split_matrices(model, parameters, asked)

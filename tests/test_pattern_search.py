@@ -456,6 +456,21 @@ def test_weight_decay_takes_a_part_of_the_matrices_off_in_proportion_to_the_step
     assert torch.equal(vector, its_vector)
 
 
+def test_weight_decay_concerns_the_matrices_that_are_named():
+    def moved(**options):
+        torch.manual_seed(0)
+        model = DecoderOnlyTransformer(4, 2, 8, d_model=16, n_layers=1, n_heads=2)
+        groups = PatternSearch.parameter_groups(model, list(model.parameters()), **options)
+        search = PatternSearch(groups, step_lengths=[0.1], radius=1e-3, poll="complete", **options)
+        search.step(lambda: sum(p.sum() for p in model.parameters()))
+        assert search.report.search_accepted
+        return dict(model.named_parameters())
+
+    plain, decayed = moved(), moved(weight_decay=0.2, weight_decay_in=["blocks.*.ff.*", "head.weight"])
+    named = {"blocks.0.ff.inner.weight", "blocks.0.ff.outer.weight", "head.weight"}
+    assert {name for name, p in plain.items() if not torch.allclose(p, decayed[name], atol=1e-4)} == named
+
+
 def test_polls_of_one_side_take_the_side_remembered_as_downhill():
     w = nn.Parameter(torch.tensor([1.0, -1.0, 1.0]))
     polled = []
@@ -510,6 +525,10 @@ def test_slopes_that_are_not_finite_are_not_remembered():
         ({"scale_memory": -0.1}, r"scale_memory=-0.1 must lie in \[0, 1\)"),
         ({"fade": 0}, "fade=0 must be above 0 steps"),
         ({"weight_decay": -1}, "weight_decay=-1 must be at least 0"),
+        (
+            {"weight_decay": 1, "weight_decay_in": ["blocks.*"], "last_group_share": 0.5, "polls_per_step": 1},
+            r"weight_decay_in=\['blocks.\*'\] and last_group_share=0.5 each part the weights",
+        ),
         ({"linear_decay": True, "step_lengths": [0.1]}, "linear_decay=True needs step_lengths, and max_evaluations"),
         ({"linear_decay": True, "max_evaluations": 9}, "linear_decay=True needs step_lengths, and max_evaluations"),
         ({"expansion": 0.9}, "expansion=0.9 must be at least 1"),

@@ -30,8 +30,10 @@ class Incumbent:
         versions = [version(p) for p in weights]
         if self._loss is None or versions != self._weights:
             loss = compute().cpu()
-            same = self.polled[np.flatnonzero(within_rounding(self.polled, loss).numpy())]
-            self._weights, self._loss = versions, torch.cat([same, loss.double()[None]]).amax()
+            self._weights, self._loss = versions, loss.double()
+            if len(self.polled):
+                same = self.polled[np.flatnonzero(within_rounding(self.polled, loss).numpy())]
+                self._loss = torch.cat([same, self._loss[None]]).amax()
         return self._loss
 
 

@@ -117,23 +117,29 @@ class StructuredPolls:
     def chunks(self, rows: Rows, counts: np.ndarray) -> Iterator[tuple[slice, list[tuple[NodeGroup, slice]]]]:
         """Sorted candidates, so many of each group, in chunks that cost alike: each, and the part of each group in it.
 
-        A candidate costs its tokens, times the part of the model that is computed for it, and a quarter more, so that
-        a chunk of candidates which enter late does not hold too many.
+        A candidate costs its tokens, times the part of the model that is computed for it: half of the stage where it
+        enters, or, if it does so by a term of rank 1, half of the next, and all that follow. No chunk holds more than
+        four times `Sizes.chunk` tokens, or one candidate.
         """
         last = len(self.stages) - 3  # the last attention; behind it only the scored tokens are computed
         tokens = [rows.x.numel() if s <= last else rows.at.numel() for s in range(len(self.stages))]
         sizes = [stage.size for stage in self.stages]
-        work = [sum(t * n for t, n in zip(tokens[s:], sizes[s:], strict=True)) for s in range(len(sizes) + 1)]
-        costs = [tokens[g.stage] / 4 + work[g.stage + g.kind.rank1] / sum(sizes) for g in self.groups]
+        work = [t * n / sum(sizes) for t, n in zip(tokens, sizes, strict=True)] + [0.0]
+        first = [g.stage + g.kind.rank1 for g in self.groups]  # stage of which a half is computed
+        costs = [tokens[g.stage] / 32 + sum(work[s:]) - work[s] / 2 for g, s in zip(self.groups, first, strict=True)]
         done = np.cumsum(np.repeat(costs, counts))
-        n = max(1, math.ceil(done[-1] / min(self.sizes.chunk, self.sizes.chunk_work / self.head.w.head.shape[1] ** 2)))
+        held = [tokens[g.stage] / 4 + sum(work[s:]) for g, s in zip(self.groups, first, strict=True)] @ counts
+        n = max(1, math.ceil(held / min(self.sizes.chunk, self.sizes.chunk_work / self.head.w.head.shape[1] ** 2)))
         cuts = np.searchsorted(done, np.arange(1, n) * done[-1] / n).tolist()
-        bounds = [0, *np.cumsum(counts).tolist()]
-        for begin, end in pairwise([0, *cuts, len(done)]):
-            cut = [min(max(bound, begin), end) for bound in bounds]
-            own = [(g, slice(a, b)) for g, (a, b) in zip(self.groups, pairwise(cut), strict=True) if a < b]
-            if own:
-                yield slice(begin, end), own
+        bounds, most = [0, *np.cumsum(counts).tolist()], max(1, 4 * self.sizes.chunk // rows.x.numel())
+        for start, stop in pairwise([0, *cuts, len(done)]):
+            for begin in range(start, stop, most):
+                end = min(begin + most, stop)
+                cut = [min(max(bound, begin), end) for bound in bounds]
+                yield (
+                    slice(begin, end),
+                    [(g, slice(a, b)) for g, (a, b) in zip(self.groups, pairwise(cut), strict=True) if a < b],
+                )
 
 
 class StructuredClosure:
@@ -185,8 +191,8 @@ class StructuredClosure:
             known = rows.states[-1:]
             self._state(rows, last)
             if not known or rows.states[last] is not known[0]:
-                scores = [state.scores.abs().amax() for _, state in rows.states if isinstance(state, AttentionState)]
-                rows.wide = bool(torch.stack(scores).amax() > WIDE)
+                scores = [state.scores for _, state in rows.states if isinstance(state, AttentionState)]
+                rows.wide = bool(torch.stack([torch.linalg.vector_norm(s, math.inf) for s in scores]).amax() > WIDE)
             yield rows
             kept += rows.bytes()
             if kept > self.polls.sizes.cache:

@@ -1,7 +1,7 @@
 """How the weights of a model are parted into parameter groups, for options that concern some of them."""
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 from search.options import RECOMMENDED
 
 BLOCKS = ("blocks.*",)  # names of what is orthogonalised if nothing else is asked for
+ALL = ("*",)
 
 
 def polls_for(groups: Any) -> int:
@@ -18,32 +19,45 @@ def polls_for(groups: Any) -> int:
     return min([RECOMMENDED["polls_per_step"], *(sizes or [sum(p.numel() for p in groups)])])
 
 
-def split_matrices(model: nn.Module, parameters: Sequence[nn.Parameter], patterns: Sequence[str]) -> Any:
-    """Parameter groups: the matrices whose names match a pattern such as "blocks.*", and the rest.
+def split_matrices(model: nn.Module, parameters: Sequence[nn.Parameter], asked: Mapping[str, Sequence[str]]) -> Any:
+    """Parameter groups, for options that concern the matrices whose names match a pattern such as "blocks.*".
 
-    The rest is not to be orthogonalised. One group for a model without blocks, if nothing else is asked for.
+    An option is 0 in the groups of all other parameters. `ALL` parts nothing, nor does `BLOCKS` in a model without
+    blocks: without an option that does, these are the parameters as they are.
+
+    Args:
+        model: knows the names.
+        parameters: to part.
+        asked: patterns, by the option; where the user sets them, `_in` follows its name.
 
     Raises:
         ValueError: a pattern that no matrix of the model matches, or no pattern at all, or one that matches no matrix
             among the parameters.
     """
-    if tuple(patterns) == BLOCKS and not hasattr(model, "blocks"):
-        return parameters
     matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2}
-    if wrong := [pattern for pattern in patterns or [""] if not fnmatch.filter(matrices, pattern)]:
-        raise ValueError(
-            f"orthogonalise_in={list(patterns)}: no matrix of the model has a name like {wrong[0]!r}; there are "
-            + ", ".join(matrices)
-        )
-    inside = {id(matrices[name]) for pattern in patterns for name in fnmatch.filter(matrices, pattern)}
-    chosen, rest = [p for p in parameters if id(p) in inside], [p for p in parameters if id(p) not in inside]
-    if not chosen:
-        raise ValueError(
-            f"orthogonalise_in={list(patterns)}: none of these matrices is among the parameters that are searched; use "
-            "orthogonalise=0, or names of matrices that are"
-        )
-    groups: list[dict[str, Any]] = [{"params": chosen}, {"params": rest, "orthogonalise": 0}]
-    return [group for group in groups if group["params"]]
+    inside: dict[str, set[int]] = {}
+    for option, patterns in asked.items():
+        if tuple(patterns) == ALL or (tuple(patterns) == BLOCKS and not hasattr(model, "blocks")):
+            continue
+        if wrong := [pattern for pattern in patterns or [""] if not fnmatch.filter(matrices, pattern)]:
+            raise ValueError(
+                f"{option}_in={list(patterns)}: no matrix of the model has a name like {wrong[0]!r}; there are "
+                + ", ".join(matrices)
+            )
+        inside[option] = {id(matrices[name]) for pattern in patterns for name in fnmatch.filter(matrices, pattern)}
+        if not inside[option] & set(map(id, parameters)):
+            raise ValueError(
+                f"{option}_in={list(patterns)}: none of these matrices is among the parameters that are searched; use "
+                f"{option}=0, or names of matrices that are"
+            )
+    if not inside:
+        return parameters
+    parts: dict[tuple[str, ...], list[nn.Parameter]] = {}
+    for p in parameters:
+        parts.setdefault(tuple(option for option, chosen in inside.items() if id(p) not in chosen), []).append(p)
+    return [
+        {"params": part} | dict.fromkeys(off, 0) for off, part in sorted(parts.items(), key=lambda one: len(one[0]))
+    ]
 
 
 def split_at_last_block(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Any:

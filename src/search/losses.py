@@ -9,7 +9,7 @@ from torch import Tensor
 def improves(losses: Tensor, loss: float) -> Tensor:
     """Which losses (K,) are finite and strictly lower. Any finite one improves on a loss that is not finite."""
     incumbent = loss if math.isfinite(loss) else math.inf
-    return torch.isfinite(losses) & (losses < incumbent)
+    return (losses > -math.inf) & (losses < incumbent)  # neither holds for nan
 
 
 def tolerated(losses: Tensor, loss: float, tolerance: float) -> Tensor:

@@ -40,6 +40,11 @@ def check_options(options: dict[str, Any]) -> None:
             f"orthogonalise={options['orthogonalise']} and last_group_share={share} each part the weights in their own "
             "way; use orthogonalise=0 or last_group_share=None (null in YAML)"
         )
+    if share is not None and options["weight_decay"] and list(options["weight_decay_in"]) != ["*"]:
+        raise ValueError(
+            f"weight_decay_in={list(options['weight_decay_in'])} and last_group_share={share} each part the weights in "
+            'their own way; use weight_decay_in=["*"] or last_group_share=None (null in YAML)'
+        )
     if share is not None and not (0 < share < 1 and polls):
         raise ValueError(
             f"last_group_share={share} must lie in (0, 1) and needs polls_per_step, the polls that are shared out; or "
@@ -58,8 +63,6 @@ def check_options(options: dict[str, Any]) -> None:
             raise ValueError(f"{name}={options[name]} must lie in [0, 1); 0 remembers the last slope only")
     if options["fade"] is not None and not options["fade"] > 0:
         raise ValueError(f"fade={options['fade']} must be above 0 steps, or null to never fade")
-    if not 0 <= options["weight_decay"] < math.inf:
-        raise ValueError(f"weight_decay={options['weight_decay']} must be at least 0; 0 takes nothing off the weights")
     if options["linear_decay"] and not (options["step_lengths"] and options["max_evaluations"]):
         raise ValueError(
             "linear_decay=True needs step_lengths, and max_evaluations, at which they reach 0; or use "
@@ -69,10 +72,12 @@ def check_options(options: dict[str, Any]) -> None:
 
 def unread_options(options: dict[str, Any]) -> dict[str, str]:
     """The options that nothing reads beside the others, each with the reason."""
-    unread: dict[str, str] = {}
+    of_matrices = ("orthogonalise", "weight_decay")
+    unread = {f"{name}_in": f"{name}=0 concerns no matrix" for name in of_matrices if not options[name]}
     if not options["step_lengths"]:
         no_search = "there are no step_lengths, and so no search step"
-        unread |= dict.fromkeys(("join_improving", "search_first", "scale_memory", "fade", "weight_decay"), no_search)
+        of_search = ("join_improving", "search_first", "scale_memory", "fade", "weight_decay", "weight_decay_in")
+        unread |= dict.fromkeys(of_search, no_search)
         if not options["one_sided"]:
             unread["memory"] = no_search
     elif options["search_first"]:
@@ -94,6 +99,7 @@ def check_group(group: dict[str, Any]) -> None:
         "min_radius": (0 <= group["min_radius"] < math.inf, "must be at least 0"),
         "max_radius": (group["max_radius"] > 0, "must be above 0"),
         "orthogonalise": (group["orthogonalise"] >= 0, "must be at least 0 iterations; 0 orthogonalises nothing"),
+        "weight_decay": (0 <= group["weight_decay"] < math.inf, "must be at least 0; 0 takes nothing off the weights"),
     }
     for name, (fits, rule) in ranges.items():
         if not fits:

@@ -69,8 +69,8 @@ def orthogonalised(direction: Tensor, slopes: Tensor, matrices: Iterable[Matrice
     """
     direction = direction.clone()
     for some in matrices:
-        length = min(1.0, WIDTH / some.size[0]) * some.of(direction).norm(dim=(1, 2), keepdim=True)
-        downhill = -newton_schulz(some.of(slopes), some.iterations)
+        downhill = newton_schulz(some.of(slopes), some.iterations)  # but for its sign
+        length = -min(1.0, WIDTH / some.size[0]) * some.of(direction).norm(dim=(1, 2), keepdim=True)
         downhill *= length / downhill.norm(dim=(1, 2), keepdim=True).clamp_(min=torch.finfo(downhill.dtype).tiny)
         for (own, tall), part in zip(some.members, downhill, strict=True):
             direction[own] = (part.mT if tall else part).flatten()

@@ -32,7 +32,8 @@ def problems(*overrides, config_name="pattern_search_train"):
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_and_passes(group, option):
     of_a_search = group == "variant" or option.startswith("ablation")
-    found = problems(f"{group}={option}", *["optimizer=pattern_search"] * of_a_search)
+    search = "pattern_search_nodes" if option.startswith("orthogonal_") else "pattern_search"
+    found = problems(f"{group}={option}", *[f"optimizer={search}"] * of_a_search)
     missing = "trainer.accelerator=gpu: this machine has no CUDA GPU; use trainer.accelerator=cpu"
     assert found == ([missing] if option == "gpu" and not torch.cuda.is_available() else [])
 
@@ -159,6 +160,7 @@ def test_every_value_has_a_comment_with_its_meaning():
         (["++optimizer.search_first=true", "optimizer.join_improving=true"], "comes before the polls"),
         (["optimizer.step_lengths=[]", "optimizer.fade=3"], "optimizer.fade=3 has no effect"),
         (["optimizer.step_lengths=[]", "optimizer.weight_decay=.3"], "optimizer.weight_decay=0.3 has no effect"),
+        (["variant=orthogonal_attention"], "variant=orthogonal_attention has no effect: orthogonalise=0"),
         (["trainer.max_epochs=0"], "trainer.max_epochs=0 trains nothing; -1 is no limit"),
         (["optimizer=adam", "optimizer.lr=abc"], "optimizer.lr=abc must be a valid number"),
         (["datamodule.group=Z1"], "has one element only"),

@@ -108,3 +108,19 @@ def test_a_name_that_no_matrix_has_is_refused_with_those_there_are(patterns, wro
     model = DecoderOnlyTransformer(4, 2, 8, d_model=16, n_layers=1, n_heads=2)
     with pytest.raises(ValueError, match=re.escape(f"has a name like {wrong}; there are token_embedding.weight")):
         PatternSearch.parameter_groups(model, [*model.parameters()], orthogonalise=6, orthogonalise_in=patterns)
+
+
+def test_options_of_different_matrices_part_the_parameters_by_both():
+    model = DecoderOnlyTransformer(4, 2, 8, d_model=16, n_layers=1, n_heads=2)
+    options = dict(
+        orthogonalise=6, orthogonalise_in=["blocks.*"], weight_decay=0.3, weight_decay_in=["*.ff.*", "head.*"]
+    )
+    groups = PatternSearch.parameter_groups(model, list(model.parameters()), **options)
+    of = {id(p): name for name, p in model.named_parameters()}
+    found = {of[id(p)]: (g.get("orthogonalise", 6), g.get("weight_decay", 0.3)) for g in groups for p in g["params"]}
+    assert found["blocks.0.ff.inner.weight"] == (6, 0.3)
+    assert found["blocks.0.attention.out.weight"] == (6, 0)
+    assert found["head.weight"] == (0, 0.3)
+    assert found["token_embedding.weight"] == found["head.bias"] == (0, 0)
+    whole = list(model.parameters())
+    assert PatternSearch.parameter_groups(model, whole, weight_decay=0.3) is whole
