@@ -468,7 +468,7 @@ def test_weight_decay_concerns_the_matrices_that_are_named():
 
     plain, decayed = moved(), moved(weight_decay=0.2, weight_decay_in=["blocks.*.ff.*", "head.weight"])
     named = {"blocks.0.ff.inner.weight", "blocks.0.ff.outer.weight", "head.weight"}
-    assert {name for name, p in plain.items() if not torch.allclose(p, decayed[name], atol=1e-4)} == named
+    assert {name for name, p in plain.items() if not torch.allclose(p, decayed[name], atol=1e-3)} == named
 
 
 def test_polls_of_one_side_take_the_side_remembered_as_downhill():
