@@ -393,9 +393,9 @@ def test_a_model_needs_no_more_than_the_readme_says(readme_copy, tmp_path):
     done = run(f"{command} optimizer.polls_per_step=20", tmp_path, cwd=readme_copy)
     assert done.returncode == 0, done.stderr
     assert "running_sum" in done.stdout
-    refused = run(command, tmp_path, cwd=readme_copy)  # 42 weights, 192 polls
+    refused = run(command, tmp_path, cwd=readme_copy)  # 42 weights, 384 polls
     assert refused.stderr.count("  - ") == 1, refused.stderr
-    assert "optimizer.polls_per_step=192 is more than the 42 directions" in refused.stderr
+    assert "optimizer.polls_per_step=384 is more than the 42 directions" in refused.stderr
     refused = run(f"{command} optimizer=pattern_search_nodes", tmp_path, cwd=readme_copy)
     assert refused.returncode == 2
     assert "only the fast polls of a DecoderOnlyTransformer do" in refused.stderr

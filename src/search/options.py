@@ -7,7 +7,7 @@ from typing import Any
 from config.did_you_mean import one_of
 
 RECOMMENDED: dict[str, Any] = dict(  # where configs/optimizer/pattern_search.yaml differs from the defaults
-    radius=0.05, poll="complete", polls_per_step=192, last_group_share=0.97, one_sided=True,
+    radius=0.05, poll="complete", polls_per_step=384, last_group_share=0.97, one_sided=True,
     step_lengths=[0.014, 0.007, 0.0035], join_improving=True, weight_decay=0.1, contraction=1.0,
 )  # fmt: skip
 
