@@ -3,11 +3,13 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from data.sequences import IGNORE
 from optimizer import PatternSearch
@@ -433,6 +435,40 @@ def test_a_large_batch_in_several_chunks_is_exact():
     chosen = some_of_every_tensor(coordinates, n=1)
     steps = torch.full((len(chosen),), 0.1, dtype=torch.float64)
     torch.testing.assert_close(closure.poll(chosen, steps), plain.poll(chosen, steps), rtol=0, atol=1e-5)
+
+
+def test_the_chunks_of_a_poll_cost_alike():
+    _, coordinates, closure, _ = setup(d_model=64, n_heads=4)
+    closure.polls.sizes = closure.polls.sizes._replace(chunk=2**13)
+    chosen = torch.randperm(len(coordinates), generator=torch.Generator().manual_seed(0))[:525]
+    in_front = chosen < len(coordinates) // 2
+    chosen = torch.cat([chosen[in_front][:10], chosen[~in_front]])  # most in the last block, as the default search asks
+    costs = []
+
+    def counted(evaluate, chunks):
+        for chunk in chunks:
+            with FlopCounterMode(display=False) as flops:
+                yield evaluate(chunk)
+            costs.append(flops.get_total_flops())
+
+    closure.polls.map = counted
+    closure.poll(chosen, torch.full((len(chosen),), 0.1, dtype=torch.float64))
+    assert len(costs) > 1
+    assert max(costs) < 1.5 * min(costs)
+
+
+def test_the_chunks_hold_every_candidate_once_and_not_too_many_of_those_that_cost_little():
+    _, _, closure, _ = setup()
+    polls, rows = closure.polls, closure.rows[0]
+    polls.sizes = polls.sizes._replace(chunk=2**10)
+    counts = np.array([3000 if group.stage == len(polls.stages) - 1 else 1 for group in polls.groups])
+    chunks = list(polls.chunks(rows, counts))
+    some = [number for part, _ in chunks for number in range(part.start, part.stop)]
+    assert some == list(range(counts.sum()))
+    assert all(own.stop - own.start <= 4 * 2**10 / rows.x.numel() for own, _ in chunks)
+    assert [sum(own.stop - own.start for _, own in groups) for _, groups in chunks] == [
+        own.stop - own.start for own, _ in chunks
+    ]
 
 
 def test_any_subset_and_order_of_the_parameters_can_be_searched():
