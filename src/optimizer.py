@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from search.base import LossOnlyOptimizer
 from search.budget import Evaluator
 from search.directions import Directions
-from search.groups import ALL, BLOCKS, polls_for, split_at_last_block, split_matrices
+from search.groups import BLOCKS, polls_for, split_at_last_block, split_matrices
 from search.node_polls import poll_nodes
-from search.options import RECOMMENDED, check_group, check_options, check_shares, unread_options
+from search.options import ALL, RECOMMENDED, check_group, check_options, check_shares, unread_options
 from search.orthogonal import matrices_of, orthogonalised
 from search.poll import Move, Poll
 from search.search_step import search_step

@@ -126,9 +126,10 @@ class StructuredPolls:
         sizes = [stage.size for stage in self.stages]
         work = [t * n / sum(sizes) for t, n in zip(tokens, sizes, strict=True)] + [0.0]
         first = [g.stage + g.kind.rank1 for g in self.groups]  # stage of which a half is computed
-        costs = [tokens[g.stage] / 32 + sum(work[s:]) - work[s] / 2 for g, s in zip(self.groups, first, strict=True)]
+        own, behind = np.array([tokens[g.stage] for g in self.groups]), np.array([sum(work[s:]) for s in first])
+        costs = own / 32 + behind - np.array([work[s] for s in first]) / 2  # a 32nd: what any candidate costs
         done = np.cumsum(np.repeat(costs, counts))
-        held = [tokens[g.stage] / 4 + sum(work[s:]) for g, s in zip(self.groups, first, strict=True)] @ counts
+        held = (own / 4 + behind) @ counts  # as many chunks as keep what they hold small, on any number of threads
         n = max(1, math.ceil(held / min(self.sizes.chunk, self.sizes.chunk_work / self.head.w.head.shape[1] ** 2)))
         cuts = np.searchsorted(done, np.arange(1, n) * done[-1] / n).tolist()
         bounds, most = [0, *np.cumsum(counts).tolist()], max(1, 4 * self.sizes.chunk // rows.x.numel())

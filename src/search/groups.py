@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from search.options import RECOMMENDED
+from search.options import ALL, RECOMMENDED
 
 BLOCKS = ("blocks.*",)  # names of what is orthogonalised if nothing else is asked for
-ALL = ("*",)
 
 
 def polls_for(groups: Any) -> int:

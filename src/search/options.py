@@ -6,6 +6,8 @@ from typing import Any
 
 from config.did_you_mean import one_of
 
+ALL = ("*",)  # names of all matrices
+
 RECOMMENDED: dict[str, Any] = dict(  # where configs/optimizer/pattern_search.yaml differs from the defaults
     radius=0.05, poll="complete", polls_per_step=384, last_group_share=0.97, one_sided=True,
     step_lengths=[0.014, 0.007, 0.0035], join_improving=True, weight_decay=0.1, contraction=1.0,
@@ -40,7 +42,7 @@ def check_options(options: dict[str, Any]) -> None:
             f"orthogonalise={options['orthogonalise']} and last_group_share={share} each part the weights in their own "
             "way; use orthogonalise=0 or last_group_share=None (null in YAML)"
         )
-    if share is not None and options["weight_decay"] and list(options["weight_decay_in"]) != ["*"]:
+    if share is not None and options["weight_decay"] and tuple(options["weight_decay_in"]) != ALL:
         raise ValueError(
             f"weight_decay_in={list(options['weight_decay_in'])} and last_group_share={share} each part the weights in "
             'their own way; use weight_decay_in=["*"] or last_group_share=None (null in YAML)'
